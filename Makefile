@@ -1,0 +1,61 @@
+# Settings are given on the command line (make setup PYTHON=python3.12); the empty values here keep the environment out.
+PYTHON =#  the interpreter that .venv is made with: Python 3.11 or 3.12
+TORCH =#   auto (CUDA build where there is an NVIDIA GPU, else CPU), cpu, cuda, or system: the torch that PYTHON has
+SEEDS =#   quickstart: how many seeds
+DATA =#    test: folder with the benchmark data, for the tests that read it
+ARGS =#    test*: more arguments for pytest
+
+PY := .venv/bin/python
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q
+
+# The first suitable interpreter runs tools/setup.py; that of a finished .venv comes first, so a choice once made stays.
+CANDIDATES = $(or $(PYTHON),$(if $(wildcard .venv/setup.json),$(PY)) python3.11 python3.12 python3)
+define SETUP
+@for p in $(CANDIDATES); do \
+	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null || continue; \
+	exec "$$p" tools/setup.py $(if $(TORCH),--torch "$(TORCH)") $(EXTRA); \
+done; \
+echo 'setup: no Python 3.11 or 3.12 found (tried: $(CANDIDATES)).' >&2; \
+echo 'Install one, or name it: make setup PYTHON=/path/to/python3.12' >&2; exit 1
+endef
+
+.PHONY: help setup setup-example quickstart compare example-smollm2 test test-integration verify-exact lint format
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
+	@printf '\nSettings, as in make setup PYTHON=python3.12:\n'
+	@awk -F ' =# *' '/^[A-Z]+ =# / {printf "  %-23s %s\n", $$1, $$2}' Makefile
+
+setup:  ## .venv with the pinned dependencies and flowrl-mega; does nothing when all is in place
+	$(SETUP)
+
+setup-example: EXTRA := --extra example
+setup-example:
+	$(SETUP)
+
+quickstart: setup  ## the main job: GRPO and FlowRL from one warm start, a table and a picture (SEEDS=3: the spread)
+	@$(PY) -m examples.quickstart.run $(if $(SEEDS),--seeds $(SEEDS))
+
+compare: setup  ## the fair comparison: equal tuning trials for each method, three seeds
+	@$(PY) -m examples.quickstart.compare
+
+example-smollm2: setup-example  ## train a real pretrained model, SmolLM2-135M-Instruct, on reasoning-gym tasks
+	@$(PY) -m examples.smollm2.run
+
+test: setup  ## every fast test
+	@$(PYTEST) tests --ignore tests/integration -m "not integration and not exact" $(if $(DATA),--data $(DATA)) $(ARGS)
+
+test-integration: setup-example  ## tests with a real model
+	@$(PYTEST) tests/integration $(ARGS)
+
+verify-exact: setup  ## the trainer against exact answers on a space small enough to enumerate
+	@$(PYTEST) tests -m exact $(ARGS)
+
+lint: setup  ## ruff and mypy
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+format: setup  ## rewrite the sources as lint wants them
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .

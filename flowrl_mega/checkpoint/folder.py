@@ -1,0 +1,65 @@
+"""The checkpoints of a run folder: which there are, whether one is whole, and which may go."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+from flowrl_mega.config import ConfigError
+
+_STEP = re.compile(r"step_(\d+)")
+
+
+def step_of(path: Path) -> int:
+    match = _STEP.fullmatch(path.name)
+    assert match, f"{path} is not a checkpoint folder"
+    return int(match[1])
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Finished checkpoints, oldest first. An interrupted save has another name and is never among them."""
+    folders = [p for p in (run_dir / "checkpoints").glob("step_*") if _STEP.fullmatch(p.name)]
+    return sorted(folders, key=step_of)
+
+
+def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
+    """What `--resume` means: "never" nothing, "auto" the newest checkpoint if there is one, else a checkpoint folder."""
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return next(reversed(checkpoints(run_dir)), None)
+    path = Path(resume)
+    if not path.is_dir() or not _STEP.fullmatch(path.name):
+        raise ConfigError(f"--resume {resume}: not a checkpoint folder (.../checkpoints/step_N); or say auto or never")
+    return path
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Refuse a checkpoint with a missing or changed file, by the SHA-256 list that Megatron wrote when saving."""
+    fix = f"remove {path} to resume from an older one"
+    try:
+        files = json.loads((path / "integrity.json").read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path}: broken checkpoint, integrity.json cannot be read ({error}); {fix}") from None
+    for name, digest in files.items():
+        try:
+            with open(path / name, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            raise ConfigError(f"{path}: broken checkpoint, {name} is missing; {fix}") from None
+        if found != digest:
+            raise ConfigError(f"{path}: broken checkpoint, {name} has changed since it was saved; {fix}")
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Clear away what interrupted saves left."""
+    for path in (run_dir / "checkpoints").glob(".step_*"):
+        shutil.rmtree(path)
+
+
+def remove_old(run_dir: Path, keep_last: int) -> None:
+    for path in checkpoints(run_dir)[:-keep_last]:
+        shutil.rmtree(path)

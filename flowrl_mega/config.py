@@ -1,0 +1,224 @@
+"""The one tree of settings: read from YAML, changed by dotted flags, checked before anything starts.
+
+Every error is a `ConfigError` with one message that names the field, the value and the fix.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class ConfigError(ValueError):
+    """The input or the settings are wrong; the command line shows the message and exits with 2."""
+
+
+class Settings(BaseModel):
+    """A section of settings: unknown names are refused and values do not change after the check."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+class ModelSettings(Settings):
+    path: str = Field(description="Hugging Face folder: config.json, *.safetensors, tokenizer files")
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    logits_budget_mb: int = Field(256, ge=1, description="logits kept for the backward pass; more is recomputed")
+
+
+class ParallelSettings(Settings):
+    tp: int = Field(1, ge=1, description="tensor-parallel ranks")
+    sequence_parallel: bool = Field(False, description="shard activations over the tensor-parallel ranks too")
+    dp: int | None = Field(None, ge=1, description="data-parallel replicas; null: the ranks that are left (1 alone)")
+    timeout_s: int = Field(600, ge=10, description="a collective that takes longer ends the job")
+
+
+class DataSettings(Settings):
+    path: str | None = Field(None, description="JSON lines with a 'prompt' each and anything that the reward reads")
+    task: Literal["sums"] | None = Field(None, description="a built-in task instead of a file")
+    task_args: dict[str, Any] = Field(default_factory=dict)
+    held_out: float | str | None = Field(None, description="prompts kept for evaluation: a share, or a JSON lines file")
+    chat_template: bool = False
+    max_prompt_tokens: int = Field(1024, ge=1)
+
+
+class RolloutSettings(Settings):
+    engine: Literal["embedded"] = "embedded"
+    prompts_per_step: int = Field(16, ge=1)
+    group_size: int = Field(8, ge=1, description="answers a prompt (G)")
+    max_tokens: int = Field(64, ge=1, description="longest answer, the end token included")
+    temperature: float = Field(1.0, gt=0, description="log-probs of policy and reference use it too")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: off")
+    allow_truncated_sampling: bool = Field(False, description="train although top_p or top_k cut the distribution")
+
+
+class OptimizerSettings(Settings):
+    lr: float = Field(1e-6, gt=0)
+    log_z_lr: float | None = Field(None, gt=0, description="learning rate of the partition function; null: lr")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip_grad: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
+    warmup_steps: int = Field(10, ge=0, description="updates of linear warm-up; constant after that")
+
+
+class BatchSettings(Settings):
+    mini_batch: int | None = Field(None, ge=1, description="sequences an optimizer step; null: the whole batch")
+    tokens_per_microbatch: int = Field(16384, ge=1)
+
+
+class CheckpointSettings(Settings):
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep_last: int = Field(2, ge=1)
+    at_end: bool = True
+
+
+class EvaluationSettings(Settings):
+    every: int = Field(0, ge=0, description="steps between evaluations on held-out prompts; 0: never")
+    samples: int = Field(4, ge=1, description="answers a prompt")
+
+
+class MonitorSettings(Settings):
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "flowrl-mega"
+    samples_per_step: int = Field(4, ge=0, description="answers written to samples.jsonl each step")
+    progress: bool = True
+
+
+class Config(Settings):
+    run_dir: str = Field(description="the run folder: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/")
+    steps: int = Field(ge=1)
+    seed: int = Field(0, ge=0, description="rules everything: prompts, sampling, initial weights")
+    model: ModelSettings
+    megatron: dict[str, Any] = Field(default_factory=dict, description="passed to Megatron's TransformerConfig")
+    parallel: ParallelSettings = ParallelSettings()
+    data: DataSettings
+    reward: str = Field(description="module:function (row, response) -> float or (float, why)")
+    rollout: RolloutSettings = RolloutSettings()
+    objective: dict[str, Any] = Field(default_factory=lambda: {"name": "flowrl"})
+    optimizer: OptimizerSettings = OptimizerSettings()
+    batch: BatchSettings = BatchSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    monitor: MonitorSettings = MonitorSettings()
+
+    def dump(self) -> dict[str, Any]:
+        """Plain values, as written to config.yaml."""
+        return self.model_dump(mode="json")
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def validated(model: type[S], mapping: Any, where: str) -> S:
+    """`model` built from a mapping; `where` is the dotted place of the mapping in the tree ('' at the top)."""
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{where or 'the settings'} = {mapping!r}: must be a mapping of names to values")
+    try:
+        return model(**mapping)
+    except ValidationError as error:
+        messages = [_explain(model, details, where) for details in error.errors()]
+    raise ConfigError("\n".join(messages))
+
+
+def _explain(model: type[Settings], details: Any, where: str) -> str:
+    """One line for one pydantic error: field, value, fix."""
+    location = [str(part) for part in details["loc"]]
+    field = ".".join([where, *location] if where else location)
+    if details["type"] == "extra_forbidden":
+        names = _names_at(model, location[:-1])
+        return f"{field}: no such setting; {_nearest(location[-1], names)}"
+    if details["type"] == "missing":
+        return f"{field}: missing; set it in the YAML file or with --{field}=VALUE"
+    return f"{field} = {details['input']!r}: {details['msg'][0].lower()}{details['msg'][1:]}"
+
+
+def _names_at(model: type[Settings], path: list[str]) -> list[str]:
+    """The setting names of the section at `path`."""
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if isinstance(annotation, type) and issubclass(annotation, Settings):
+            model = annotation
+    return list(model.model_fields)
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(names))}"
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The checked settings of a YAML file with `section.field=value` overrides (values are read as YAML)."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; give the path of a YAML file of settings") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds {type(tree).__name__}, not a mapping of settings")
+    for override in overrides:
+        _apply(tree, override)
+    config = validated(Config, tree, "")
+    _check_together(config)
+    return config
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set one `section.field=value` in the tree."""
+    name, found, text = override.lstrip("-").partition("=")
+    if not found or not name:
+        raise ConfigError(f"{override!r}: not a setting; write --section.field=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *sections, field = name.split(".")
+    for depth, section in enumerate(sections):
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            place = ".".join(sections[: depth + 1])
+            raise ConfigError(f"{name} = {text!r}: {place} is a value, not a section; set {place} itself")
+    tree[field] = _number(value)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-6 as text; people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _check_together(config: Config) -> None:
+    """What one field alone cannot know."""
+    data, rollout, batch = config.data, config.rollout, config.batch
+    if (data.path is None) == (data.task is None):
+        raise ConfigError(f"data.path = {data.path!r}, data.task = {data.task!r}: set exactly one of the two")
+    if data.path is not None and not Path(data.path).is_file():
+        raise ConfigError(f"data.path = {data.path!r}: no such file; give a JSON lines file")
+    if isinstance(data.held_out, str) and not Path(data.held_out).is_file():
+        raise ConfigError(f"data.held_out = {data.held_out!r}: no such file; give a share (0.1) or a JSON lines file")
+    if isinstance(data.held_out, float) and not 0 < data.held_out < 1:
+        raise ConfigError(f"data.held_out = {data.held_out}: a share must lie between 0 and 1")
+    if config.evaluation.every and data.held_out is None:
+        raise ConfigError(f"evaluation.every = {config.evaluation.every}: needs prompts; set data.held_out (0.1)")
+    total = rollout.prompts_per_step * rollout.group_size
+    if batch.mini_batch is not None and total % batch.mini_batch:
+        raise ConfigError(
+            f"batch.mini_batch = {batch.mini_batch}: does not divide the {total} sequences of a step "
+            f"(rollout.prompts_per_step x rollout.group_size); take a divisor of {total}"
+        )
+    if (rollout.top_p < 1 or rollout.top_k) and not rollout.allow_truncated_sampling:
+        raise ConfigError(
+            f"rollout.top_p = {rollout.top_p}, rollout.top_k = {rollout.top_k}: answers would be drawn from another "
+            "distribution than the one scored; use 1.0 and 0, or set rollout.allow_truncated_sampling=true"
+        )

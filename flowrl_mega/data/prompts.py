@@ -1,0 +1,176 @@
+"""The prompt store: rows from a JSONL file or a built-in task, tokenised once, served as an endless shuffled stream."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from flowrl_mega.config import ConfigError
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: its place in the store, its token ids and the row that the reward will see."""
+
+    index: int
+    token_ids: list[int]
+    row: Row
+
+
+class PromptStore:
+    """All prompts of one data set, as token ids.
+
+    `rows` are dicts with "prompt" (a string, or a list of chat messages) and anything else the reward needs.
+    With `chat_template` a string becomes one user message and the tokenizer's template is applied.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: bool = False,
+        max_prompt_tokens: int | None = None,
+    ) -> None:
+        if not rows:
+            raise ConfigError("data: there are no prompts; give at least one row")
+        ids = _tokenize(rows, tokenizer, chat_template)
+        _check_lengths(ids, max_prompt_tokens)
+        self.prompts = [
+            Prompt(index, list(tokens), row) for index, (tokens, row) in enumerate(zip(ids, rows, strict=True))
+        ]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def take(self, position: int, n: int, seed: int) -> list[Prompt]:
+        """Items position .. position+n-1 of the epoch-shuffled stream.
+
+        Item i is permutation(seed, i // N)[i % N]. Nothing is remembered between calls, so a resumed run needs only
+        the number of prompts it has consumed.
+        """
+        size = len(self)
+        return [
+            self.prompts[_permutation(seed, epoch, size)[place]]
+            for epoch, place in (divmod(item, size) for item in range(position, position + n))
+        ]
+
+
+def read_jsonl(path: str | Path) -> list[Row]:
+    """The rows of a JSONL file: one object a line, each with "prompt". Blank lines are skipped."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{path}: cannot be read ({reason}); give the path of a UTF-8 JSONL file") from None
+    # Not splitlines(): JSON strings may hold U+2028 and other characters that it would break at.
+    lines = enumerate(text.split("\n"), start=1)
+    rows = [_parse(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+    if not rows:
+        raise ConfigError(
+            f'{path}: holds no rows; write one object a line, such as {{"prompt": "2+2=", "answer": "4"}}'
+        )
+    return rows
+
+
+def split(rows: Sequence[Row], held_out: float | str | Path | None, seed: int) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows). `held_out`: a fraction of the distinct prompts, or a JSONL file; None: nothing.
+
+    Rows with the same prompt stay on one side, so that no held-out prompt is ever trained on; both sides keep the
+    order of `rows`. A fraction holds out at least one prompt.
+    """
+    if held_out is None:
+        return list(rows), []
+    if not isinstance(held_out, (int, float)):
+        return list(rows), read_jsonl(held_out)
+    if not 0 < held_out < 1:
+        raise ConfigError(f"data.held_out = {held_out}: must be a fraction between 0 and 1, or a JSONL path")
+    keys = [json.dumps(row["prompt"], sort_keys=True) for row in rows]
+    distinct = list(dict.fromkeys(keys))
+    count = max(1, round(held_out * len(distinct)))
+    if count >= len(distinct):
+        raise ConfigError(
+            f"data.held_out = {held_out}: leaves nothing to train on ({len(distinct)} distinct prompts); "
+            "lower it or add prompts"
+        )
+    chosen = {distinct[i] for i in _permutation(seed, 0, len(distinct))[:count]}
+    train = [row for key, row in zip(keys, rows, strict=True) if key not in chosen]
+    return train, [row for key, row in zip(keys, rows, strict=True) if key in chosen]
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The order of one epoch, [size] int64. Raw PCG64 output: the part of numpy that never changes with its version."""
+    keys = np.random.PCG64([seed, epoch]).random_raw(size)
+    return np.argsort(keys, kind="stable")
+
+
+def _parse(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{where}: not valid JSON ({error.msg} at column {error.colno}); write one object a line"
+        ) from None
+    _check_row(row, where)
+    return row
+
+
+def _check_row(row: Any, where: str) -> None:
+    if not isinstance(row, dict):
+        raise ConfigError(f'{where}: is a {type(row).__name__}; must be an object with "prompt"')
+    if "prompt" not in row:
+        raise ConfigError(f'{where}: has no "prompt" (it has: {", ".join(row) or "nothing"}); add it')
+    prompt = row["prompt"]
+    if isinstance(prompt, list):
+        fine = all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in prompt)
+    else:
+        fine = isinstance(prompt, str)
+    if not fine:
+        raise ConfigError(f'{where}: "prompt" must be a string, or a list of messages with "role" and "content"')
+    if not prompt:
+        raise ConfigError(f'{where}: "prompt" is empty; write one or remove the row')
+
+
+def _tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> list[list[int]]:
+    for index, row in enumerate(rows):
+        _check_row(row, f"data: row {index}")
+        if isinstance(row["prompt"], list) and not chat_template:
+            raise ConfigError(f"data: row {index} is a list of chat messages; set data.chat_template=true")
+    if not chat_template:
+        return tokenizer([row["prompt"] for row in rows])["input_ids"]
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "data.chat_template = true: this model's tokenizer has no chat template; set data.chat_template=false"
+        )
+    # The template writes the special tokens itself, so the tokenizer must not add its own.
+    return tokenizer([_render(row["prompt"], tokenizer) for row in rows], add_special_tokens=False)["input_ids"]
+
+
+def _render(prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert isinstance(text, str)
+    return text
+
+
+def _check_lengths(ids: Sequence[Sequence[int]], limit: int | None) -> None:
+    empty = [index for index, tokens in enumerate(ids) if not tokens]
+    if empty:
+        raise ConfigError(f"data: {len(empty)} prompts have no tokens, the first is row {empty[0]}; remove them")
+    if limit is None:
+        return
+    long = [index for index, tokens in enumerate(ids) if len(tokens) > limit]
+    if long:
+        raise ConfigError(
+            f"data.max_prompt_tokens = {limit}: {len(long)} of {len(ids)} prompts are longer, the first is row "
+            f"{long[0]} with {len(ids[long[0]])} tokens; raise it to {max(map(len, ids))} or filter them out"
+        )

@@ -1,0 +1,76 @@
+"""Exact figures where right answers can be listed: probabilities by teacher forcing, nothing is sampled.
+
+With p(y) = pi(y|x), y ending in the stop token, over a prompt's right answers:
+    pass rate = sum p(y)        pass@k = 1 - (1 - pass rate)^k        distinct@k = sum 1 - (1 - p(y))^k
+    coverage  = distinct@k / min(k, number of right answers)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from flowrl_mega.model.generation import Sampling
+from flowrl_mega.model.policy import Policy
+from flowrl_mega.parallel.packing import Sequence, pack, split_by_tokens, split_data_parallel
+from flowrl_mega.rollout.engine import Engine
+
+
+def sequence_logp(policy: Policy, sequences: list[Sequence], temperature: float, budget: int) -> Tensor:
+    """log pi(y|x) [N] float64 by `Sequence.index` (0..N-1), on every rank."""
+    layout = policy.layout
+    total = torch.zeros(len(sequences), dtype=torch.float64, device=layout.device)
+    for group in split_by_tokens(split_data_parallel(sequences, layout.dp)[layout.dp_rank], budget):
+        batch = pack(group, layout.tp if layout.sequence_parallel else 1, layout.device)
+        logp = policy.score(batch, temperature).logp.double()
+        owner = batch.index.repeat_interleave(batch.response_cu_seqlens.diff())
+        total.index_add_(0, owner, logp)
+    if layout.dp > 1:
+        torch.distributed.all_reduce(total, group=layout.dp_group)
+    return total
+
+
+def right_answer_probabilities(
+    policy: Policy, prompts: Seq[list[int]], answers: Seq[Seq[list[int]]], temperature: float = 1.0, budget: int = 16384
+) -> list[Tensor]:
+    """For each prompt, pi(y|x) of its right answers (token ids with the stop token), [number of answers] float64."""
+    pairs = [(prompt, answer) for prompt, right in zip(prompts, answers, strict=True) for answer in right]
+    sequences = [Sequence(i, prompt, answer) for i, (prompt, answer) in enumerate(pairs)]
+    probabilities = sequence_logp(policy, sequences, temperature, budget).exp().cpu()
+    return list(probabilities.split([len(right) for right in answers]))
+
+
+def exact_metrics(probabilities: Seq[Tensor], k: int) -> dict[str, float]:
+    """Means over the prompts of the figures above."""
+    columns: dict[str, list[float]] = {"pass_rate": [], f"pass@{k}": [], "distinct": [], "coverage": []}
+    for p in probabilities:
+        passed = float(p.sum().clamp(max=1.0))
+        distinct = float((1 - (1 - p).clamp(min=0) ** k).sum())
+        columns["pass_rate"].append(passed)
+        columns[f"pass@{k}"].append(1 - (1 - passed) ** k)
+        columns["distinct"].append(distinct)
+        columns["coverage"].append(distinct / min(k, p.numel()))
+    return {name: sum(values) / len(values) for name, values in columns.items()}
+
+
+def spread_metrics(
+    policy: Policy, reference: Policy, engine: Engine, prompts: Seq[list[int]], answers: int, sampling: Sampling, seed: int
+) -> dict[str, float]:
+    """Entropy of whole answers and KL(policy || reference), nats an answer, estimated on sampled answers.
+
+    The sum over a sampled answer of each token's exact entropy has the answer's entropy as its mean (chain rule).
+    """
+    rollouts = engine.generate(list(prompts), answers, sampling, seed)
+    sequences = [Sequence(i, prompts[i // answers], r.response) for i, r in enumerate(rollouts)]
+    layout = policy.layout
+    sums = torch.zeros(2, dtype=torch.float64, device=layout.device)
+    for group in split_by_tokens(split_data_parallel(sequences, layout.dp)[layout.dp_rank], 16384):
+        batch = pack(group, layout.tp if layout.sequence_parallel else 1, layout.device)
+        ours, theirs = (p.score(batch, sampling.temperature) for p in (policy, reference))
+        sums += torch.stack([ours.entropy.double().sum(), (ours.logp.double() - theirs.logp.double()).sum()])
+    if layout.dp > 1:
+        torch.distributed.all_reduce(sums, group=layout.dp_group)
+    entropy, kl = (sums / len(sequences)).tolist()
+    return {"entropy": entropy, "kl": kl}

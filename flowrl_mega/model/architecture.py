@@ -1,0 +1,169 @@
+"""What a Hugging Face config.json says of a model, checked, and as Megatron's TransformerConfig."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from flowrl_mega.config import ConfigError, ModelSettings
+from flowrl_mega.parallel.layout import Layout
+
+SUPPORTED = ("llama", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder with RMSNorm, SwiGLU, grouped-query attention and rotary positions."""
+
+    model_type: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    max_positions: int
+    norm_eps: float
+    init_std: float
+    tied: bool
+    qkv_bias: bool
+    qk_norm: bool
+    inv_freq: torch.Tensor  # [head_dim / 2] fp32, rope scaling applied
+
+    def padded_vocab(self, tp: int) -> int:
+        return -(-self.vocab // tp) * tp
+
+
+def read_architecture(path: str | Path) -> Architecture:
+    """The architecture of a Hugging Face folder; refuses what the policy would compute differently."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"model.path = {str(path)!r}: holds no config.json; give a Hugging Face model folder")
+    try:
+        model_type = json.loads(file.read_text()).get("model_type")
+    except ValueError as error:
+        raise ConfigError(f"{file}: not valid JSON ({error}); get the model folder again") from None
+    if model_type not in SUPPORTED:
+        raise ConfigError(f"{file}: model_type = {model_type!r} is not supported; one of {', '.join(SUPPORTED)} is")
+    hf = AutoConfig.from_pretrained(path)
+    _refuse_unsupported(hf, file)
+    rope_type = (hf.rope_parameters or {}).get("rope_type", "default")
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    return Architecture(
+        model_type=model_type,
+        layers=hf.num_hidden_layers,
+        hidden=hf.hidden_size,
+        heads=hf.num_attention_heads,
+        kv_heads=hf.num_key_value_heads,
+        head_dim=head_dim,
+        ffn=hf.intermediate_size,
+        vocab=hf.vocab_size,
+        max_positions=hf.max_position_embeddings,
+        norm_eps=hf.rms_norm_eps,
+        init_std=hf.initializer_range,
+        tied=hf.tie_word_embeddings,
+        qkv_bias=model_type == "qwen2" or getattr(hf, "attention_bias", False),
+        qk_norm=model_type == "qwen3",
+        inv_freq=_inverse_frequencies(hf, rope_type, head_dim),
+    )
+
+
+def _inverse_frequencies(hf: Any, rope_type: str, head_dim: int) -> torch.Tensor:
+    if rope_type == "default":
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        return 1.0 / hf.rope_parameters["rope_theta"] ** exponent
+    return ROPE_INIT_FUNCTIONS[rope_type](hf, "cpu")[0].float()
+
+
+def _refuse_unsupported(hf: Any, file: Path) -> None:
+    rope_type = (hf.rope_parameters or {}).get("rope_type", "default")
+    wrong = {
+        "hidden_act": (hf.hidden_act, hf.hidden_act != "silu", "silu"),
+        "rope_type": (rope_type, rope_type not in ("default", "linear", "llama3"), "default, linear or llama3"),
+        "use_sliding_window": (True, getattr(hf, "use_sliding_window", False), "false"),
+        "attention_bias": (True, getattr(hf, "attention_bias", False), "false"),
+        "mlp_bias": (True, getattr(hf, "mlp_bias", False), "false"),
+    }
+    for name, (value, bad, fix) in wrong.items():
+        if bad:
+            raise ConfigError(f"{file}: {name} = {value!r} is not supported; {fix} is")
+
+
+def check_layout(arch: Architecture, tp: int) -> None:
+    """Refuse a tensor-parallel size that does not divide the model, before any rank starts."""
+    for name, size in (
+        ("attention heads", arch.heads),
+        ("key-value heads", arch.kv_heads),
+        ("feed-forward size", arch.ffn),
+    ):
+        if size % tp:
+            fits = [n for n in range(1, arch.kv_heads + 1) if not (arch.heads % n or arch.kv_heads % n or arch.ffn % n)]
+            raise ConfigError(
+                f"parallel.tp = {tp}: does not divide the model's {size} {name}; "
+                f"use one of {', '.join(map(str, fits))}"
+            )
+
+
+OWN_FIELDS = {
+    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
+    "tensor_model_parallel_size", "sequence_parallel", "normalization", "layernorm_epsilon", "calculate_per_token_loss",
+}  # fmt: skip
+
+
+def check_megatron(settings: dict[str, Any]) -> None:
+    """Refuse `megatron.*` names that TransformerConfig lacks, or that other settings rule."""
+    from flowrl_mega.config import _nearest  # the one place that words a near miss
+
+    fields = list(TransformerConfig.__dataclass_fields__)
+    for name, value in settings.items():
+        if name not in fields:
+            raise ConfigError(f"megatron.{name}: not a field of TransformerConfig; {_nearest(name, fields)}")
+        if name in OWN_FIELDS:
+            raise ConfigError(f"megatron.{name} = {value!r}: follows from model.path and parallel.*; leave it out")
+
+
+def transformer_config(arch: Architecture, model: ModelSettings, extra: dict[str, Any], layout: Layout) -> Any:
+    """Megatron's configuration of this model in this layout."""
+    dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
+    values: dict[str, Any] = dict(
+        num_layers=arch.layers,
+        hidden_size=arch.hidden,
+        num_attention_heads=arch.heads,
+        num_query_groups=arch.kv_heads,
+        kv_channels=arch.head_dim,
+        ffn_hidden_size=arch.ffn,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_eps,
+        init_method_std=arch.init_std,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        attention_dropout=0.0,  # dropout would make the scored policy another one than the sampled
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=model.dtype == "bf16",
+        calculate_per_token_loss=True,  # the normaliser is ours: the number of sequences in the update
+        bias_activation_fusion=False,  # the local layer spec has no fused kernels
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+    )
+    try:
+        return TransformerConfig(**{**values, **extra})
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ConfigError(f"megatron = {extra!r}: refused by TransformerConfig: {error}") from None

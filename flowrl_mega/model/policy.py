@@ -1,0 +1,115 @@
+"""The policy: Megatron's GPTModel with ONE forward that returns per-token log-probs, entropy and log Z."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from flowrl_mega.config import Config
+from flowrl_mega.model.architecture import Architecture, transformer_config
+from flowrl_mega.model.layers import PackedRotary, PackedRows, local_spec
+from flowrl_mega.model.partition import Kind, build_partition, prompt_mean
+from flowrl_mega.ops import lm_head_logprob
+from flowrl_mega.ops.logprob import Shard
+from flowrl_mega.parallel.layout import Layout
+from flowrl_mega.parallel.packing import PackedBatch
+
+
+class PolicyOutput(NamedTuple):
+    """Of one packed batch of B sequences with R response tokens; sums over a response are the objective's affair."""
+
+    logp: Tensor  # [R] fp32: log pi(y_t | x, y_<t) at the rollout's temperature
+    entropy: Tensor  # [R] fp32, no gradient
+    log_z: Tensor | None  # [B] fp32; None where there is no partition function, or log Z is fixed at 0
+
+
+class Policy(MegatronModule):
+    """GPTModel and the partition function under one roof, so that both are wrapped, optimised and saved together.
+
+    `log_z`: "mlp", "zero", "constant", or None for an objective (or a reference) without a partition function.
+    """
+
+    def __init__(self, arch: Architecture, config: Config, layout: Layout, log_z: Kind | None) -> None:
+        transformer = transformer_config(arch, config.model, config.megatron, layout)
+        super().__init__(transformer)
+        self.arch, self.layout = arch, layout
+        self.logits_budget_bytes = config.model.logits_budget_mb << 20
+        self.gpt = _gpt(arch, transformer, layout)
+        self.model_type = self.gpt.model_type  # Megatron's schedules ask for it
+        self.partition = build_partition(log_z, arch.hidden, config.seed)
+        shard = arch.padded_vocab(layout.tp) // layout.tp
+        start = layout.tp_rank * shard
+        self.shard = Shard(start, max(0, min(shard, arch.vocab - start)))
+
+    def forward(self, batch: PackedBatch, temperature: float = 1.0) -> PolicyOutput:
+        return self.gpt(
+            input_ids=batch.tokens[None],
+            position_ids=batch.position_ids[None],
+            attention_mask=None,
+            packed_seq_params=PackedRows.of(batch),
+            output_processor=self._outputs,
+            output_processor_context=(batch, temperature),
+        )
+
+    def _outputs(
+        self, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, context: Any, **_: Any
+    ) -> PolicyOutput:
+        """hidden_states [T, 1, H] after the final norm, or [T / tp, 1, H] under sequence parallelism."""
+        batch, temperature = context
+        if self.layout.sequence_parallel:
+            # Everything below gives the full gradient on every rank, so backward only has to take its slice.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        hidden = hidden_states.squeeze(1)
+        weight = output_layer.weight if output_weight is None else output_weight
+        head = lm_head_logprob(
+            hidden[batch.response_rows],
+            weight,
+            batch.target,
+            temperature=temperature,
+            shard=self.shard,
+            group=self.layout.tp_group,
+            logits_budget_bytes=self.logits_budget_bytes,
+        )
+        return PolicyOutput(head.logp, head.entropy, self._log_z(hidden, batch))
+
+    def _log_z(self, hidden: Tensor, batch: PackedBatch) -> Tensor | None:
+        if self.partition is None:
+            return None
+        return self.partition(prompt_mean(hidden, batch.prompt_rows, batch.prompt_segment, batch.prompt_lengths))
+
+    @torch.no_grad()
+    def score(self, batch: PackedBatch, temperature: float = 1.0) -> PolicyOutput:
+        """Log-probs without gradient: the old policy's and the reference's."""
+        return self(batch, temperature)
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Megatron's schedules hand the previous pipeline stage's output through this."""
+        self.gpt.set_input_tensor(input_tensor)
+
+
+def _gpt(arch: Architecture, transformer: Any, layout: Layout) -> GPTModel:
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # its deprecation notice
+    gpt = GPTModel(
+        transformer,
+        local_spec(transformer),
+        vocab_size=arch.padded_vocab(layout.tp),
+        max_sequence_length=arch.max_positions,
+        share_embeddings_and_output_weights=arch.tied,
+        position_embedding_type="rope",
+        pg_collection=layout.groups,
+    )
+    gpt.rotary_pos_emb = PackedRotary(arch.inv_freq)
+    return gpt.to(layout.device)
+
+
+def build_reference(arch: Architecture, config: Config, layout: Layout) -> Policy:
+    """A frozen policy without partition function; its weights are loaded like the policy's."""
+    reference = Policy(arch, config, layout, log_z=None)
+    reference.eval()
+    return reference.requires_grad_(False)

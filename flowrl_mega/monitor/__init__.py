@@ -1,0 +1,70 @@
+"""What a run tells the world: the run folder, the console and wandb, behind one `Monitor`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from flowrl_mega.monitor.console import Console
+from flowrl_mega.monitor.run_folder import RunFolder
+from flowrl_mega.monitor.wandb import WandbLog, check_wandb
+
+__all__ = ["Monitor", "RunFolder", "check_wandb"]
+
+
+class Sink(Protocol):
+    """Something that takes a run's numbers."""
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None: ...
+    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class Monitor:
+    """Sends each step's numbers to the run folder, the console and wandb. Made on rank 0 only.
+
+    Steps count from 1; `resume_step` is the last step that is already done (0: a fresh run), and whatever an
+    interrupted run wrote after it is dropped. The console shows the metrics "reward", "tokens_per_second" and
+    "memory_gb" if they are given.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Mapping[str, Any],
+        total_steps: int,
+        resume_step: int = 0,
+        wandb: str = "off",
+        project: str = "flowrl-mega",
+        progress: bool = True,
+    ) -> None:
+        check_wandb(wandb)  # before anything is written
+        self.folder = RunFolder(run_dir)
+        # A run that starts over must also lose the evaluation that its predecessor made before step 1.
+        self.folder.truncate(resume_step if resume_step > 0 else -1)
+        self.folder.write_config(config)
+        self._sinks: list[Sink] = [self.folder]
+        if wandb != "off":
+            self._sinks.append(WandbLog(self.folder.path, config, wandb, project, resume=resume_step > 0))
+        if progress:
+            self._sinks.append(Console(total_steps, resume_step))
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """The metrics of one training step."""
+        for sink in self._sinks:
+            sink.log(step, metrics)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Some of the step's prompts, responses and rewards, to be read by people."""
+        self.folder.samples(step, rows)
+
+    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """The metrics of an evaluation after `step` steps (0: before the first)."""
+        for sink in self._sinks:
+            sink.evaluation(step, metrics)
+
+    def close(self) -> None:
+        """Ends the progress bar and the wandb run; the files are always complete."""
+        for sink in self._sinks:
+            sink.close()

@@ -1,0 +1,189 @@
+"""Pictures of runs: pure functions from data to a PNG file.
+
+`Table` is method -> numbers (the "methods" of summary.json); "<name>_std" next to a number draws its error bar.
+`Curves` is method -> that method's rows of metrics.jsonl or evaluation.jsonl, each with "step".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+Table = Mapping[str, Mapping[str, Any]]
+Curves = Mapping[str, Sequence[Mapping[str, Any]]]
+
+# Okabe and Ito's palette: told apart with every kind of colour blindness. A method looks the same in every picture.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+KNOWN = {"flowrl": PALETTE[0], "grpo": PALETTE[1], "grpo_kl": PALETTE[2]}
+START_COLOUR = "#333333"
+MARKERS = "osD^vPX<>"
+LABELS = {
+    "start": "start",
+    "flowrl": "FlowRL",
+    "grpo": "GRPO",
+    "grpo_kl": "GRPO + KL",
+    "pass_rate": "pass rate",
+    "distinct": "distinct right answers",
+    "kl": "KL to the reference",
+    "log_z": "log Z",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens / s",
+}
+BEHIND_NUMBERS = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # the start line may pass there
+CURVES = ("reward", "entropy", "kl", "loss", "log_z", "grad_norm", "response_length", "tokens_per_second")
+
+
+def training_curves(curves: Curves, path: str | Path, names: Sequence[str] = CURVES) -> None:
+    """One panel for each of `names` that any method logged, a line a method; thin: each step, thick: running mean."""
+    present = [name for name in names if any(_points(rows, name)[0] for rows in curves.values())]
+    if not present:
+        raise ValueError(f"nothing to plot: no row has any of {', '.join(names)}")
+    columns = min(len(present), 3)
+    lines = math.ceil(len(present) / columns)
+    figure = _figure(4.0 * columns, 2.7 * lines + 0.5)
+    for place, name in enumerate(present, start=1):
+        axes = _plain(figure.add_subplot(lines, columns, place), LABELS.get(name, name.replace("_", " ")))
+        axes.set_xlabel("step")
+        for method, rows in curves.items():
+            _curve(axes, rows, name, method, _colours(curves)[_family(method)])
+    _legend_above(figure, figure.axes[0], len(curves))
+    _save(figure, path)
+
+
+def reward_against_diversity(table: Table, path: str | Path) -> None:
+    """Pass rate (up) against distinct right answers (right), a labelled point a method: top right is best.
+
+    Methods named "family setting" ("grpo_kl 0.01") are one family: one colour, joined by a line in the table's order.
+    """
+    figure = _figure(6.4, 4.4)
+    axes = _plain(figure.add_subplot(), "")
+    colours = _colours(table)
+    for family in dict.fromkeys(map(_family, table)):
+        points = [(row["distinct"], row["pass_rate"]) for method, row in table.items() if _family(method) == family]
+        axes.plot(*zip(*points, strict=True), color=colours[family], linewidth=1.2, alpha=0.5)
+    for place, (method, row) in enumerate(table.items()):
+        axes.errorbar(
+            row["distinct"],
+            row["pass_rate"],
+            xerr=row.get("distinct_std"),
+            yerr=row.get("pass_rate_std"),
+            fmt=MARKERS[place % len(MARKERS)],
+            color=colours[_family(method)],
+            label=_label(method),
+            markersize=9,
+            markeredgecolor="white",
+            elinewidth=1.3,
+            capsize=3,
+        )
+    axes.grid(alpha=0.25)
+    axes.set(xlabel="distinct right answers", ylabel="pass rate")
+    axes.margins(0.12)
+    # Points can lie close together, names beside them would overlap: so they stand in a list, with the marker.
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _save(figure, path)
+
+
+def quickstart_figure(summary: Mapping[str, Any], curves: Curves, path: str | Path) -> None:
+    """Left: pass rate and distinct right answers of each method as bars, the start as a dashed line. Right: over time.
+
+    `summary` is summary.json; `curves` rows have "step" and "pass_rate", "distinct" or both.
+    """
+    table: Table = summary["methods"]
+    figure = _figure(9.6, 5.4)
+    for line, name in enumerate(("pass_rate", "distinct")):
+        bars = _plain(figure.add_subplot(2, 2, 2 * line + 1), LABELS[name])
+        _bars(bars, table, name)
+        over_time = _plain(figure.add_subplot(2, 2, 2 * line + 2, sharey=bars), f"{LABELS[name]} during training")
+        for method, rows in curves.items():
+            steps, values = _points(rows, name)
+            over_time.plot(steps, values, color=_colours(table)[_family(method)], label=_label(method), linewidth=2)
+        over_time.axhline(table["start"][name], color=START_COLOUR, linestyle="--", linewidth=1.2, label="start")
+        over_time.set_xlabel("step" if line else "")
+    _legend_above(figure, figure.axes[1], len(curves) + 1)
+    _save(figure, path)
+
+
+def _bars(axes: Axes, table: Table, name: str) -> None:
+    """A bar a method with its number on top; the start is a dashed line behind them."""
+    methods = [method for method in table if method != "start"]
+    values = [table[method][name] for method in methods]
+    bars = axes.bar(
+        [_label(method) for method in methods],
+        values,
+        width=0.6,
+        color=[_colours(table)[_family(method)] for method in methods],
+        yerr=[table[method].get(f"{name}_std", 0.0) for method in methods] if _has_std(table, name) else None,
+        capsize=3,
+    )
+    axes.bar_label(bars, fmt="%.3g" if max(values) >= 1.5 else "%.2f", padding=3, fontsize=9, bbox=BEHIND_NUMBERS)
+    axes.axhline(table["start"][name], color=START_COLOUR, linestyle="--", linewidth=1.2)
+    axes.set_ylim(0, 1.18 * max([*values, table["start"][name]]))
+
+
+def _has_std(table: Table, name: str) -> bool:
+    return any(f"{name}_std" in row for row in table.values())
+
+
+def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, method: str, colour: str) -> None:
+    steps, values = _points(rows, name)
+    axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
+    axes.plot(steps, _running_mean(values, len(values) // 40), color=colour, linewidth=2, label=_label(method))
+
+
+def _points(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the rows that have a number (a non-finite one was written as null) under `name`."""
+    kept = [(row["step"], float(row[name])) for row in rows if row.get(name) is not None]
+    return [step for step, _ in kept], [value for _, value in kept]
+
+
+def _running_mean(values: Sequence[float], reach: int) -> list[float]:
+    """Mean of the values within `reach` places of each point (fewer at both ends)."""
+    spans = [values[max(0, place - reach) : place + reach + 1] for place in range(len(values))]
+    return [sum(span) / len(span) for span in spans]
+
+
+def _colours(methods: Iterable[str]) -> dict[str, str]:
+    """A colour a family: fixed for the known ones, the rest of the palette in turn for others."""
+    fixed = {**KNOWN, "start": START_COLOUR}
+    free = [colour for colour in PALETTE if colour not in KNOWN.values()]
+    others = [family for family in dict.fromkeys(map(_family, methods)) if family not in fixed]
+    return {**fixed, **{family: free[place % len(free)] for place, family in enumerate(others)}}
+
+
+def _family(method: str) -> str:
+    return method.partition(" ")[0]
+
+
+def _label(method: str) -> str:
+    family, space, setting = method.partition(" ")
+    return LABELS.get(family, family) + space + setting
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure of inches that knows no screen: it works the same on a machine without a display."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _plain(axes: Axes, title: str) -> Axes:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, fontsize=10.5, loc="left")
+    axes.tick_params(labelsize=9)
+    return axes
+
+
+def _legend_above(figure: Figure, axes: Axes, columns: int) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(columns, 6), frameon=False)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

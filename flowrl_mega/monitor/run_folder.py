@@ -1,0 +1,105 @@
+"""The run folder: config.yaml, metrics.jsonl and evaluation.jsonl (one object a step), samples.jsonl (one a sample)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flowrl_mega.config import ConfigError
+
+METRICS, EVALUATION, SAMPLES = "metrics.jsonl", "evaluation.jsonl", "samples.jsonl"
+
+
+class RunFolder:
+    """Writes a run's records, each flushed as it comes, so that a kill loses at most the line being written.
+
+    Numbers are written so that they read back as the very same floats. NaN and infinities, which JSON lacks, become
+    null: the files stay readable by every tool, and equal runs compare equal.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir = {self.path}: cannot be made ({error.strerror}); choose a folder that can be written"
+            ) from None
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        _replace(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._append(METRICS, [{"step": step, **metrics}])
+
+    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._append(EVALUATION, [{"step": step, **metrics}])
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._append(SAMPLES, [{"step": step, **row} for row in rows])
+
+    def close(self) -> None:
+        """Nothing is held open between steps."""
+
+    def read(self, name: str) -> list[dict[str, Any]]:
+        """The complete records of one file, in order; none if it does not exist yet."""
+        path = self.path / name
+        return _parse(path, path.read_text(encoding="utf-8")) if path.exists() else []
+
+    def truncate(self, step: int) -> None:
+        """Drops every record of a later step, and a last line that a killed run left half-written."""
+        for name in (METRICS, EVALUATION, SAMPLES):
+            kept = [record for record in self.read(name) if record["step"] <= step]
+            if (self.path / name).exists():
+                _replace(self.path / name, _lines(kept))
+
+    def _append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
+        with open(self.path / name, "a", encoding="utf-8") as file:
+            file.write(_lines(records))
+
+
+def _lines(records: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+
+
+def _plain(value: Any) -> Any:
+    """`value` in JSON's own types; arrays and tensors (any `tolist`) become numbers or lists."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value if isinstance(value, (str, int)) or value is None else str(value)
+
+
+def _parse(path: Path, text: str) -> list[dict[str, Any]]:
+    lines = text.split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.extend([json.loads(line)] if line else [])
+        except json.JSONDecodeError:
+            if number < len(lines):  # a half-written record is the last and has no line end
+                raise ConfigError(
+                    f"{path}, line {number}: not valid JSON; remove this line, or the whole file"
+                ) from None
+    return records
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes the whole file or nothing."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

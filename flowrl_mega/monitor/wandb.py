@@ -1,0 +1,72 @@
+"""Weights & Biases, imported only when it is switched on. Its files lie in the run folder, under wandb/."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flowrl_mega.config import ConfigError
+
+MODES = ("off", "offline", "online")
+
+
+def check_wandb(mode: str) -> None:
+    """ConfigError if `mode` is unknown or needs a wandb that is not installed."""
+    if mode not in MODES:
+        raise ConfigError(f"monitor.wandb = {mode!r}: must be one of {', '.join(MODES)}")
+    if mode == "off":
+        return
+    try:
+        import wandb  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"monitor.wandb = {mode}: wandb cannot be imported ({error}); pip install wandb, or set monitor.wandb=off"
+        ) from None
+
+
+class WandbLog:
+    """One wandb run. A resumed run goes on under the id that the first one stored in the run folder."""
+
+    def __init__(self, run_dir: Path, config: Mapping[str, Any], mode: str, project: str, resume: bool) -> None:
+        check_wandb(mode)
+        import wandb
+
+        try:
+            self._run = wandb.init(
+                mode="offline" if mode == "offline" else "online",
+                project=project,
+                dir=str(run_dir),
+                name=run_dir.resolve().name,
+                config=dict(config),
+                id=_run_id(run_dir, resume),
+                resume="allow",
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.Error as error:
+            raise ConfigError(
+                f"monitor.wandb = {mode}: wandb does not start ({error}); "
+                "run `wandb login`, or set monitor.wandb=offline"
+            ) from error
+        # Our own step is the axis: wandb's only ever grows, and would refuse the steps that a resumed run repeats.
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._run.log({"step": step, **metrics})
+
+    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._run.log({"step": step, **{f"evaluation/{name}": value for name, value in metrics.items()}})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _run_id(run_dir: Path, resume: bool) -> str:
+    """The stored id when resuming, else a new one, stored."""
+    path = run_dir / "wandb" / "run_id.txt"
+    if resume and path.exists():
+        return path.read_text().strip()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(uuid.uuid4().hex[:8] + "\n")
+    return path.read_text().strip()

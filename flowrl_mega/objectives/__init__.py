@@ -1,0 +1,38 @@
+"""Training objectives: pure functions from per-token log-probs to a loss.
+
+Adding one is one file and one line: subclass `Objective` in its own module (settings as fields, `credit`, `loss`),
+then name it in REGISTRY. The trainer asks the objective what it needs (`needs_reference`, `log_z`) and nothing else.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any
+
+from flowrl_mega.config import ConfigError, validated
+from flowrl_mega.objectives.common import LossOutput, Objective, Sequences
+from flowrl_mega.objectives.flowrl import FlowRL
+from flowrl_mega.objectives.grpo import GRPO
+
+__all__ = ["GRPO", "REGISTRY", "FlowRL", "LossOutput", "Objective", "Sequences", "build"]
+
+REGISTRY: dict[str, type[Objective]] = {
+    "flowrl": FlowRL,
+    "grpo": GRPO,
+}
+
+
+def build(section: dict[str, Any]) -> Objective:
+    """The objective that a config's `objective` section describes.
+
+    Raises ConfigError for an unknown name, field or value; the message names it, the fix and the nearest known name.
+    """
+    known = ", ".join(REGISTRY)
+    if not isinstance(section, dict) or "name" not in section:
+        raise ConfigError(f"objective.name: missing; set it to one of: {known}")
+    name = str(section["name"])
+    if name not in REGISTRY:
+        near = get_close_matches(name.lower(), REGISTRY, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"objective.name = {name!r}: no such objective; {hint}known: {known}")
+    return validated(REGISTRY[name], section, "objective")

@@ -1,0 +1,134 @@
+"""What every objective shares: its input, its output, its base class, and sums over packed sequences.
+
+Shapes: B sequences (responses) in a micro-batch, T response tokens in all, N responses in a whole step.
+Log-probabilities are in nats. A token's value belongs to sequence b when cu_seqlens[b] <= t < cu_seqlens[b + 1].
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flowrl_mega.config import Settings
+
+LogZ = Literal["mlp", "zero", "constant"]
+
+STD_EPS = 1e-6  # added to a group's standard deviation, as the authors' code does
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """One micro-batch of B responses, packed: T response tokens in all, prompts left out.
+
+    All log-probs are of the rollout distribution, log_softmax(logits / temperature), and scored by the trainer:
+    `old_logp` never comes from the rollout engine.
+    """
+
+    logp: Tensor  # [T] log pi_theta(y_t), with gradient
+    old_logp: Tensor  # [T] log pi_old(y_t)
+    ref_logp: Tensor | None  # [T] log pi_ref(y_t); None when the objective needs no reference
+    log_z: Tensor | None  # [B] log Z_phi(x), with gradient; None when there is no partition function or log Z = 0
+    cu_seqlens: Tensor  # [B + 1] int64, starts at 0 and ends at T
+    credit: Tensor  # [B] what `Objective.credit` gave these responses
+
+    def __post_init__(self) -> None:
+        tokens, batch = self.logp.shape, self.credit.shape
+        assert self.logp.dim() == 1 and self.credit.dim() == 1, "logp is [T] and credit [B]"
+        assert self.old_logp.shape == tokens, f"old_logp {tuple(self.old_logp.shape)} is not [T] {tuple(tokens)}"
+        assert self.ref_logp is None or self.ref_logp.shape == tokens, "ref_logp is not [T]"
+        assert self.log_z is None or self.log_z.shape == batch, "log_z is not [B]"
+        assert self.cu_seqlens.shape == (batch[0] + 1,), "cu_seqlens is not [B + 1]"
+        ends = self.cu_seqlens.tolist()
+        assert ends[0] == 0 and ends[-1] == tokens[0], f"cu_seqlens spans {ends[0]}..{ends[-1]}, not 0..{tokens[0]}"
+        # 1/|y| needs a token, and an empty answer still has its end token.
+        assert all(a < b for a, b in pairwise(ends)), "every response has at least one token"
+
+    @property
+    def length(self) -> Tensor:
+        """|y|, [B] int64."""
+        return self.cu_seqlens.diff()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Per-sequence sums, [T] -> [B] float64."""
+        return segment_sum(values, self.cu_seqlens)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Per-sequence token means, [T] -> [B] float64."""
+        return self.sum(values) / self.length
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """Each sequence's value at each of its tokens, [B] -> [T]."""
+        return values.repeat_interleave(self.length, output_size=self.logp.numel())
+
+    def log_ratio(self) -> Tensor:
+        """d_t = log pi_theta(y_t) - log pi_old(y_t), [T] float64, with gradient."""
+        return self.logp.double() - self.old_logp.double()
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """An objective's answer for one micro-batch."""
+
+    loss_sum: Tensor  # 0-dim float64, the SUM over sequences; the trainer divides once, by the step's sequence count
+    count: int  # B
+    metrics: dict[str, Tensor]  # each [B], detached; logged as the step's mean, or its maximum when named "max_..."
+
+
+class Objective(Settings):
+    """Base of all objectives: settings, plus two pure functions. No Megatron and no torch.distributed in here."""
+
+    name: str
+
+    @property
+    @abstractmethod
+    def needs_reference(self) -> bool:
+        """Whether `Sequences.ref_logp` must be given."""
+
+    @property
+    @abstractmethod
+    def log_z(self) -> LogZ | None:
+        """Which partition function to build; None when the objective has none. `Sequences.log_z` is given for
+        "mlp" and "constant", and None otherwise."""
+
+    @abstractmethod
+    def credit(self, rewards: Tensor, group: Tensor) -> Tensor:
+        """Rewards [N] to credits [N] float64; called once a step on the whole batch. group [N] int64 names each
+        response's prompt: any ids, any order, groups of any size."""
+
+    @abstractmethod
+    def loss(self, s: Sequences) -> LossOutput:
+        """The loss of one micro-batch, summed over its sequences."""
+
+
+def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sums of packed values [T] over the B sequences of cu_seqlens [B + 1]: [B] float64, differentiable.
+
+    In float64 because sums of log-ratios nearly cancel: over 8192 tokens float32 loses what the clip at 1 +- eps sees.
+    """
+    lengths = cu_seqlens.diff()
+    rows = torch.arange(lengths.numel(), device=values.device)
+    row_of_token = rows.repeat_interleave(lengths, output_size=values.numel())
+    sums = torch.zeros(lengths.numel(), dtype=torch.float64, device=values.device)
+    return sums.index_add(0, row_of_token, values.double())
+
+
+def group_normalise(rewards: Tensor, group: Tensor) -> Tensor:
+    """(r - mean_group) / (std_group + 1e-6), unbiased std; a group of one has mean 0 and std 1. [N] -> [N] float64.
+
+    Source: FlowRL's r_hat and GRPO's advantage, as the authors' code computes both. A uniform group gives 0.
+    """
+    assert rewards.shape == group.shape and rewards.dim() == 1, "rewards and group are both [N]"
+    r = rewards.double()
+    _, row = torch.unique(group, return_inverse=True)
+    size = torch.bincount(row).double()
+    alone = size == 1
+    mean = (r.new_zeros(size.shape).index_add(0, row, r) / size).masked_fill(alone, 0.0)
+    centred = r - mean[row]
+    variance = r.new_zeros(size.shape).index_add(0, row, centred.square()) / (size - 1).clamp(min=1)
+    std = variance.sqrt().masked_fill(alone, 1.0)
+    return centred / (std[row] + STD_EPS)

@@ -1,0 +1,92 @@
+"""Which rank does what: process groups of the tensor- and data-parallel layout, and the rank's device."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from flowrl_mega.config import ConfigError, ParallelSettings
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The place of this process in the job."""
+
+    rank: int
+    world: int
+    tp: int
+    tp_rank: int
+    dp: int
+    dp_rank: int
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    groups: ProcessGroupCollection
+    device: torch.device
+    sequence_parallel: bool
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        """Every rank's `item`, by rank."""
+        items: list[Any] = [None] * self.world
+        dist.all_gather_object(items, item)
+        return items
+
+
+def world_size(settings: ParallelSettings) -> int:
+    """The ranks that the settings ask for when nobody has started any."""
+    return settings.tp * (settings.dp or 1)
+
+
+def check_world(settings: ParallelSettings, world: int) -> None:
+    """Refuse a number of ranks that the layout does not divide."""
+    if world % settings.tp:
+        raise ConfigError(f"parallel.tp = {settings.tp}: does not divide the {world} ranks started; take a divisor")
+    if settings.dp is not None and settings.tp * settings.dp != world:
+        raise ConfigError(
+            f"parallel.tp x parallel.dp = {settings.tp} x {settings.dp}: {world} ranks were started; "
+            f"start {settings.tp * settings.dp}, or leave parallel.dp out"
+        )
+    if settings.sequence_parallel and settings.tp == 1:
+        raise ConfigError("parallel.sequence_parallel = True: needs parallel.tp of at least 2")
+
+
+def init(settings: ParallelSettings, seed: int) -> Layout:
+    """Join the job described by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (as torchrun sets them)."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout_s))
+    check_world(settings, dist.get_world_size())
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=settings.tp)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Layout(
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        tp=settings.tp,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        dp=parallel_state.get_data_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        device=device,
+        sequence_parallel=settings.sequence_parallel,
+    )
+
+
+def shutdown() -> None:
+    """Leave the job."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,80 @@
+"""Megatron's data-parallel wrapper, optimizer and learning-rate schedule, and one safe update."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from flowrl_mega.config import OptimizerSettings
+
+
+def wrap(model: Any) -> DistributedDataParallel:
+    """The model with one fp32 gradient buffer, summed over the data-parallel ranks once an update."""
+    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
+    return DistributedDataParallel(model.config, config, model)
+
+
+class Optimizer:
+    """AdamW behind Megatron's optimizer, with linear warm-up, then a constant rate; non-finite updates are skipped.
+
+    `updates` counts the updates that were made, `skipped` those refused for a non-finite loss or gradient.
+    """
+
+    def __init__(self, model: DistributedDataParallel, settings: OptimizerSettings, bf16: bool) -> None:
+        self.model, self.settings = model, settings
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_eps=settings.eps,
+            clip_grad=settings.clip_grad,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=False,
+        )
+        overrides = get_standard_config_overrides(config)
+        if settings.log_z_lr is not None:
+            overrides[ParamKey(name="*partition.*")] = {"max_lr": settings.log_z_lr, "min_lr": settings.log_z_lr}
+        self.inner = get_megatron_optimizer(config, [model], config_overrides=overrides)
+        self.schedule = OptimizerParamScheduler(
+            self.inner,
+            init_lr=0.0,
+            max_lr=settings.lr,
+            min_lr=settings.lr,
+            lr_warmup_steps=settings.warmup_steps,
+            lr_decay_steps=settings.warmup_steps + 1,
+            lr_decay_style="constant",
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
+            wd_incr_steps=1,
+            wd_incr_style="constant",
+        )
+        self.updates = self.skipped = 0
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad_buffer()
+        self.inner.zero_grad()
+
+    def step(self, loss_is_finite: bool) -> dict[str, float]:
+        """Clip and apply the gradients in the buffer, unless loss or gradient norm is not finite."""
+        found_inf = self.inner.prepare_grads()
+        norm = float(self.inner.get_grad_norm())
+        if found_inf or not loss_is_finite or not math.isfinite(norm):
+            self.skipped += 1
+            return {"grad_norm": norm, "skipped_updates": float(self.skipped)}
+        if self.settings.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(self.inner.get_parameters(), self.settings.clip_grad, norm)
+        self.schedule.step(increment=1)
+        self.inner.step_with_ready_grads()
+        self.updates += 1
+        return {"grad_norm": norm, "lr": self.inner.param_groups[0]["lr"], "skipped_updates": float(self.skipped)}

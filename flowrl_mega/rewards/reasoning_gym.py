@@ -1,0 +1,51 @@
+"""Rewards from reasoning-gym's own scorers, for rows made by `flowrl_mega.data.reasoning_gym.make_rows`.
+
+In a YAML: `reward: flowrl_mega.rewards.reasoning_gym:score`. The scorers run in this process, and a few of them (e.g. countdown,
+binary_matrix) evaluate the answer as an expression: for those train inside a sandbox.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+from ..config import ConfigError
+
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+
+
+def score(row: dict[str, Any], response: str) -> tuple[float, str]:
+    """(reward in [0, 1], why). The reward is the library's score of the answer that `extract` finds in `response` (decoded text)."""
+    answer, source = extract(response, row["answer"])
+    if answer is None:
+        return 0.0, "no answer found"
+    reward = float(_scorer(row["task"])(answer, row["entry"]))
+    return reward, f"{source} {answer[:80]!r}, right: {str(row['answer'])[:80]!r}"
+
+
+def extract(response: str, right_answer: str | None) -> tuple[str | None, str]:
+    """The answer inside a response and where it was found. The first that applies:
+
+    1. the last `<answer>...</answer>`, the library's own format;
+    2. the last number, when the right answer is a number ("3 + 4 = 7." gives 7; thousands separators are dropped);
+    3. the whole response without white space around it.
+    """
+    from reasoning_gym.utils import extract_answer
+
+    tagged = extract_answer(response)
+    if tagged is not None:
+        return tagged, "tag"
+    if right_answer is not None and NUMBER.fullmatch(right_answer):
+        numbers = NUMBER.findall(response)
+        return (numbers[-1].replace(",", ""), "number") if numbers else (None, "number")
+    return response.strip() or None, "text"
+
+
+@functools.cache
+def _scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
+    """The library's scorer of `task`, built once: some tasks load a word list for it."""
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise ConfigError("reasoning-gym is not installed; fix: pip install flowrl-mega[example]") from error
+    return reasoning_gym.get_score_answer_fn(task)

@@ -1,0 +1,40 @@
+"""Fixtures that more than one test file uses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests import their helpers (rank_pool, tiny_models) by name
+
+from rank_pool import RankPool  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--data", default=None, help="folder of real data (make test DATA=DIR)")
+
+
+@pytest.fixture(scope="session")
+def ranks2() -> Iterator[RankPool]:
+    """Two gloo ranks that stay up for the session."""
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def ranks1() -> Iterator[RankPool]:
+    """A job of one rank, in a process of its own so that pytest's stays free of process groups."""
+    pool = RankPool(1)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_models import make
+
+    return make("llama", tmp_path_factory.mktemp("llama"))

@@ -1,0 +1,146 @@
+"""Prompts: what is read, what is refused, and in which order prompts are served."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from flowrl_mega.config import ConfigError
+from flowrl_mega.data.prompts import PromptStore, read_jsonl, split
+from flowrl_mega.data.tokenizer import char_tokenizer
+
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer():
+    return char_tokenizer("0123456789:<>abcdefghijklmnopqrstuvwxyz ")
+
+
+def numbered(count):
+    return [{"prompt": f"{n:03d}:", "answer": n} for n in range(count)]
+
+
+def test_each_epoch_serves_every_prompt_once(tokenizer):
+    """The stream is a sequence of permutations: nothing repeats or is lost within an epoch, and epochs differ."""
+    store = PromptStore(numbered(50), tokenizer)
+    epochs = [[p.index for p in store.take(start, 50, seed=3)] for start in (0, 50, 100)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert epochs[0] != list(range(50))
+
+
+def test_a_resumed_stream_equals_an_uninterrupted_one(tokenizer):
+    """Only the position is saved in a checkpoint: any cut into calls, on a new store, must give the same stream."""
+    whole = [p.index for p in PromptStore(numbered(7), tokenizer).take(0, 40, seed=5)]
+    parts: list[int] = []
+    for size in (1, 6, 10, 3, 20):
+        parts += [p.index for p in PromptStore(numbered(7), tokenizer).take(len(parts), size, seed=5)]
+    assert parts == whole
+    assert whole != [p.index for p in PromptStore(numbered(7), tokenizer).take(0, 40, seed=6)]
+
+
+def test_the_order_never_changes_between_versions(tokenizer):
+    """A fixed seed gives a recorded order: a change would silently break the resume of older checkpoints."""
+    store = PromptStore(numbered(8), tokenizer)
+    assert [p.index for p in store.take(0, 16, seed=0)] == [3, 2, 1, 6, 0, 7, 4, 5, 7, 4, 5, 1, 6, 2, 0, 3]
+
+
+def test_prompts_carry_their_ids_and_their_row(tokenizer):
+    """The reward gets the row as it was, extra keys and all; the ids are the tokenizer's."""
+    row = {"prompt": "012:", "answer": 12, "source": {"book": "x"}}
+    (prompt,) = PromptStore([row], tokenizer).take(0, 1, seed=0)
+    assert prompt.row == row
+    assert prompt.token_ids == [2, 3, 4, 12]  # <pad> and <eos> come first
+
+
+def test_chat_template_wraps_strings_and_takes_messages(tokenizer):
+    """A string and the same text as one user message must reach the model identically, with the generation prompt."""
+    tokenizer.chat_template = TEMPLATE
+    rows = [
+        {"prompt": "hi"},
+        {"prompt": [{"role": "user", "content": "hi"}]},
+        {"prompt": [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}]},
+    ]
+    texts = [tokenizer.decode(p.token_ids) for p in PromptStore(rows, tokenizer, chat_template=True).prompts]
+    assert texts == ["<user>hi<assistant>", "<user>hi<assistant>", "<system>be<user>hi<assistant>"]
+    with pytest.raises(ConfigError, match=r"row 1 is a list of chat messages; set data.chat_template=true"):
+        PromptStore(rows, tokenizer, chat_template=False)
+
+
+def test_chat_template_needs_one(tokenizer):
+    """A base model's tokenizer has no template: that is a setting to correct, not a traceback."""
+    with pytest.raises(ConfigError, match=r"data.chat_template = true: .*no chat template"):
+        PromptStore([{"prompt": "hi"}], tokenizer, chat_template=True)
+
+
+def test_long_prompts_are_refused(tokenizer):
+    """Cutting a prompt would change the task silently, so the message says how many are too long and which is first."""
+    rows = [{"prompt": "a" * n} for n in (3, 6, 5, 9)]
+    assert len(PromptStore(rows, tokenizer, max_prompt_tokens=9)) == 4
+    with pytest.raises(ConfigError, match=r"max_prompt_tokens = 5: 2 of 4 .* row 1 with 6 tokens; raise it to 9"):
+        PromptStore(rows, tokenizer, max_prompt_tokens=5)
+
+
+def test_jsonl_reads_what_json_writes(tokenizer, tmp_path):
+    """Separators that Unicode calls line ends, a byte order mark and blank lines occur in real files."""
+    rows = [{"prompt": "one\u2028two\x85three", "k": 1}, {"prompt": [{"role": "user", "content": "x"}]}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8-sig")
+    assert read_jsonl(path) == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": "a"}\n{"prompt": \n', r"line 2: not valid JSON"),
+        ('\n{"question": "a"}\n', r'line 2: has no "prompt" \(it has: question\)'),
+        ('{"prompt": 3}\n', r'line 1: "prompt" must be a string'),
+        ('{"prompt": [{"role": "user"}]}\n', r'line 1: "prompt" must be .* messages with "role" and "content"'),
+        ('{"prompt": ""}\n', r'line 1: "prompt" is empty'),
+        ("[1]\n", r"line 1: is a list; must be an object"),
+        ("\n", r"holds no rows"),
+    ],
+)
+def test_bad_jsonl_names_file_line_and_fix(tmp_path, content, message):
+    """Each mistake in a user's file is found before training and located."""
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_jsonl(path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_or_binary_file(tmp_path):
+    """No file, a folder and a file that is not text give one message each."""
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    for name in ("none.jsonl", "", "binary.jsonl"):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            read_jsonl(tmp_path / name)
+
+
+def test_split_keeps_equal_prompts_together():
+    """A prompt that occurs twice must not be trained on and held out at once: evaluation would measure memory."""
+    rows = [{"prompt": f"{n % 40}:", "k": n} for n in range(100)]
+    train, held_out = split(rows, 0.25, seed=1)
+    assert not {r["prompt"] for r in train} & {r["prompt"] for r in held_out}
+    assert len({r["prompt"] for r in held_out}) == 10
+    assert Counter(r["k"] for r in train + held_out) == Counter(range(100))
+    assert split(rows, 0.25, seed=1) == (train, held_out)
+    assert split(rows, 0.25, seed=2)[1] != held_out
+
+
+def test_split_by_file_and_by_extremes(tmp_path):
+    """A file is held out as it is; a tiny fraction still holds out a prompt; one that leaves no training is refused."""
+    rows = numbered(3)
+    (tmp_path / "held.jsonl").write_text('{"prompt": "z"}\n')
+    assert split(rows, str(tmp_path / "held.jsonl"), seed=0) == (rows, [{"prompt": "z"}])
+    assert split(rows, None, seed=0) == (rows, [])
+    assert len(split(rows, 0.01, seed=0)[1]) == 1
+    with pytest.raises(ConfigError, match=r"data.held_out = 0.9: leaves nothing to train on"):
+        split(rows, 0.9, seed=0)
+    with pytest.raises(ConfigError, match=r"data.held_out = 1.5"):
+        split(rows, 1.5, seed=0)

@@ -1,0 +1,115 @@
+"""The pictures: right data in the right place (checked on the drawn objects), and a PNG of the expected size."""
+
+import matplotlib.image
+import pytest
+from matplotlib.figure import Figure
+
+from flowrl_mega.monitor import plots
+
+TABLE = {
+    "start": {"pass_rate": 0.5, "distinct": 9.0},
+    "grpo": {"pass_rate": 0.95, "distinct": 4.7, "distinct_std": 0.4},
+    "grpo_kl 0.1": {"pass_rate": 0.7, "distinct": 12.0},
+    "grpo_kl 0.2": {"pass_rate": 0.6, "distinct": 11.0},
+    "flowrl": {"pass_rate": 0.92, "distinct": 14.8, "distinct_std": 0.6},
+}
+CURVES = {
+    "grpo": [{"step": s, "reward": s / 9, "pass_rate": s / 9, "distinct": 9 - s} for s in range(9)],
+    "flowrl": [{"step": s, "reward": None if s == 4 else s / 8, "log_z": s, "pass_rate": s / 8} for s in range(9)],
+}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved."""
+    figures: list[Figure] = []
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    return figures
+
+
+def assert_picture(path):
+    pixels = matplotlib.image.imread(path)
+    assert min(pixels.shape[:2]) > 300
+    assert pixels.std() > 0.02  # not blank
+
+
+def assert_no_overlaps(figure):
+    """Titles, axis names, tick labels and legends of a picture for the README must not cover each other."""
+    figure.canvas.draw()
+    parts = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+    for axes in figure.axes:
+        parts += [*axes.texts, axes._left_title, axes.xaxis.label, axes.yaxis.label]
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = axis.get_view_interval()
+            parts += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    boxes = [part.get_window_extent() for part in parts if getattr(part, "get_text", lambda: "legend")()]
+    clashes = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+    assert not clashes
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+
+
+def test_training_curves_draws_what_was_logged(drawn, tmp_path):
+    """One panel a metric that occurs; a null (a skipped step) is left out instead of drawn as zero."""
+    plots.training_curves(CURVES, tmp_path / "new" / "curves.png")
+    (figure,) = drawn
+    reward, log_z = figure.axes
+    assert log_z.get_title(loc="left") == "log Z"
+    raw = [line for line in reward.lines if line.get_alpha()]
+    assert list(raw[0].get_ydata()) == [s / 9 for s in range(9)]
+    assert list(raw[1].get_xdata()) == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert_no_overlaps(figure)
+    assert_picture(tmp_path / "new" / "curves.png")
+
+
+def test_training_curves_refuses_to_draw_nothing(tmp_path):
+    """An empty picture in a report would look like a result."""
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plots.training_curves({"grpo": [{"step": 1, "reward": None}]}, tmp_path / "curves.png")
+
+
+def test_running_mean_is_the_mean():
+    """Against hand-counted windows; both ends use what there is."""
+    assert plots._running_mean([1.0, 2.0, 6.0, 3.0], 1) == [1.5, 3.0, 11 / 3, 4.5]
+    assert plots._running_mean([1.0, 2.0], 0) == [1.0, 2.0]
+
+
+def test_reward_against_diversity_places_and_names_each_method(drawn, tmp_path):
+    """Distinct answers to the right, pass rate up; error bars where given; a sweep shares its colour and a line."""
+    plots.reward_against_diversity(TABLE, tmp_path / "scatter.png")
+    (figure,) = drawn
+    (axes,) = figure.axes
+    points = {bars.get_label(): bars.lines[0] for bars in axes.containers}
+    assert list(points) == ["start", "GRPO", "GRPO + KL 0.1", "GRPO + KL 0.2", "FlowRL"]
+    assert [(p.get_xdata()[0], p.get_ydata()[0]) for p in points.values()] == [
+        (row["distinct"], row["pass_rate"]) for row in TABLE.values()
+    ]
+    assert [bars.has_xerr for bars in axes.containers] == [False, True, False, False, True]
+    assert points["GRPO + KL 0.1"].get_color() == points["GRPO + KL 0.2"].get_color() != points["GRPO"].get_color()
+    assert len({p.get_marker() for p in points.values()}) == 5  # told apart without colours
+    assert [12.0, 11.0] in [list(line.get_xdata()) for line in axes.lines]
+    assert_no_overlaps(figure)
+    assert_picture(tmp_path / "scatter.png")
+
+
+def test_quickstart_figure_shows_bars_start_and_curves(drawn, tmp_path):
+    """The README's picture: bars at the summary's numbers, the start as a dashed line, equal colours left and right."""
+    plots.quickstart_figure({"methods": TABLE, "seeds": [0]}, CURVES, tmp_path / "quickstart.png")
+    (figure,) = drawn
+    pass_bars, pass_curves, distinct_bars, distinct_curves = figure.axes
+    assert [bar.get_height() for bar in pass_bars.patches] == [0.95, 0.7, 0.6, 0.92]
+    assert [bar.get_height() for bar in distinct_bars.patches] == [4.7, 12.0, 11.0, 14.8]
+    for axes, start in ((pass_bars, 0.5), (pass_curves, 0.5), (distinct_bars, 9.0), (distinct_curves, 9.0)):
+        assert [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [start]
+        assert axes.get_ylim()[0] == 0
+    grpo, flowrl = pass_curves.lines[:2]
+    assert list(flowrl.get_ydata()) == [s / 8 for s in range(9)]
+    assert matplotlib.colors.same_color(grpo.get_color(), pass_bars.patches[0].get_facecolor())
+    assert_no_overlaps(figure)
+    assert_picture(tmp_path / "quickstart.png")
+
+
+def test_unknown_methods_get_colours_of_their_own():
+    """A user's objective must not look like FlowRL."""
+    colours = plots._colours(["flowrl", "mine", "yours 1", "yours 2"])
+    assert len({colours[name] for name in ("flowrl", "grpo", "grpo_kl", "mine", "yours")}) == 5

@@ -1,0 +1,95 @@
+"""wandb: off does not even import it; the offline run is read back with wandb's own reader."""
+
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flowrl_mega.config import ConfigError
+from flowrl_mega.monitor import Monitor, check_wandb
+
+needs_wandb = pytest.mark.skipif(
+    importlib.util.find_spec("wandb") is None, reason="wandb is not installed (pip install 'wandb>=0.31')"
+)
+
+
+def inspect(run_file):
+    """The records of a .wandb file, as `wandb leet inspect --json` prints them."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run_file)]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def history(records):
+    own = [record["history"]["item"] for record in records if record["type"] == "history"]
+    return [{name: value for name, value in item.items() if not name.startswith("_")} for item in own]
+
+
+@needs_wandb
+def test_an_offline_run_reads_back_and_resumes_under_its_id(tmp_path, monkeypatch):
+    """Values, config, project and the step axis arrive; a resumed run continues the same wandb run."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # the setting decides, not the environment
+    config = {"seed": 3, "optimizer": {"lr": 0.5}}
+
+    def run(first, last, resume_step):
+        known = set(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+        monitor = Monitor(tmp_path, config, 4, resume_step, wandb="offline", project="trial", progress=False)
+        for step in range(first, last + 1):
+            monitor.log(step, {"reward": step / 8, "loss": 1 / 3})
+        monitor.evaluation(last, {"pass_rate": 0.75})
+        monitor.close()
+        (made,) = set(tmp_path.glob("wandb/offline-run-*/run-*.wandb")) - known
+        return inspect(made)
+
+    first = run(1, 3, resume_step=0)
+    assert history(first) == [
+        {"step": 1, "reward": 0.125, "loss": 1 / 3},
+        {"step": 2, "reward": 0.25, "loss": 1 / 3},
+        {"step": 3, "reward": 0.375, "loss": 1 / 3},
+        {"step": 3, "evaluation/pass_rate": 0.75},
+    ]
+    (start,) = [record["run"] for record in first if record["type"] == "run"]
+    assert start["project"] == "trial"
+    assert {name: start["config"]["update"][name] for name in config} == config
+    assert first[-1]["exit"]["exit_code"] == 0
+    (axis,) = [record["metric"] for record in first if record["type"] == "metric" and "glob_name" in record["metric"]]
+    assert (axis["glob_name"], axis["step_metric"]) == ("*", "step")
+
+    second = run(3, 4, resume_step=2)
+    assert [item["step"] for item in history(second)] == [3, 4, 4]
+    (again,) = [record["run"] for record in second if record["type"] == "run"]
+    assert again["run_id"] == start["run_id"]
+
+
+def test_off_imports_nothing(tmp_path):
+    """wandb costs a second and is an optional dependency."""
+    code = (
+        "import sys; from flowrl_mega.monitor import Monitor\n"
+        "m = Monitor(sys.argv[1], {}, 1); m.log(1, {}); m.close(); sys.exit('wandb' in sys.modules)"
+    )
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, timeout=60, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_not_installed_is_one_clear_message(monkeypatch, mode):
+    """The fix is an installation or a setting."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=rf"monitor.wandb = {mode}: .*pip install wandb, or set monitor.wandb=off"):
+        check_wandb(mode)
+    check_wandb("off")
+
+
+@needs_wandb
+def test_online_without_a_key_is_one_clear_message(tmp_path, monkeypatch):
+    """On a machine that never logged in, the run must not wait for a key at a prompt nor end in a traceback."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(ConfigError, match=r"monitor.wandb = online: .* set monitor.wandb=offline"):
+        Monitor(tmp_path / "run", {}, 1, wandb="online", progress=False)

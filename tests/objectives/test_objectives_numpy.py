@@ -1,0 +1,221 @@
+"""Each objective against the paper's equations, written again in NumPy, one sequence at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd import grad, gradcheck
+
+from flowrl_mega.objectives import GRPO, FlowRL, Sequences
+from flowrl_mega.objectives.flowrl import flowrl_loss
+from flowrl_mega.objectives.grpo import clipped_surrogate, k3
+
+
+def split(s):
+    """Per sequence: (logp, old, ref, log z, credit) as NumPy."""
+
+    def cut(x, a, b):
+        return None if x is None else x.detach().numpy()[a:b]
+
+    for i, (a, b) in enumerate(pairwise(s.cu_seqlens.tolist())):
+        z = 0.0 if s.log_z is None else s.log_z[i].item()
+        yield cut(s.logp, a, b), cut(s.old_logp, a, b), cut(s.ref_logp, a, b), z, s.credit[i].item()
+
+
+def flowrl_numpy(s, o):
+    """Loss, d loss / d logp [T] and d loss / d log_z [B] of FlowRL (Eq. 6-7), and its metrics."""
+    loss, d_logp, d_z, metrics = 0.0, [], [], []
+    for logp, old, ref, z, credit in split(s):
+        n = len(logp) if o.length_norm else 1
+        delta = z + logp.sum() / n - o.beta * credit - ref.sum() / n
+        ratio = np.exp((logp - old).sum())
+        bounds = {"paper": (1 - o.eps, 1 + o.eps), "max10": (0, 10), "none": (1, 1)}[o.weight]
+        w = min(max(ratio, bounds[0]), bounds[1])
+        clipped = float(w != ratio) if o.weight != "none" else 0.0
+        loss += w * delta**2
+        d_logp += [2 * w * delta / n] * len(logp)
+        d_z.append(2 * w * delta)
+        drift = abs((logp - old).sum())
+        metrics.append((delta, delta**2, w, clipped, z, logp.mean(), (logp - ref).mean(), drift))
+    names = ["residual", "delta_sq", "weight", "clip_fraction", "log_z", "mean_logp", "mean_logratio", "max_abs_sum_d"]
+    return loss, np.array(d_logp), np.array(d_z), dict(zip(names, np.array(metrics).T, strict=True))
+
+
+def grpo_numpy(s, o):
+    """Loss, d loss / d logp [T] of GRPO (Eq. 3-4), and its metrics."""
+    high = o.clip_eps if o.clip_eps_high is None else o.clip_eps_high
+    loss, d_logp, metrics = 0.0, [], []
+    for logp, old, ref, _, a in split(s):
+        total, kl, clipped = 0.0, 0.0, 0
+        for t in range(len(logp)):
+            ratio = math.exp(logp[t] - old[t])
+            stopped = (a > 0 and ratio > 1 + high) or (a < 0 and ratio < 1 - o.clip_eps)
+            bound = min(max(ratio, 1 - o.clip_eps), 1 + high)
+            total -= min(ratio * a, bound * a)
+            slope = 0.0 if stopped else -ratio * a
+            clipped += stopped
+            if o.kl_coef:
+                x = ref[t] - logp[t]
+                kl += math.exp(x) - x - 1
+                slope += o.kl_coef * (1 - math.exp(x))
+            d_logp.append(slope / len(logp))
+        loss += (total + o.kl_coef * kl) / len(logp)
+        ratios = np.exp(logp - old)
+        metrics.append((a, ratios.mean(), clipped / len(logp), logp.mean(), abs((logp - old).sum()), kl / len(logp)))
+    names = ["advantage", "ratio", "clip_fraction", "mean_logp", "max_abs_sum_d", "kl"]
+    return loss, np.array(d_logp), dict(zip(names, np.array(metrics).T, strict=True))
+
+
+def assert_metrics(out, expected):
+    assert out.metrics.keys() == expected.keys()
+    for name, value in out.metrics.items():
+        assert not value.requires_grad
+        np.testing.assert_allclose(value.numpy(), expected[name], rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("z", ["mlp", "zero"])
+@pytest.mark.parametrize("length_norm", [True, False])
+@pytest.mark.parametrize("weight", ["paper", "max10", "none"])
+def test_flowrl_equals_numpy(packed, weight, length_norm, z):
+    """Loss, gradients and metrics for every choice: a wrong normaliser, clip or sign shows here."""
+    objective = FlowRL(beta=3.0, weight=weight, length_norm=length_norm, z=z, eps=0.3)
+    s = packed(drift=1.2, lengths=(3, 1, 7, 2, 5, 9, 1, 4), log_z=z != "zero")
+    out = objective.loss(s)
+    loss, d_logp, d_z, metrics = flowrl_numpy(s, objective)
+    assert out.count == 8 and out.loss_sum.dim() == 0
+    np.testing.assert_allclose(out.loss_sum.item(), loss, rtol=1e-12)
+    out.loss_sum.backward()
+    np.testing.assert_allclose(s.logp.grad, d_logp, rtol=1e-12)
+    if s.log_z is not None:
+        np.testing.assert_allclose(s.log_z.grad, d_z, rtol=1e-12)
+    assert_metrics(out, metrics)
+
+
+@pytest.mark.parametrize(("weight", "w"), [("paper", [0.8, 1.1, 1.2, 1.2]), ("max10", [0.1, 1.1, 2.0, 10.0])])
+def test_weight_is_clipped_where_it_is_used(weight, w):
+    """An earlier implementation computed the clip and multiplied by the unclipped ratio: the loss and its gradient,
+    not only the reported weight, must have the clipped one."""
+    sum_logp = torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64, requires_grad=True)
+    ratio = torch.tensor([0.1, 1.1, 2.0, 50.0], dtype=torch.float64)
+    zeros = torch.zeros(4, dtype=torch.float64)
+    terms = flowrl_loss(0.0, sum_logp, zeros, ratio.log(), torch.ones(4).long(), zeros, beta=1.0, weight=weight)
+    w = torch.tensor(w, dtype=torch.float64)
+    torch.testing.assert_close(terms.weight, w)
+    torch.testing.assert_close(terms.loss, w * sum_logp.detach() ** 2)
+    torch.testing.assert_close(grad(terms.loss.sum(), sum_logp)[0], 2 * w * sum_logp.detach())
+
+
+def test_a_huge_drift_stays_finite():
+    """A trajectory ratio overflows e^710 after a bad step; the clip must still give its bound, not inf or nan."""
+    one, sum_d = torch.ones(2, dtype=torch.float64), torch.tensor([2000.0, -2000.0], dtype=torch.float64)
+    terms = flowrl_loss(0.0, -one, -2 * one, sum_d, torch.ones(2).long(), one, beta=3.0)
+    torch.testing.assert_close(terms.weight, torch.tensor([1.2, 0.8], dtype=torch.float64))
+    assert terms.loss.isfinite().all()
+
+
+@pytest.mark.parametrize("weight", ["paper", "max10", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weight_is_exactly_one_on_the_first_mini_batch(packed, weight, dtype):
+    """Before the first update pi_theta = pi_old: w = 1 and |sum d| = 0 to the last bit, or the scoring is not the
+    update's own."""
+    s = packed(lengths=(8192, 3, 1000), dtype=dtype)
+    out = FlowRL(weight=weight).loss(replace(s, old_logp=s.logp.detach().clone()))
+    assert (out.metrics["weight"] == 1).all() and (out.metrics["max_abs_sum_d"] == 0).all()
+    assert (out.metrics["clip_fraction"] == 0).all()
+
+
+def test_long_sums_of_float32_log_probs_lose_nothing(rng):
+    """Over 8192 tokens the d_t nearly cancel; summing in float32 would leave an error of its own in w."""
+    logp = -3 * torch.rand(8192, generator=rng)
+    old = logp + 3e-4 * torch.randn(8192, generator=rng)
+    exact = math.fsum((logp.double() - old.double()).tolist())
+    credit, ends = torch.ones(1), torch.tensor([0, 8192])
+    for objective in (FlowRL(z="zero", weight="max10"), GRPO()):
+        out = objective.loss(Sequences(logp, old, logp, None, ends, credit))
+        assert out.loss_sum.dtype == torch.float64
+        assert abs(out.metrics["max_abs_sum_d"].item() - abs(exact)) < 1e-11
+    sums = math.fsum(logp.double().tolist())
+    out = FlowRL(z="zero").loss(Sequences(logp, old, 0 * logp, None, ends, 0 * credit))
+    assert abs(out.metrics["residual"].item() - sums / 8192) < 1e-13
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+@pytest.mark.parametrize("high", [None, 0.28, 2.0])
+def test_grpo_equals_numpy(packed, high, kl_coef):
+    """Sequence mean of token means (long answers do not outvote short ones), both clip bounds, and k3."""
+    objective = GRPO(clip_eps=0.2, clip_eps_high=high, kl_coef=kl_coef)
+    s = packed(drift=0.6, lengths=(3, 1, 7, 2, 5, 9, 1, 4), log_z=False, reference=kl_coef > 0)
+    out = objective.loss(s)
+    loss, d_logp, metrics = grpo_numpy(s, objective)
+    if not kl_coef:
+        del metrics["kl"]
+    assert out.count == 8 and 0 < metrics["clip_fraction"].mean() < 1
+    np.testing.assert_allclose(out.loss_sum.item(), loss, rtol=1e-12)
+    out.loss_sum.backward()
+    np.testing.assert_allclose(s.logp.grad, d_logp, rtol=1e-12, atol=1e-15)
+    assert_metrics(out, metrics)
+
+
+def test_clip_bounds_by_hand():
+    """The four corners: the clip only stops a token from going further the way its advantage pushes."""
+    ratio = torch.tensor([1.5, 1.5, 0.5, 0.5], dtype=torch.float64)
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    log_ratio = ratio.log().requires_grad_()
+    terms = clipped_surrogate(log_ratio, advantage, 0.2, 0.28)
+    torch.testing.assert_close(terms.loss, torch.tensor([-1.28, 1.5, -0.5, 0.8], dtype=torch.float64))
+    assert terms.clipped.tolist() == [1, 0, 0, 1]
+    gradient = grad(terms.loss.sum(), log_ratio)[0]
+    torch.testing.assert_close(gradient, torch.tensor([0.0, 1.5, -0.5, 0.0], dtype=torch.float64))
+
+
+def test_k3_is_an_unbiased_kl(strings, logits, ref):
+    """Its mean over a distribution is the KL to the reference, and no sample is negative."""
+    log_p, log_q = logits.detach().log_softmax(-1), ref.log_softmax(-1)
+    assert (k3(log_p, log_q) >= 0).all()
+    exact = (log_p.exp() * (log_p - log_q)).sum(-1)
+    torch.testing.assert_close((log_p.exp() * k3(log_p, log_q)).sum(-1), exact)
+
+
+def test_gradients_by_finite_differences(packed):
+    """Autograd against differences of the loss itself. FlowRL with w = 1 or with sum d held fixed, because a detached
+    w is meant to differ from the difference quotient."""
+    s = packed()
+
+    def through(objective, **fields):
+        return objective.loss(replace(s, **fields)).loss_sum
+
+    assert gradcheck(lambda p, z: through(FlowRL(weight="none", beta=2.0), logp=p, log_z=z), (s.logp, s.log_z))
+    assert gradcheck(lambda p: through(GRPO(kl_coef=0.1), logp=p, log_z=None), (s.logp,))
+    sum_logp, sum_ref, sum_d = (s.sum(x).detach() for x in (s.logp, s.ref_logp, s.log_ratio()))
+    assert gradcheck(
+        lambda z, p: flowrl_loss(z, p, sum_ref, sum_d, s.length, s.credit, beta=2.0).loss,
+        (s.log_z, sum_logp.requires_grad_()),
+    )
+
+
+def test_loss_is_a_sum_over_sequences(packed):
+    """The trainer divides by the step's number of sequences, once: splitting a batch must not change the total."""
+    s = packed()
+    ends = s.cu_seqlens
+    for objective in (FlowRL(), GRPO(kl_coef=0.1)):
+        whole = replace(s, log_z=s.log_z if objective.log_z else None)
+        parts = []
+        for i in range(len(s.credit)):
+            a, b = ends[i], ends[i + 1]
+            part = replace(
+                whole,
+                logp=s.logp[a:b],
+                old_logp=s.old_logp[a:b],
+                ref_logp=s.ref_logp[a:b],
+                log_z=None if whole.log_z is None else s.log_z[i : i + 1],
+                cu_seqlens=torch.stack([a - a, b - a]),
+                credit=s.credit[i : i + 1],
+            )
+            parts.append(objective.loss(part))
+        torch.testing.assert_close(sum(p.loss_sum for p in parts), objective.loss(whole).loss_sum)
+        assert sum(p.count for p in parts) == objective.loss(whole).count

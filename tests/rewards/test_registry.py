@@ -1,0 +1,128 @@
+"""Finding reward functions, and scoring batches in which some calls fail."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from flowrl_mega.config import ConfigError
+from flowrl_mega.rewards.registry import Score, load_reward, score_all
+from flowrl_mega.rewards.sums import score
+
+SOURCE = """
+from __future__ import annotations
+from dataclasses import dataclass
+import helper_of_reward
+
+@dataclass
+class Result:  # dataclasses look their module up in sys.modules
+    value: float
+
+CONSTANT = 3
+
+def length_reward(row, response):
+    return Result(float(len(response)) + helper_of_reward.OFFSET).value
+
+def one_argument(response):
+    return 1.0
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A user's folder with a reward file and a module that it imports."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "my_own_reward.py").write_text(SOURCE)
+    (tmp_path / "helper_of_reward.py").write_text("OFFSET = 0.5\n")
+    yield tmp_path
+    for name in ("my_own_reward", "helper_of_reward", "reward_file_my_own_reward"):
+        sys.modules.pop(name, None)
+
+
+def test_a_built_in_by_module_name():
+    """The name in the examples' YAML files."""
+    assert load_reward("flowrl_mega.rewards.sums:score") is score
+
+
+def test_a_module_in_the_current_directory(folder, monkeypatch):
+    """An installed command does not have the current directory on its path, yet users put their reward there."""
+    monkeypatch.chdir(folder)
+    assert load_reward("my_own_reward:length_reward")({}, "abc") == 3.5
+
+
+def test_a_file_from_anywhere(folder):
+    """By path, absolute here, with a neighbour that it imports."""
+    assert load_reward(f"{folder}/my_own_reward.py:length_reward")({}, "abc") == 3.5
+
+
+def test_a_users_file_does_not_shadow_a_library(tmp_path, monkeypatch):
+    """A folder with a file named like a library must not break later imports of that library."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "colorsys.py").write_text("def score(row, response):\n    return 1.0\n")
+    monkeypatch.chdir(tmp_path)
+    sys.modules.pop("colorsys", None)
+    with pytest.raises(ConfigError, match=r"colorsys.py has no function 'score'"):
+        load_reward("colorsys:score")
+    assert load_reward("colorsys.py:score")({}, "") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("no_colon", "must be module:function or path/to/file.py:function"),
+        (":score", "must be module:function"),
+        ("nowhere_at_all:score", r"cannot import 'nowhere_at_all' \(ModuleNotFoundError: No module named 'nowhere_at"),
+        ("missing.py:score", r"cannot import 'missing.py' \(FileNotFoundError.*give the path of a Python file"),
+        ("broken.py:score", r"cannot import 'broken.py' \(SyntaxError"),
+        ("needs.py:score", r"cannot import 'needs.py' \(ModuleNotFoundError: No module named 'not_installed'"),
+        ("my_own_reward.py:lenght_reward", "has no function 'lenght_reward'; did you mean 'length_reward'"),
+        ("my_own_reward.py:zzz", "has no function 'zzz'; it has: dataclass, Result, length_reward, one_argument"),
+        ("my_own_reward.py:CONSTANT", "'CONSTANT' in .* is not a function"),
+        ("my_own_reward.py:one_argument", r"must take \(row, response\), but takes \(response\)"),
+    ],
+)
+def test_errors_name_the_spec_the_cause_and_the_fix(folder, monkeypatch, spec, message):
+    """All of these are found before any rank starts."""
+    monkeypatch.chdir(folder)
+    (folder / "broken.py").write_text("def score(:\n")
+    (folder / "needs.py").write_text("import not_installed\n")
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_reward(spec)
+    assert repr(spec) in str(caught.value)
+
+
+def test_scores_keep_their_order_and_reasons():
+    """A number alone and a number with a reason are both accepted, numpy's and torch's numbers too."""
+    results = iter([1, (0.5, "half"), True, np.float32(0.25), torch.tensor(2.0), (np.int64(3), None)])
+    scores = score_all(lambda row, response: next(results), [{}] * 6, ["x"] * 6)
+    assert [s.reward for s in scores] == [1.0, 0.5, 1.0, 0.25, 2.0, 3.0]
+    assert all(type(s.reward) is float and not s.failed for s in scores)
+    assert scores[1] == Score(0.5, "half", False)
+
+
+@pytest.mark.parametrize(
+    "bad", [None, "1.0", float("nan"), float("inf"), (1.0, "why", "more"), [1.0], torch.zeros(2), 10**400, 1j]
+)
+def test_a_result_that_is_no_finite_number_fails(bad):
+    """One NaN in a group would poison the normalised rewards of all its answers."""
+    good, failed = score_all(lambda row, response: row["result"], [{"result": 1.0}, {"result": bad}], ["", ""])
+    assert good == Score(1.0, "", False)
+    assert failed.failed
+    assert failed.reward == 0.0
+    assert "not a finite number" in failed.reason
+
+
+def test_an_exception_fails_one_response_only():
+    """Model output is arbitrary text: a parser that trips over one answer must not end a run of days."""
+    scores = score_all(lambda row, response: float(response), [{}] * 3, ["1", "abc", "0.5"])
+    assert [s.reward for s in scores] == [1.0, 0.0, 0.5]
+    assert scores[1].failed
+    assert scores[1].reason == "ValueError: could not convert string to float: 'abc'"
+
+
+def test_a_reward_that_never_works_stops_the_run():
+    """Else it would train on zeros without a word; the message shows the cause."""
+    with pytest.raises(ValueError, match=r"failed on all 2 responses .* KeyError: 'answer'"):
+        score_all(lambda row, response: row["answer"], [{}, {}], ["a", "b"])
+    assert score_all(lambda row, response: 1.0, [], []) == []
