@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 
 class ConfigError(ValueError):
@@ -20,7 +20,9 @@ class ConfigError(ValueError):
 class Settings(BaseModel):
     """A section of settings: unknown names are refused and values do not change after the check."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class ModelSettings(Settings):
@@ -56,10 +58,13 @@ class RolloutSettings(Settings):
     allow_truncated_sampling: bool = Field(False, description="train although top_p or top_k cut the distribution")
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSettings(Settings):
     lr: float = Field(1e-6, gt=0)
     log_z_lr: float | None = Field(None, gt=0, description="learning rate of the partition function; null: lr")
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     clip_grad: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
@@ -80,6 +85,7 @@ class CheckpointSettings(Settings):
 class EvaluationSettings(Settings):
     every: int = Field(0, ge=0, description="steps between evaluations on held-out prompts; 0: never")
     samples: int = Field(4, ge=1, description="answers a prompt")
+    distinct_at: int = Field(64, ge=1, description="k of the exact figures, for rows that list their 'right_answers'")
 
 
 class MonitorSettings(Settings):
@@ -87,6 +93,12 @@ class MonitorSettings(Settings):
     wandb_project: str = "flowrl-mega"
     samples_per_step: int = Field(4, ge=0, description="answers written to samples.jsonl each step")
     progress: bool = True
+
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        """YAML 1.1 reads the word off as false."""
+        return "off" if value is False else value
 
 
 class Config(Settings):
@@ -119,22 +131,36 @@ def validated(model: type[S], mapping: Any, where: str) -> S:
     if not isinstance(mapping, dict):
         raise ConfigError(f"{where or 'the settings'} = {mapping!r}: must be a mapping of names to values")
     try:
-        return model(**mapping)
+        return model.model_validate(mapping)
     except ValidationError as error:
-        messages = [_explain(model, details, where) for details in error.errors()]
-    raise ConfigError("\n".join(messages))
+        faults: dict[str, str] = {}  # one a field: pydantic tells of each branch of a union
+        for details in error.errors():
+            field, message = _explain(model, details, where)
+            faults[field] = f"{faults[field]}, or {details['msg'].lower()}" if field in faults else message
+    raise ConfigError("\n".join(faults.values()))
 
 
-def _explain(model: type[Settings], details: Any, where: str) -> str:
-    """One line for one pydantic error: field, value, fix."""
-    location = [str(part) for part in details["loc"]]
+def _explain(model: type[Settings], details: Any, where: str) -> tuple[str, str]:
+    """The field that one pydantic error is about, and a line with field, value and fix."""
+    location = _own_names(model, details["loc"])
     field = ".".join([where, *location] if where else location)
     if details["type"] == "extra_forbidden":
         names = _names_at(model, location[:-1])
-        return f"{field}: no such setting; {_nearest(location[-1], names)}"
-    if details["type"] == "missing":
-        return f"{field}: missing; set it in the YAML file or with --{field}=VALUE"
-    return f"{field} = {details['input']!r}: {details['msg'][0].lower()}{details['msg'][1:]}"
+        return field, f"{field}: no such setting; {_nearest(location[-1], names)}"
+    if details["type"] == "missing" and isinstance(details["loc"][-1], str):
+        return field, f"{field}: missing; set it in the YAML file or with --{field}=VALUE"
+    return field, f"{field} = {details['input']!r}: {details['msg'][0].lower()}{details['msg'][1:]}"
+
+
+def _own_names(model: type[Settings], location: tuple[str | int, ...]) -> list[str]:
+    """A pydantic location without the branch names of unions, which follow the field's own name."""
+    for depth, part in enumerate(location):
+        annotation = model.model_fields[str(part)].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, Settings)):
+            places = [place for place in location[depth + 1 :] if isinstance(place, int)]
+            return [str(p) for p in (*location[: depth + 1], *places)]
+        model = annotation
+    return [str(part) for part in location]
 
 
 def _names_at(model: type[Settings], path: list[str]) -> list[str]:

@@ -1,17 +1,16 @@
-"""One step of FlowRL: prompts -> rollouts -> rewards -> batch -> old, ref -> update -> engine -> monitor, checkpoint."""
+"""One step of FlowRL: prompts -> rollouts -> rewards -> old, ref -> update -> engine -> monitor, checkpoint."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -20,23 +19,27 @@ from flowrl_mega.checkpoint import load_checkpoint, save_checkpoint
 from flowrl_mega.checkpoint.folder import remove_unfinished
 from flowrl_mega.config import Config
 from flowrl_mega.data.inputs import load_prompts
+from flowrl_mega.data.prompts import Prompt
+from flowrl_mega.evaluation.exact import exact_metrics, right_answer_probabilities
 from flowrl_mega.evaluation.held_out import held_out_metrics
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.generation import Sampling
 from flowrl_mega.model.policy import Policy, build_reference
 from flowrl_mega.model.weights import load_hf
 from flowrl_mega.monitor import Monitor
+from flowrl_mega.monitor.step_metrics import cost_metrics, merge_updates, reduce_reports
 from flowrl_mega.objectives.common import Sequences
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.parallel.optimizer import Optimizer, wrap
-from flowrl_mega.parallel.packing import PackedBatch, Sequence, pack, split_by_tokens, split_data_parallel
+from flowrl_mega.parallel.packing import PackedBatch, Sequence, plan
 from flowrl_mega.parallel.schedule import forward_backward
-from flowrl_mega.rewards.registry import Score, load_reward, score_all
+from flowrl_mega.rewards.registry import Score, load_reward
+from flowrl_mega.rewards.shared import score_shared
 from flowrl_mega.rollout import EmbeddedEngine, Engine, Rollout
 
 
 class Trainer:
-    """Everything one rank needs to train; all methods are collective."""
+    """Everything that one rank needs to train; all methods are collective. Steps count from 1."""
 
     def __init__(self, config: Config, layout: Layout, resume: Path | None = None) -> None:
         self.config, self.layout = config, layout
@@ -61,68 +64,64 @@ class Trainer:
 
     def step(self, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Train on one batch of prompts; returns the step's metrics and some readable samples."""
-        rollout, temperature = self.config.rollout, self.config.rollout.temperature
+        rollout = self.config.rollout
         self.seconds.clear()
         prompts = self.prompts.take((step - 1) * rollout.prompts_per_step, rollout.prompts_per_step, self.config.seed)
         with self.timed("generate"):
-            seed = derive_seed(self.config.seed, step)
-            rollouts = self.engine.generate([p.token_ids for p in prompts], rollout.group_size, self.sampling, seed)
-        rows = [p.row for p in prompts for _ in range(rollout.group_size)]
+            rollouts = self.generate(prompts, rollout.group_size, step)
+        rows = [prompt.row for prompt in prompts for _ in range(rollout.group_size)]
         with self.timed("reward"):
             texts, scores = self.score(rows, rollouts)
         with self.timed("score"):
-            rewards = torch.tensor([score.reward for score in scores], dtype=torch.float64)
-            credit = self.objective.credit(rewards, torch.arange(len(rewards)) // rollout.group_size)
-            sequences = [
-                Sequence(i, prompts[i // rollout.group_size].token_ids, r.response) for i, r in enumerate(rollouts)
-            ]
-            mini_batches = self.pack(sequences, credit)
-            for batch in (batch for mini_batch in mini_batches for batch in mini_batch):
-                if len(mini_batches) > 1:  # a step of one update has pi_old = pi_theta: its own forward will do
-                    batch.scores["old_logp"] = self.policy.score(batch, temperature).logp
-                if self.reference is not None:
-                    batch.scores["ref_logp"] = self.reference.score(batch, temperature).logp
+            sequences = as_sequences(prompts, rollouts)
+            mini_batches = self.batch(sequences, scores)
         with self.timed("update"):
             updates = [self.update(mini_batch) for mini_batch in mini_batches]
         with self.timed("sync"):
             self.engine.sync(self.policy, version=step)
         self.step_done = step
-        samples = [
-            {"prompt": rows[i]["prompt"], "response": texts[i], "reward": scores[i].reward, "reason": scores[i].reason}
-            for i in range(min(self.config.monitor.samples_per_step, len(rows)))
-        ]
+        shown = range(min(self.config.monitor.samples_per_step, len(rows)))
+        samples = [{"prompt": rows[i]["prompt"], "response": texts[i], **vars(scores[i])} for i in shown]
         return self.metrics(sequences, rollouts, scores, updates), samples
 
-    def score(self, rows: list[dict[str, Any]], rollouts: list[Rollout]) -> tuple[list[str], list[Score]]:
-        """Texts and rewards of all answers; the ranks share the work."""
-        texts = self.tokenizer.batch_decode([r.response for r in rollouts], skip_special_tokens=True)
-        mine = range(self.layout.rank, len(rows), self.layout.world)
-        scores = score_all(self.reward, [rows[i] for i in mine], [texts[i] for i in mine])
-        everyone = self.layout.gather_objects(scores)
-        return texts, [everyone[i % self.layout.world][i // self.layout.world] for i in range(len(rows))]
+    def generate(self, prompts: list[Prompt], answers: int, step: int) -> list[Rollout]:
+        """`answers` answers to each prompt, prompt by prompt; step and seed decide them."""
+        return self.engine.generate(
+            [prompt.token_ids for prompt in prompts], answers, self.sampling, derive_seed(self.config.seed, step)
+        )
 
-    def pack(self, sequences: list[Sequence], credit: torch.Tensor) -> list[list[PackedBatch]]:
-        """This rank's micro-batches, for each mini-batch (= update) of the step."""
-        size = self.config.batch.mini_batch or len(sequences)
-        multiple = self.layout.tp if self.layout.sequence_parallel else 1
-        mini_batches = []
-        for start in range(0, len(sequences), size):
-            mine = split_data_parallel(sequences[start : start + size], self.layout.dp)[self.layout.dp_rank]
-            groups = split_by_tokens(mine, self.config.batch.tokens_per_microbatch)
-            mini_batches.append([pack(group, multiple, self.layout.device) for group in groups])
-            for batch in mini_batches[-1]:
-                batch.scores["credit"] = credit.to(self.layout.device)[batch.index]
+    def score(self, rows: list[dict[str, Any]], rollouts: list[Rollout]) -> tuple[list[str], list[Score]]:
+        """Texts and rewards of all answers."""
+        texts = self.tokenizer.batch_decode([r.response for r in rollouts], skip_special_tokens=True)
+        return texts, score_shared(self.reward, rows, texts, self.layout)
+
+    def batch(self, sequences: list[Sequence], scores: list[Score]) -> list[list[PackedBatch]]:
+        """This rank's micro-batches of every update, with credit and the log-probs of old policy and reference.
+
+        The old policy is scored here, before the first update, with the update's own micro-batches: then w = 1 exactly
+        on the first. A step of one update has pi_old = pi_theta, and the update's own forward will do.
+        """
+        config, temperature = self.config, self.config.rollout.temperature
+        rewards = torch.tensor([score.reward for score in scores], dtype=torch.float64)
+        credit = self.objective.credit(rewards, torch.arange(len(rewards)) // config.rollout.group_size)
+        per_update = config.batch.mini_batch or len(sequences)
+        mini_batches = plan(sequences, per_update, self.layout, config.batch.tokens_per_microbatch)
+        for batch in (batch for mini_batch in mini_batches for batch in mini_batch):
+            batch.scores["credit"] = credit.to(self.layout.device)[batch.index]
+            if len(mini_batches) > 1:
+                batch.scores["old_logp"] = self.policy.score(batch, temperature).logp
+            if self.reference is not None:
+                batch.scores["ref_logp"] = self.reference.score(batch, temperature).logp
         return mini_batches
 
     def update(self, mini_batch: list[PackedBatch]) -> dict[str, float]:
         """One optimizer step on the mean loss over the mini-batch's sequences, on all ranks together."""
         self.optimizer.zero_grad()
-        reports = forward_backward(self.model, mini_batch, self.loss)
-        metrics = self.reduce(reports)
-        return metrics | self.optimizer.step(math.isfinite(metrics["loss"]))
+        metrics = reduce_reports(forward_backward(self.model, mini_batch, self.loss), self.layout.dp_group)
+        return metrics | self.optimizer.step(loss_is_finite=math.isfinite(metrics["loss"]))
 
     def loss(self, model: Any, batch: PackedBatch) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
-        """The objective on one micro-batch: the sum over its sequences, their number, and per-sequence metrics."""
+        """The objective on one micro-batch: the sum over its sequences, their number, and what to report."""
         output = model(batch, self.config.rollout.temperature)
         sequences = Sequences(
             logp=output.logp,
@@ -133,114 +132,107 @@ class Trainer:
             credit=batch.scores["credit"],
         )
         result = self.objective.loss(sequences)
-        report = result.metrics | {
+        report = {
+            **result.metrics,
             "loss": result.loss_sum.detach()[None],
             "entropy": sequences.mean(output.entropy),
-            "count": torch.tensor([result.count]),
+            "count": torch.tensor([result.count], device=output.logp.device),
         }
         return result.loss_sum, result.count, report
-
-    def reduce(self, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-        """Means over all sequences of an update ("max_..." metrics: maxima), the same on every rank."""
-        names = sorted(reports[0])
-        sums = torch.stack([torch.cat([r[name] for r in reports]).double().sum() for name in names])
-        largest = torch.stack([torch.cat([r[name] for r in reports]).double().max() for name in names])
-        if self.layout.dp > 1:
-            dist.all_reduce(sums, group=self.layout.dp_group)
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.layout.dp_group)
-        count = float(sums[names.index("count")])
-        pairs = zip(names, sums.tolist(), largest.tolist(), strict=True)
-        return {n: top if n.startswith("max_") else total / count for n, total, top in pairs if n != "count"}
 
     def metrics(
         self, sequences: list[Sequence], rollouts: list[Rollout], scores: list[Score], updates: list[dict[str, float]]
     ) -> dict[str, float]:
-        """The step's line of metrics.jsonl; seconds, rates and memory differ from run to run."""
-        merged = {name: _merge(name, [u[name] for u in updates if name in u]) for u in updates for name in u}
+        """The step's line of metrics.jsonl."""
         lengths = [len(r.response) for r in rollouts]
-        seconds = dict(self.seconds)
-        total = sum(seconds.values())
-        memory = psutil.Process().memory_info().rss
-        if self.layout.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated()
         return {
             "reward": sum(score.reward for score in scores) / len(scores),
-            "reward_failed": float(sum(score.failed for score in scores)),
+            "reward_failed": sum(score.failed for score in scores),
             "response_length": sum(lengths) / len(lengths),
             "stopped": sum(r.finish_reason == "stop" for r in rollouts) / len(rollouts),
-            **merged,
-            **{f"seconds/{phase}": value for phase, value in seconds.items()},
-            "seconds/step": total,
-            "tokens_per_second": sum(s.rows + 1 for s in sequences) / total,
-            "generated_tokens_per_second": sum(lengths) / seconds["generate"],
-            "memory_gb": memory / 1e9,
+            **merge_updates(updates),
+            **cost_metrics(self.seconds, sum(s.rows + 1 for s in sequences), sum(lengths)),
         }
 
     def evaluate(self) -> dict[str, float]:
-        """Sampled answers to the held-out prompts. The seed does not depend on the step: evaluations compare."""
+        """Answers to the held-out prompts, always from the same seed, so that evaluations compare; and exact figures
+        where every prompt lists its right answers."""
         assert self.held_out is not None
         k, prompts = self.config.evaluation.samples, self.held_out.prompts
-        seed = derive_seed(self.config.seed, 0)
-        rollouts = self.engine.generate([p.token_ids for p in prompts], k, self.sampling, seed)
-        texts, scores = self.score([p.row for p in prompts for _ in range(k)], rollouts)
-        return held_out_metrics(texts, scores, k)
+        texts, scores = self.score([p.row for p in prompts for _ in range(k)], self.generate(prompts, k, step=0))
+        metrics = held_out_metrics(texts, [score.reward for score in scores], k)
+        if all("right_answers" in prompt.row for prompt in prompts):
+            metrics |= exact_metrics(self.right_answers(prompts), self.config.evaluation.distinct_at)
+        return metrics
 
-    def save(self) -> None:
-        save_checkpoint(
-            Path(self.config.run_dir), self.policy, self.optimizer, {"step": self.step_done}, self.config.checkpoint.keep_last
-        )
+    def right_answers(self, prompts: list[Prompt]) -> list[torch.Tensor]:
+        """pi(y|x) of every right answer that the prompts' rows list, [number of answers] a prompt."""
+        end = self.sampling.stop_ids[:1]
+        answers = [
+            [
+                [*self.tokenizer(text, add_special_tokens=False)["input_ids"], *end]
+                for text in prompt.row["right_answers"]
+            ]
+            for prompt in prompts
+        ]
+        ids = [prompt.token_ids for prompt in prompts]
+        return right_answer_probabilities(self.policy, ids, answers, self.config.rollout.temperature)
 
-    def run(self, stop_requested: Any = lambda: False) -> bool:
-        """Train to the last step; False when it stopped early on request, with a checkpoint saved."""
-        config, first = self.config, self.step_done
-        monitor = self._monitor(first)
-        saved = first
-        if first == 0:
-            self._evaluate_when_due(monitor, 0)
-        for step in range(first + 1, config.steps + 1):
+    def run(self, stop_requested: Callable[[], bool] = lambda: False) -> bool:
+        """Train to the last step; False when it stopped before that, on request and with a checkpoint saved."""
+        config = self.config
+        monitor = self._monitor()
+        if self.step_done == 0:
+            self._evaluate_when_due(monitor)
+        for step in range(self.step_done + 1, config.steps + 1):
             metrics, samples = self.step(step)
             if monitor:
                 monitor.log(step, metrics)
                 monitor.samples(step, samples)
-            self._evaluate_when_due(monitor, step)
-            stop = self._agree(stop_requested())
-            last = step == config.steps
-            every = config.checkpoint.every
+            self._evaluate_when_due(monitor)
+            last, every = step == config.steps, config.checkpoint.every
+            stop = self._any_rank(stop_requested())
             if stop or (every and step % every == 0) or (last and config.checkpoint.at_end):
-                self.save()
-                saved = step
-            if stop and not last:
+                state = {"step": step}
+                save_checkpoint(Path(config.run_dir), self.policy, self.optimizer, state, config.checkpoint.keep_last)
+            if stop:
                 break
         if monitor:
             monitor.close()
-        return saved == config.steps or self.step_done == config.steps
+        return self.step_done == config.steps
 
-    def _monitor(self, first: int) -> Monitor | None:
+    def _monitor(self) -> Monitor | None:
         """Rank 0's; the others log nothing."""
         if self.layout.rank != 0:
             return None
-        config = self.config
-        remove_unfinished(Path(config.run_dir))
+        run_dir, monitor = Path(self.config.run_dir), self.config.monitor
+        remove_unfinished(run_dir)
         return Monitor(
-            Path(config.run_dir), config.dump(), config.steps, first,
-            config.monitor.wandb, config.monitor.wandb_project, config.monitor.progress,
-        )  # fmt: skip
+            run_dir,
+            self.config.dump(),
+            self.config.steps,
+            self.step_done,
+            monitor.wandb,
+            monitor.wandb_project,
+            monitor.progress,
+        )
 
-    def _evaluate_when_due(self, monitor: Monitor | None, step: int) -> None:
+    def _evaluate_when_due(self, monitor: Monitor | None) -> None:
         every = self.config.evaluation.every
-        if every and (step % every == 0 or step == self.config.steps):
+        if every and (self.step_done % every == 0 or self.step_done == self.config.steps):
             metrics = self.evaluate()
             if monitor:
-                monitor.evaluation(step, metrics)
+                monitor.evaluation(self.step_done, metrics)
 
-    def _agree(self, flag: bool) -> bool:
+    def _any_rank(self, flag: bool) -> bool:
         """True on all ranks where it is true on one: ranks that stop at different steps would wait for ever."""
-        shared = torch.tensor(float(flag))
+        shared = torch.tensor(float(flag), device=self.layout.device)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return bool(shared)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
+        """Adds the block's seconds to the phase; on a GPU all of its work, not only its launch."""
         start = time.perf_counter()
         yield
         if self.layout.device.type == "cuda":
@@ -248,11 +240,12 @@ class Trainer:
         self.seconds[phase] += time.perf_counter() - start
 
 
+def as_sequences(prompts: list[Prompt], rollouts: list[Rollout]) -> list[Sequence]:
+    """Prompts and their answers (prompt by prompt, equally many each) as sequences to pack."""
+    answers = len(rollouts) // len(prompts)
+    return [Sequence(i, prompts[i // answers].token_ids, r.response) for i, r in enumerate(rollouts)]
+
+
 def derive_seed(seed: int, step: int) -> int:
     """An own seed for each step, so that nothing random has to be remembered between steps."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
-
-
-def _merge(name: str, values: list[float]) -> float:
-    """One value of a step's updates: their mean; counters and maxima their largest."""
-    return max(values) if name.startswith("max_") or name == "skipped_updates" else sum(values) / len(values)

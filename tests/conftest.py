@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # tests import their helpers (rank_pool, tiny_models) by name
+for folder in ("", "distributed"):  # tests import their helpers (rank_pool, tiny_models, on_ranks) by name
+    sys.path.insert(0, str(Path(__file__).parent / folder))
 
 from rank_pool import RankPool  # noqa: E402
 
@@ -38,3 +40,11 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_models import make
 
     return make("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Gives the folder of a tiny random model of this kind (and these changes to it), made once a session."""
+    from tiny_models import make
+
+    return cache(lambda kind, **changes: make(kind, tmp_path_factory.mktemp(kind), **changes))

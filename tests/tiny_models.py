@@ -6,9 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.utils.logging import disable_progress_bar
 
-_KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+from flowrl_mega.data.sums import ALPHABET
+from flowrl_mega.data.tokenizer import char_tokenizer
+from flowrl_mega.parallel.packing import Sequence
+
+disable_progress_bar()
+
+KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
     "llama-untied-rope": (
         LlamaConfig,
@@ -28,7 +45,7 @@ _KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 def make(kind: str, folder: Path, vocab: int = 101, seed: int = 0, **changes: Any) -> Path:
     """Write a random model of this kind; the odd vocabulary makes tp = 2 pad it."""
-    config_class, model_class, special = _KINDS[kind]
+    config_class, model_class, special = KINDS[kind]
     size = dict(
         vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3,
@@ -41,4 +58,34 @@ def make(kind: str, folder: Path, vocab: int = 101, seed: int = 0, **changes: An
             if name.endswith("norm.weight") or name.endswith("bias"):
                 parameter.add_(0.3 * torch.randn_like(parameter))  # ones and zeros would hide a swap
     model.save_pretrained(folder)
+    char_tokenizer(ALPHABET).save_pretrained(folder)
     return folder
+
+
+def in_float64(folder: Path) -> Any:
+    """transformers' model in double precision, so that a difference to it is our own rounding.
+
+    transformers computes its norms in float32 whatever the model's type is; here they are torch's.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = _rms_norm(module)
+    return model
+
+
+def _rms_norm(module: Any) -> Any:
+    return lambda x: F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+def response_logits(model: Any, prompt: list[int], response: list[int], temperature: float = 1.0) -> Tensor:
+    """[response, V] logits that `model` gives one response, computed alone."""
+    logits = model(torch.tensor([prompt + response])).logits[0]
+    return logits[len(prompt) - 1 : -1] / temperature
+
+
+def random_sequences(lengths: list[tuple[int, int]], vocab: int = 101, seed: int = 0) -> list[Sequence]:
+    """Sequences of random tokens; `lengths` are of (prompt, response)."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = [[torch.randint(vocab, (n,), generator=generator).tolist() for n in pair] for pair in lengths]
+    return [Sequence(index, prompt, response) for index, (prompt, response) in enumerate(draw)]

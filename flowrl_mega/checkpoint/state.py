@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
+import queue
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +17,22 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from flowrl_mega.checkpoint.folder import remove_old
+from flowrl_mega.checkpoint.folder import remove_old, verify_checkpoint
 from flowrl_mega.config import ConfigError
+from flowrl_mega.model.architecture import Architecture
+from flowrl_mega.model.partition import Kind
 from flowrl_mega.model.policy import Policy
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.parallel.optimizer import Optimizer
 
-
 # Its successor needs another package (nvidia-resiliency-ext) and says so at each save.
 logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
+
+# Megatron keeps a manager process on each rank (250 MB, and seconds at the first save) for a queue to the process that
+# saves; we save in the rank itself, where a plain queue does.
+filesystem_async._results_queue = queue.Queue()
 
 
 def save_checkpoint(
@@ -34,18 +43,27 @@ def save_checkpoint(
     final = run_dir / "checkpoints" / f"step_{trainer['step']}"
     partial = final.with_name(f".{final.name}")
     if layout.rank == 0:
-        partial.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
     dist.barrier()
     state = _state(policy, optimizer, is_loading=False)
     state["trainer"] = {**trainer, "updates": optimizer.updates, "skipped": optimizer.skipped, "world": layout.world}
+    state["made_for"] = _made_for(policy.arch, policy.log_z_kind)
     state["random"] = _sharded_random(layout)
     dist_checkpointing.save(state, str(partial), async_strategy="mcore", verify_integrity=True)
     if layout.rank == 0:
         _flush(partial)
         os.rename(partial, final)
+        _sync(final.parent)
         remove_old(run_dir, keep_last)
     dist.barrier()
     return final
+
+
+def check_checkpoint(path: Path, arch: Architecture, log_z: Kind | None) -> None:
+    """Refuse a broken checkpoint, or one of another model; needs no ranks."""
+    verify_checkpoint(path)
+    _check_fits(path, arch, log_z)
 
 
 def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
@@ -54,23 +72,55 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer) -> dict[st
     Random states are restored where the number of ranks is the same; nothing in a step draws from them unless a
     reward function does.
     """
+    _verify_together(path, policy.layout)
+    world = _check_fits(path, policy.arch, policy.log_z_kind)["trainer"]["world"]
+    state = _state(policy, optimizer, is_loading=True)
+    if world == policy.layout.world:
+        state["random"] = _sharded_random(policy.layout)
     try:
-        common = dist_checkpointing.load_common_state_dict(str(path))
-        state = _state(policy, optimizer, is_loading=True)
-        if same_world := common["trainer"]["world"] == policy.layout.world:
-            state["random"] = _sharded_random(policy.layout)
         state = dist_checkpointing.load(state, str(path))
     except (CheckpointingException, KeyError, RuntimeError) as error:
         first_line = str(error).strip().split("\n")[0]
-        raise ConfigError(f"{path}: does not fit this model or these settings ({first_line})") from None
+        raise ConfigError(f"{path}: does not fit these settings ({first_line})") from None
     policy.load_state_dict(state["model"])
     optimizer.inner.load_state_dict(state["optimizer"])
     optimizer.schedule.num_steps = 0
     optimizer.schedule.step(increment=state["schedule_steps"])
     optimizer.updates, optimizer.skipped = state["trainer"]["updates"], state["trainer"]["skipped"]
-    if same_world:
+    if world == policy.layout.world:
         _set_random(state["random"])
     return state["trainer"]
+
+
+def _verify_together(path: Path, layout: Layout) -> None:
+    """Each rank reads a share of the files, and all give up where one finds a fault."""
+    try:
+        verify_checkpoint(path, layout.rank, layout.world)
+        fault = None
+    except ConfigError as error:
+        fault = str(error)
+    faults = [fault for fault in layout.gather_objects(fault) if fault]
+    if faults:
+        raise ConfigError(faults[0])
+
+
+def _check_fits(path: Path, arch: Architecture, log_z: Kind | None) -> dict[str, Any]:
+    """The checkpoint's common part, which says what model it was made for."""
+    common = dist_checkpointing.load_common_state_dict(str(path))
+    for name, wanted in _made_for(arch, log_z).items():
+        found = common["made_for"].get(name)
+        if found != wanted:
+            raise ConfigError(
+                f"{path}: is of another model or objective: its {name} is {found!r}, these settings make {wanted!r}; "
+                "set model.path and objective as they were, or choose another run_dir"
+            )
+    return common
+
+
+def _made_for(arch: Architecture, log_z: Kind | None) -> dict[str, Any]:
+    """What must be the same when a checkpoint is loaded, in plain values."""
+    fields = {field.name: getattr(arch, field.name) for field in dataclasses.fields(arch)}
+    return {**fields, "inv_freq": [f"{x:.4g}" for x in arch.inv_freq.tolist()], "log_z": log_z}
 
 
 def _state(policy: Policy, optimizer: Optimizer, is_loading: bool) -> dict[str, Any]:
@@ -103,6 +153,10 @@ def _set_random(states: list[dict[str, Any]]) -> None:
 def _flush(folder: Path) -> None:
     """Bytes on disk before the name says that they are."""
     for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

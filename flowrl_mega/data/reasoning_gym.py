@@ -10,14 +10,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..config import ConfigError
+from flowrl_mega.config import ConfigError
 
 
 def make_rows(task: str, size: int, seed: int, **task_config: Any) -> list[dict[str, Any]]:
     """`size` problems of `task`; the same arguments give the same rows.
 
-    A row is {"prompt": the question, "answer": one right answer, "task": the task's name, "entry": the library's own record, which its
-    scorer reads}, all of it JSON. `task_config` goes to the library unchanged (e.g. min_terms=2, max_digits=1).
+    A row is {"prompt": the question, "answer": one right answer, "task": the task's name, "entry": the library's own
+    record, which its scorer reads}, all of it JSON. `task_config` goes to the library unchanged (e.g. max_digits=1).
     Raises ConfigError when the library is absent or refuses the task or its settings.
     """
     try:
@@ -40,7 +40,9 @@ def _json_safe(row: dict[str, Any]) -> dict[str, Any]:
     try:
         return json.loads(json.dumps(row))
     except TypeError as error:
-        raise ConfigError(f"reasoning-gym task {row['task']!r} has records that JSON cannot hold ({error}); choose another task") from error
+        raise ConfigError(
+            f"reasoning-gym task {row['task']!r} has records that JSON cannot hold ({error}); choose another task"
+        ) from error
 
 
 def write_jsonl(rows: Iterable[dict[str, Any]], path: Path) -> None:

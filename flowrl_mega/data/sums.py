@@ -14,12 +14,15 @@ ALPHABET = "0123456789+:"
 
 
 def rows(lo: int = 0, hi: int = 99, terms: int = 2) -> list[dict[str, Any]]:
-    """One row for each total in lo..hi (both included): {"prompt": "07:", "total": 7, "terms": 2}."""
+    """A row for each total in lo..hi (both included): {"prompt": "07:", "total": 7, "terms": 2, "right_answers": [...]}."""
     if not 0 <= lo <= hi <= 99:
         raise ConfigError(f"sums: the totals {lo}..{hi} must lie within 0..99, the lower one first")
     if terms < 2:
         raise ConfigError(f"sums: terms={terms} must be at least 2")
-    return [{"prompt": f"{total:02d}:", "total": total, "terms": terms} for total in range(lo, hi + 1)]
+    return [
+        {"prompt": f"{total:02d}:", "total": total, "terms": terms, "right_answers": right_answers(total, terms)}
+        for total in range(lo, hi + 1)
+    ]
 
 
 def right_answers(n: int, terms: int = 2) -> list[str]:

@@ -12,18 +12,15 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from flowrl_mega.model.generation import Sampling
 from flowrl_mega.model.policy import Policy
-from flowrl_mega.parallel.packing import Sequence, pack, split_by_tokens, split_data_parallel
-from flowrl_mega.rollout.engine import Engine
+from flowrl_mega.parallel.packing import Sequence, plan
 
 
 def sequence_logp(policy: Policy, sequences: list[Sequence], temperature: float, budget: int) -> Tensor:
     """log pi(y|x) [N] float64 by `Sequence.index` (0..N-1), on every rank."""
     layout = policy.layout
     total = torch.zeros(len(sequences), dtype=torch.float64, device=layout.device)
-    for group in split_by_tokens(split_data_parallel(sequences, layout.dp)[layout.dp_rank], budget):
-        batch = pack(group, layout.tp if layout.sequence_parallel else 1, layout.device)
+    for batch in (b for update in plan(sequences, len(sequences), layout, budget) for b in update):
         logp = policy.score(batch, temperature).logp.double()
         owner = batch.index.repeat_interleave(batch.response_cu_seqlens.diff())
         total.index_add_(0, owner, logp)
@@ -56,19 +53,16 @@ def exact_metrics(probabilities: Seq[Tensor], k: int) -> dict[str, float]:
 
 
 def spread_metrics(
-    policy: Policy, reference: Policy, engine: Engine, prompts: Seq[list[int]], answers: int, sampling: Sampling, seed: int
+    policy: Policy, reference: Policy, sequences: list[Sequence], temperature: float, budget: int = 16384
 ) -> dict[str, float]:
-    """Entropy of whole answers and KL(policy || reference), nats an answer, estimated on sampled answers.
+    """Entropy of whole answers and KL(policy || reference), nats an answer, from answers that the policy has drawn.
 
-    The sum over a sampled answer of each token's exact entropy has the answer's entropy as its mean (chain rule).
+    The sum over a drawn answer of each token's exact entropy has the answer's entropy as its mean (chain rule).
     """
-    rollouts = engine.generate(list(prompts), answers, sampling, seed)
-    sequences = [Sequence(i, prompts[i // answers], r.response) for i, r in enumerate(rollouts)]
     layout = policy.layout
     sums = torch.zeros(2, dtype=torch.float64, device=layout.device)
-    for group in split_by_tokens(split_data_parallel(sequences, layout.dp)[layout.dp_rank], 16384):
-        batch = pack(group, layout.tp if layout.sequence_parallel else 1, layout.device)
-        ours, theirs = (p.score(batch, sampling.temperature) for p in (policy, reference))
+    for batch in (b for update in plan(sequences, len(sequences), layout, budget) for b in update):
+        ours, theirs = (p.score(batch, temperature) for p in (policy, reference))
         sums += torch.stack([ours.entropy.double().sum(), (ours.logp.double() - theirs.logp.double()).sum()])
     if layout.dp > 1:
         torch.distributed.all_reduce(sums, group=layout.dp_group)

@@ -107,8 +107,7 @@ def check_layout(arch: Architecture, tp: int) -> None:
         if size % tp:
             fits = [n for n in range(1, arch.kv_heads + 1) if not (arch.heads % n or arch.kv_heads % n or arch.ffn % n)]
             raise ConfigError(
-                f"parallel.tp = {tp}: does not divide the model's {size} {name}; "
-                f"use one of {', '.join(map(str, fits))}"
+                f"parallel.tp = {tp}: does not divide the model's {size} {name}; use one of {', '.join(map(str, fits))}"
             )
 
 

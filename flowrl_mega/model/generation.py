@@ -67,15 +67,17 @@ class Decoder:
 
     def logits(self, tokens: Tensor, cache: _Cache) -> Tensor:
         """[N, S] new tokens -> [N, V] fp32 logits after the last of them."""
-        arch, (n, s) = self.arch, tokens.shape
+        arch, s = self.arch, tokens.shape[1]
         positions = torch.arange(cache.length, cache.length + s, device=tokens.device) - cache.pad[:, None]
         angles = positions.clamp(min=0)[:, None, :, None].float() * self.arch.inv_freq.to(tokens.device)
         rotation = (angles.cos().to(self.embedding.dtype), angles.sin().to(self.embedding.dtype))
         mask = _mask(cache, s, tokens.device)
         x = F.embedding(tokens, self.embedding)
         for i, layer in enumerate(self.layers):
-            x = x + self._attention(i, layer, F.rms_norm(x, (arch.hidden,), layer["norm1"], arch.norm_eps), rotation, mask, cache)
-            gate, up = F.linear(F.rms_norm(x, (arch.hidden,), layer["norm2"], arch.norm_eps), layer["fc1"]).chunk(2, -1)
+            normed = F.rms_norm(x, (arch.hidden,), layer["norm1"], arch.norm_eps)
+            x = x + self._attention(i, layer, normed, rotation, mask, cache)
+            normed = F.rms_norm(x, (arch.hidden,), layer["norm2"], arch.norm_eps)
+            gate, up = F.linear(normed, layer["fc1"]).chunk(2, -1)
             x = x + F.linear(F.silu(gate) * up, layer["fc2"])
         cache.length += s
         last = F.rms_norm(x[:, -1], (arch.hidden,), self.norm, arch.norm_eps)
@@ -120,11 +122,7 @@ def _layer(weights: dict[str, Tensor], i: int) -> dict[str, Tensor]:
         "q_norm": "self_attention.q_layernorm.weight", "k_norm": "self_attention.k_layernorm.weight",
         "proj": "self_attention.linear_proj.weight", "fc1": "mlp.linear_fc1.weight", "fc2": "mlp.linear_fc2.weight",
     }  # fmt: skip
-    return {
-        short: weights[full]
-        for short, name in names.items()
-        if (full := f"decoder.layers.{i}.{name}") in weights
-    }
+    return {short: weights[full] for short, name in names.items() if (full := f"decoder.layers.{i}.{name}") in weights}
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Layers of the local spec that megatron-core lacks: packed attention, rotary positions per sequence, RMSNorm under SP."""
+"""Layers that megatron-core's local spec lacks: packed attention, rotary positions per sequence, RMSNorm under SP."""
 
 from __future__ import annotations
 
@@ -81,6 +81,7 @@ class PackedRotary(torch.nn.Module):
 
     def __init__(self, inv_freq: Tensor) -> None:
         super().__init__()
+        self.inv_freq: Tensor
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.position_ids: Tensor | None = None
 
@@ -96,7 +97,7 @@ class PackedRotary(torch.nn.Module):
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with Megatron's constructor; marked so that SP sums its gradient over the tensor-parallel ranks."""
+    """torch's RMSNorm with Megatron's constructor; marked so that SP sums its gradient over the TP ranks."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)

@@ -38,7 +38,7 @@ class Policy(MegatronModule):
     def __init__(self, arch: Architecture, config: Config, layout: Layout, log_z: Kind | None) -> None:
         transformer = transformer_config(arch, config.model, config.megatron, layout)
         super().__init__(transformer)
-        self.arch, self.layout = arch, layout
+        self.arch, self.layout, self.log_z_kind = arch, layout, log_z
         self.logits_budget_bytes = config.model.logits_budget_mb << 20
         self.gpt = _gpt(arch, transformer, layout)
         self.model_type = self.gpt.model_type  # Megatron's schedules ask for it

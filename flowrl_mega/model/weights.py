@@ -116,6 +116,11 @@ def load_hf(policy: Policy, path: str | Path) -> None:
         raise ConfigError(f"{path}: unexpected tensor {unexpected[0]!r}; the policy has no place for it")
 
 
+def check_hf(path: str | Path) -> None:
+    """Refuse a folder without readable safetensors, before any rank starts."""
+    _reader(Path(path))
+
+
 def _reader(path: Path) -> tuple[Callable[[str], Tensor], set[str]]:
     """A function from tensor name to tensor, and the names there are."""
     files = sorted(path.glob("*.safetensors"))

@@ -87,9 +87,10 @@ class _LmHeadLogProb(torch.autograd.Function):
         hidden, weight, target, maximum, log_total = ctx.saved_tensors
         inv_temperature, shard, group, chunk, kept = ctx.rest
         valid = weight[: shard.valid]
-        d_hidden = torch.empty_like(hidden, dtype=torch.float32)
+        d_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         d_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for place, rows in enumerate(_chunks(hidden.shape[0], chunk)):
+        # A rank that holds nothing but padding has no part in the gradient.
+        for place, rows in enumerate(_chunks(hidden.shape[0], chunk) if shard.valid else []):
             logits, kept[place] = kept[place], None
             if logits is None:
                 logits = _logits(hidden[rows], valid.t())
@@ -101,9 +102,9 @@ class _LmHeadLogProb(torch.autograd.Function):
             mine = (local >= 0) & (local < shard.valid)
             d_logits.scatter_add_(1, local.clamp(0, shard.valid - 1)[:, None], (scale * mine)[:, None])
             d_logits = d_logits.to(weight.dtype)
-            torch.mm(d_logits, valid, out=d_hidden[rows]) if weight.dtype == torch.float32 else d_hidden[
-                rows
-            ].copy_(d_logits @ valid)
+            torch.mm(d_logits, valid, out=d_hidden[rows]) if weight.dtype == torch.float32 else d_hidden[rows].copy_(
+                d_logits @ valid
+            )
             d_weight[: shard.valid] += d_logits.t() @ hidden[rows].to(weight.dtype)
         if group is not None and group.size() > 1:
             dist.all_reduce(d_hidden, group=group)

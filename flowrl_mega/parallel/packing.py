@@ -12,8 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flowrl_mega.parallel.layout import Layout
 
-class Sequence(NamedTuple):
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
     """One prompt with one response, as token ids; `index` is its place in the step's batch."""
 
     index: int
@@ -96,11 +99,14 @@ def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _buckets(rows: list[int], fill: float = 0.8) -> list[Bucket]:
-    """Cut sequences, longest first, where one would fill less than `fill` of the padded view."""
+    """Cut sequences, longest first, where one would fill less than `fill` of the padded view.
+
+    The tail padding comes last and may be longer than the sequence before it: then it is a bucket of its own.
+    """
     buckets, start, first = [], 0, 0
     while first < len(rows):
         longest, last = rows[first], first
-        while last < len(rows) and rows[last] >= fill * longest:
+        while last < len(rows) and fill * longest <= rows[last] <= longest:
             last += 1
         lengths = torch.tensor(rows[first:last])
         tokens = int(lengths.sum())
@@ -142,3 +148,16 @@ def split_by_tokens(sequences: list[Sequence], budget: int) -> list[list[Sequenc
         groups[-1].append(sequence)
         used += sequence.rows
     return groups
+
+
+def plan(
+    sequences: list[Sequence], per_update: int, layout: Layout, tokens_per_microbatch: int
+) -> list[list[PackedBatch]]:
+    """This rank's micro-batches for each update (mini-batch) of `per_update` sequences, in the order given."""
+    multiple = layout.tp if layout.sequence_parallel else 1
+    updates = []
+    for start in range(0, len(sequences), per_update):
+        mine = split_data_parallel(sequences[start : start + per_update], layout.dp)[layout.dp_rank]
+        groups = split_by_tokens(mine, tokens_per_microbatch)
+        updates.append([pack(group, multiple, layout.device) for group in groups])
+    return updates

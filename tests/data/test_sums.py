@@ -48,7 +48,8 @@ def test_a_wrong_sum_is_named():
 
 def test_rows_and_their_limits():
     """Prompts have two digits each; totals that do not fit are refused."""
-    assert rows(7, 10, 3)[0] == {"prompt": "07:", "total": 7, "terms": 3}
+    first = rows(7, 10, 3)[0]
+    assert first == {"prompt": "07:", "total": 7, "terms": 3, "right_answers": right_answers(7, 3)}
     assert [row["prompt"] for row in rows(7, 10)] == ["07:", "08:", "09:", "10:"]
     for arguments in ((5, 4), (0, 100), (-1, 5)):
         with pytest.raises(ConfigError, match=r"must lie within 0\.\.99"):

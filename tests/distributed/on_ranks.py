@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 import flowrl_mega.parallel  # noqa: F401
 from flowrl_mega.config import Config, validated
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.policy import Policy
-from flowrl_mega.model.weights import load_hf
+from flowrl_mega.model.weights import from_shards, hf_names, load_hf, to_named
 from flowrl_mega.parallel import layout as layouts
-from flowrl_mega.parallel.packing import Sequence, pack
+from flowrl_mega.parallel.packing import PackedBatch, Sequence, pack
+from flowrl_mega.train import Trainer
 
 
 def config_for(path: Path | str, **sections: Any) -> Config:
@@ -38,15 +43,134 @@ def build(path: Path | str, log_z: Any = None, **sections: Any) -> Policy:
     return policy
 
 
-def packed(policy: Policy, sequences: list[Sequence]) -> Any:
+def packed(policy: Policy, sequences: list[Sequence]) -> PackedBatch:
     multiple = policy.layout.tp if policy.layout.sequence_parallel else 1
     return pack(sequences, multiple, policy.layout.device)
 
 
-def score(path: Path, sequences: list[Sequence], temperature: float = 1.0, **sections: Any) -> dict[str, torch.Tensor]:
+def score(path: Path, sequences: list[Sequence], temperature: float = 1.0, **sections: Any) -> dict[str, Tensor]:
     """Log-probs and entropies, each with the index of its sequence."""
     policy = build(path, **sections)
     batch = packed(policy, sequences)
     output = policy.score(batch, temperature)
     segment = batch.index.repeat_interleave(batch.response_cu_seqlens.diff())
     return {"logp": output.logp, "entropy": output.entropy, "segment": segment}
+
+
+def trainer(path: Path | str, **sections: Any) -> Trainer:
+    config = config_for(path, **sections)
+    return Trainer(config, layouts.init(config.parallel, config.seed))
+
+
+def step_by_updates(path: Path | str, steps: int = 1, **sections: Any) -> list[dict[str, float]]:
+    """Whole training steps; the metrics of each of their updates."""
+    job, found = trainer(path, **sections), []
+    real = job.update
+
+    def update(mini_batch: list[PackedBatch]) -> dict[str, float]:
+        found.append(real(mini_batch))
+        return found[-1]
+
+    job.update = update  # type: ignore[method-assign]
+    for step in range(1, steps + 1):
+        job.step(step)
+    return found
+
+
+class Recorded(NamedTuple):
+    """All that an update reads of N rollouts, so that no layout can change it; the log-probs by sequence."""
+
+    sequences: list[Sequence]
+    credit: Tensor  # [N]
+    old_logp: list[Tensor]
+    ref_logp: list[Tensor]
+
+
+class Update(NamedTuple):
+    """What one update computed, before the optimizer changed anything."""
+
+    metrics: dict[str, float]
+    gradients: dict[str, Tensor]  # whole tensors under Hugging Face names, and "partition...."
+    partition: dict[str, Tensor]  # the partition function's weights
+    replica_difference: float  # between the ranks' gradients of a tensor that all of them hold
+    micro_batches: int
+    all_reduces: int  # over more than one rank, forward and backward
+
+
+def update(path: Path, recorded: Recorded, **sections: Any) -> Update:
+    """One update on recorded rollouts."""
+    return _update(*_prepare(path, recorded, sections), leave_out=None)
+
+
+def updates_short_of_one(path: Path, recorded: Recorded, **sections: Any) -> list[Update]:
+    """The update without its first all-reduce, without its second, ...; the last one is complete."""
+    job, batches = _prepare(path, recorded, sections)
+    complete = _update(job, batches, leave_out=None)
+    return [*(_update(job, batches, leave_out) for leave_out in range(complete.all_reduces)), complete]
+
+
+def _prepare(path: Path, recorded: Recorded, sections: dict[str, Any]) -> tuple[Trainer, list[PackedBatch]]:
+    job = trainer(path, **sections)
+    (batches,) = job.pack(recorded.sequences, recorded.credit)
+    for batch in batches:
+        order = batch.index.tolist()
+        batch.scores["old_logp"] = torch.cat([recorded.old_logp[i] for i in order])
+        batch.scores["ref_logp"] = torch.cat([recorded.ref_logp[i] for i in order])
+    return job, batches
+
+
+def _update(job: Trainer, batches: list[PackedBatch], leave_out: int | None) -> Update:
+    found: dict[str, Any] = {}
+
+    def gather_instead_of_step(loss_is_finite: bool) -> dict[str, float]:
+        job.optimizer.inner.prepare_grads()
+        norm = float(job.optimizer.inner.get_grad_norm())
+        found["gradients"], found["difference"] = whole_gradients(job.policy)
+        return {"grad_norm": norm}
+
+    job.optimizer.step = gather_instead_of_step  # type: ignore[method-assign]
+    with counted_all_reduces(leave_out) as calls:
+        metrics = job.update(batches)
+    partition = {} if job.policy.partition is None else job.policy.partition.state_dict()
+    return Update(metrics, found["gradients"], partition, found["difference"], len(batches), len(calls))
+
+
+def whole_gradients(policy: Policy) -> tuple[dict[str, Tensor], float]:
+    """Gradients as whole tensors, and the largest difference between copies that should be equal."""
+    layout, whole, difference = policy.layout, {}, 0.0
+    for name, parameter in policy.named_parameters():
+        shards = [torch.empty_like(parameter.main_grad) for _ in range(layout.tp)]
+        dist.all_gather(shards, parameter.main_grad.contiguous(), group=layout.tp_group)
+        short = name.removeprefix("gpt.")
+        full = from_shards(short, shards)
+        if full is shards[0]:
+            difference = max([difference, *((s - full).abs().max().item() for s in shards)])
+        if short == name:
+            whole[name] = full.clone()
+        else:
+            whole.update(zip(hf_names(short), to_named(short, full.clone(), policy.arch), strict=True))
+    return whole, difference
+
+
+class _Done:
+    def wait(self) -> None: ...
+
+
+@contextmanager
+def counted_all_reduces(leave_out: int | None) -> Iterator[list[int]]:
+    """Counts the sums over more than one rank, and skips number `leave_out` on all ranks."""
+    calls: list[int] = []
+    real = dist.all_reduce
+
+    def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+        if op == dist.ReduceOp.SUM and dist.get_world_size(group) > 1:
+            calls.append(tensor.numel())
+            if len(calls) - 1 == leave_out:
+                return _Done() if async_op else None
+        return real(tensor, op=op, group=group, async_op=async_op)
+
+    dist.all_reduce = all_reduce
+    try:
+        yield calls
+    finally:
+        dist.all_reduce = real

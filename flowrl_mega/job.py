@@ -1,0 +1,145 @@
+"""From checked settings to a job: find what is wrong with the input, say what would run, start the ranks or be one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from flowrl_mega import objectives
+from flowrl_mega.checkpoint import check_checkpoint, find_checkpoint, step_of
+from flowrl_mega.config import Config, ConfigError
+from flowrl_mega.data.inputs import load_prompts
+from flowrl_mega.model.architecture import check_layout, check_megatron, read_architecture
+from flowrl_mega.model.weights import check_hf
+from flowrl_mega.monitor import check_wandb
+from flowrl_mega.monitor.run_folder import METRICS
+from flowrl_mega.parallel import layout as layouts
+from flowrl_mega.parallel.launch import free_port, launch, rank_environment, started_by_launcher
+from flowrl_mega.rewards.registry import load_reward
+from flowrl_mega.train import Trainer
+
+DONE, STOPPED = 0, 75
+
+
+def train(
+    config: Config, arguments: list[str], resume: str, dry_run: bool, checked: bool, stop_requested: Callable[[], bool]
+) -> int:
+    """The `train` command; returns the exit code. `arguments` are the command line's, for ranks that we start.
+
+    `checked`: this is a rank whose parent has already checked everything.
+    """
+    is_rank = started_by_launcher()
+    world = int(os.environ["WORLD_SIZE"]) if is_rank else layouts.world_size(config.parallel)
+    checkpoint = find_checkpoint(Path(config.run_dir), resume)
+    if not checked:
+        check(config, world, resume, checkpoint, one_of_many=is_rank)
+    first_rank = os.environ.get("RANK", "0") == "0"
+    if dry_run:
+        _say(describe(config, world, checkpoint), first_rank)
+        return DONE
+    if checkpoint and step_of(checkpoint) >= config.steps:
+        done = f"{checkpoint} is of step {step_of(checkpoint)} of {config.steps}: this run is finished"
+        _say(f"{done}; raise steps to go on", first_rank)
+        return DONE
+    if is_rank or world == 1:
+        return run_rank(config, checkpoint, stop_requested)
+    if stop_requested():
+        return STOPPED
+    found = ["--checked", f"--resume={checkpoint or 'never'}"]
+    return launch([sys.executable, "-m", "flowrl_mega.cli", *arguments, *found], world)
+
+
+def run_rank(config: Config, checkpoint: Path | None, stop_requested: Callable[[], bool]) -> int:
+    """Train as one rank of a job, in torchrun's environment or alone."""
+    if "RANK" not in os.environ:
+        os.environ.update(rank_environment(0, 1, free_port()))
+    layout = layouts.init(config.parallel, config.seed)
+    finished = Trainer(config, layout, checkpoint).run(stop_requested)
+    layouts.shutdown()
+    return DONE if finished else STOPPED
+
+
+def check(config: Config, world: int, resume: str, checkpoint: Path | None, one_of_many: bool = False) -> None:
+    """Everything that can be wrong with the input, found before a rank starts and before anything is written.
+
+    Ranks that torchrun or srun started (`one_of_many`) all find the same here, so that none waits for another that
+    has given up; a checkpoint's bytes they check together when they load it.
+    """
+    objective = objectives.build(config.objective)
+    load_reward(config.reward)
+    layouts.check_world(config.parallel, world)
+    arch = read_architecture(config.model.path)
+    check_layout(arch, config.parallel.tp)
+    check_megatron(config.megatron)
+    check_hf(config.model.path)
+    load_prompts(config)
+    check_wandb(config.monitor.wandb)
+    _check_sequences(config, world // config.parallel.tp)
+    _check_run_dir(Path(config.run_dir), resume, checkpoint)
+    if checkpoint and not one_of_many:
+        check_checkpoint(checkpoint, arch, objective.log_z)
+
+
+def _check_sequences(config: Config, dp: int) -> None:
+    sequences = config.batch.mini_batch or config.rollout.prompts_per_step * config.rollout.group_size
+    if sequences < dp:
+        raise ConfigError(
+            f"batch.mini_batch = {sequences}: fewer sequences than the {dp} data-parallel ranks; "
+            "take more sequences or fewer ranks"
+        )
+
+
+def _check_run_dir(run_dir: Path, resume: str, checkpoint: Path | None) -> None:
+    """A run folder holds one run: only that run may go on in it.
+
+    With --resume auto, a run that was ended before its first checkpoint starts over and its records are replaced.
+    """
+    place = run_dir
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ConfigError(f"run_dir = {str(run_dir)!r}: {place} is no folder that can be written; choose another")
+    newest = find_checkpoint(run_dir, "auto")
+    records = run_dir / METRICS
+    goes_on = resume == "auto" or (newest and checkpoint and newest.resolve() == checkpoint.resolve())
+    if not goes_on and (newest or (records.is_file() and records.stat().st_size)):
+        raise ConfigError(
+            f"run_dir = {str(run_dir)!r}: holds a run already, and --resume {resume} would mix another one into it; "
+            "choose another run_dir, remove this one, or go on from its newest checkpoint with --resume auto"
+        )
+
+
+def describe(config: Config, world: int, checkpoint: Path | None) -> str:
+    """What would run where."""
+    arch, objective = read_architecture(config.model.path), objectives.build(config.objective)
+    store, held_out, _, stop_ids = load_prompts(config)
+    tp, rollout = config.parallel.tp, config.rollout
+    total = rollout.prompts_per_step * rollout.group_size
+    updates = total // (config.batch.mini_batch or total)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU (gloo)"
+    sequence_parallel = ", sequence parallel" if config.parallel.sequence_parallel else ""
+    settings = ", ".join(f"{name}={value}" for name, value in objective.model_dump().items() if name != "name")
+    size = f"{arch.layers} layers of {arch.hidden}, vocabulary {arch.vocab}"
+    lines = {
+        "model": f"{config.model.path}: {arch.model_type}, {size}",
+        "ranks": f"{world} = tp {tp} x dp {world // tp}{sequence_parallel}, on {device}",
+        "layers": "Megatron-core local spec, packed attention through scaled_dot_product_attention",
+        "objective": f"{config.objective['name']} ({settings})",
+        "log Z": objective.log_z or "none",
+        "reference": "frozen copy of model.path" if objective.needs_reference else "not needed",
+        "prompts": f"{len(store)} to train on, {len(held_out) if held_out else 0} held out",
+        "reward": config.reward,
+        "step": f"{rollout.prompts_per_step} prompts x {rollout.group_size} answers of at most {rollout.max_tokens} "
+        f"tokens, {updates} update(s), {config.steps} steps; answers end at ids {list(stop_ids)}",
+        "run folder": f"{config.run_dir}, " + (f"resuming {checkpoint}" if checkpoint else "from the start"),
+    }
+    return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+
+
+def _say(text: str, first_rank: bool) -> None:
+    if first_rank:
+        print(text)

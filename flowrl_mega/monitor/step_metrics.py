@@ -1,0 +1,55 @@
+"""From what micro-batches and updates report to one line of metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def reduce_reports(reports: Sequence[Mapping[str, Tensor]], group: dist.ProcessGroup) -> dict[str, float]:
+    """Means over all sequences of an update, the same on every rank of the data-parallel group.
+
+    A report holds, for one micro-batch, a vector a metric and its number of sequences under "count"; each metric is
+    summed and divided by the number of sequences ("max_..." metrics: their maximum).
+    """
+    names = sorted(reports[0])
+    sums = torch.stack([torch.cat([r[name] for r in reports]).double().sum() for name in names])
+    largest = torch.stack([torch.cat([r[name] for r in reports]).double().max() for name in names])
+    if group.size() > 1:
+        dist.all_reduce(sums, group=group)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    count = float(sums[names.index("count")])
+    pairs = zip(names, sums.tolist(), largest.tolist(), strict=True)
+    return {n: top if n.startswith("max_") else total / count for n, total, top in pairs if n != "count"}
+
+
+def merge_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """One value of a step's updates: their mean; of counters and maxima the largest."""
+    names = dict.fromkeys(name for update in updates for name in update)
+    merged = {}
+    for name in names:
+        values = [update[name] for update in updates if name in update]
+        largest = name.startswith("max_") or name == "skipped_updates"
+        merged[name] = max(values) if largest else sum(values) / len(values)
+    return merged
+
+
+def cost_metrics(seconds: Mapping[str, float], tokens: int, generated: int) -> dict[str, float]:
+    """What a step took: the only metrics that differ between two runs of the same settings.
+
+    `tokens`: prompt and response tokens trained on; `generated`: response tokens. Memory is this rank's, in GB.
+    """
+    total = sum(seconds.values())
+    on_gpu = torch.cuda.is_available()
+    memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+    return {
+        **{f"seconds/{phase}": value for phase, value in seconds.items()},
+        "seconds/step": total,
+        "tokens_per_second": tokens / total,
+        "generated_tokens_per_second": generated / seconds["generate"],
+        "memory_gb": memory / 1e9,
+    }

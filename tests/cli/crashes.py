@@ -1,0 +1,57 @@
+"""What ranks are made to do before they train: die by SIGKILL at one exact place, as a kill -9 there would."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+from flowrl_mega import train
+from flowrl_mega.checkpoint import state
+
+
+def _die(*args: Any, **kwargs: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before_the_first_checkpoint() -> None:
+    _in_second_update_of(1)
+
+
+def between_updates() -> None:
+    """Step 5 has updated the weights once, and its rollouts and the random states have moved on."""
+    _in_second_update_of(5)
+
+
+def while_saving() -> None:
+    """The files of step 4 lie under the temporary name; rank 0 dies before they are renamed."""
+    _at_second_call_of_rank_0("_flush")
+
+
+def while_removing() -> None:
+    """Step 4 has its name; the older checkpoints are still there."""
+    _at_second_call_of_rank_0("remove_old")
+
+
+def _in_second_update_of(step: int) -> None:
+    update, done = train.Trainer.update, []
+
+    def counted(self: train.Trainer, mini_batch: Any) -> dict[str, float]:
+        done.append(self.step_done + 1)
+        if done.count(step) == 2:
+            _die()
+        return update(self, mini_batch)
+
+    train.Trainer.update = counted  # type: ignore[method-assign]
+
+
+def _at_second_call_of_rank_0(name: str) -> None:
+    real, calls = getattr(state, name), []
+
+    def counted(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            _die()
+        real(*args)
+
+    setattr(state, name, counted)

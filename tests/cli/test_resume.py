@@ -1,0 +1,221 @@
+"""Stopped, killed, and gone on with: the records of an interrupted run are those of an undisturbed one, to the bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from jobs import Job, records, write_config
+
+from flowrl_mega.checkpoint import find_checkpoint
+from flowrl_mega.checkpoint.folder import checkpoints
+from flowrl_mega.cli import main
+
+CLI = [sys.executable, "-m", "flowrl_mega.cli"]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc_per_node=2",
+    "-m",
+    "flowrl_mega.cli",
+]
+
+
+def assert_same_records(found: Path, wanted: Path) -> None:
+    for name in ("metrics", "samples", "evaluation"):
+        rows = records(wanted, name)
+        assert rows and records(found, name) == rows, name
+
+
+def steps(run_dir: Path) -> list[str]:
+    return [path.name for path in checkpoints(run_dir)]
+
+
+def test_a_run_leaves_its_records_and_its_newest_checkpoints(finished: Path) -> None:
+    run_dir = finished / "run"
+    assert [row["step"] for row in records(run_dir, "metrics")] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in records(run_dir, "evaluation")] == [0, 2, 4, 6]
+    assert len({row["loss"] for row in records(run_dir, "metrics")}) == 6, "the run must change something"
+    assert steps(run_dir) == ["step_4", "step_6"], "keep_last is 2"
+    assert sorted(path.name for path in run_dir.iterdir()) == [
+        "checkpoints", "config.yaml", "evaluation.jsonl", "metrics.jsonl", "samples.jsonl",
+    ]  # fmt: skip
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("crash", "left", "unfinished"),
+    [
+        ("before_the_first_checkpoint", [], []),
+        ("between_updates", ["step_2", "step_4"], []),
+        ("while_saving", ["step_2"], [".step_4"]),
+        ("while_removing", ["step_2", "step_4"], []),
+    ],
+)
+def test_killed_and_resumed(
+    crash: str, left: list[str], unfinished: list[str], finished: Path, model: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, model)
+    codes = Job(["train", str(config)], tmp_path / "log", before=f"crashes:{crash}").wait()
+    run_dir = tmp_path / "run"
+    assert -signal.SIGKILL in codes, (tmp_path / "log").read_text()
+    assert steps(run_dir) == left
+    assert [path.name for path in run_dir.glob("checkpoints/.step_*")] == unfinished
+    Job(["train", str(config), "--resume", "auto"], tmp_path / "log").run()
+    assert_same_records(run_dir, finished / "run")
+    assert steps(run_dir) == ["step_4", "step_6"]
+    assert not list(run_dir.glob("checkpoints/.step_*"))
+
+
+@pytest.mark.ranks
+def test_sigterm_saves_and_the_run_goes_on_under_torchrun(finished: Path, model: Path, tmp_path: Path) -> None:
+    """Both as a user starts them: processes of their own, one that launches its ranks and one under torchrun."""
+    config, run_dir = write_config(tmp_path, model), tmp_path / "run"
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        "import time\nfrom flowrl_mega.rewards import sums\n"
+        "def score(row, response):\n    time.sleep(0.1)\n    return sums.score(row, response)\n"
+    )
+    with subprocess.Popen(
+        [*CLI, "train", str(config), f"--reward={slow}:score", "--checkpoint.every=0"],
+        stderr=subprocess.PIPE, text=True,
+    ) as job:  # fmt: skip
+        end = time.monotonic() + 200
+        while not (run_dir / "metrics.jsonl").exists() and job.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        job.send_signal(signal.SIGTERM)
+        errors = job.communicate(timeout=60)[1]
+    assert job.returncode == 75, errors
+    assert "Traceback" not in errors
+    saved = find_checkpoint(run_dir, "auto")
+    assert saved is not None and 1 <= len(records(run_dir, "metrics")) < 6
+    assert saved.name == f"step_{len(records(run_dir, 'metrics'))}"
+
+    subprocess.run([*TORCHRUN, "train", str(config)], timeout=240, check=True)
+    assert_same_records(run_dir, finished / "run")
+
+
+def test_a_finished_run_says_so(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (finished / "run" / "metrics.jsonl").read_bytes()
+    assert main(["train", str(finished / "config.yaml")]) == 0
+    assert "step 6 of 6: this run is finished" in capsys.readouterr().out
+    assert (finished / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_dry_run_says_what_would_run_and_writes_nothing(
+    finished: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, model)
+    assert main(["train", str(config), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for part in (
+        "2 = tp 2 x dp 1",
+        "log Z       mlp",
+        "17 to train on, 4 held out",
+        "2 update(s), 6 steps",
+        "from the start",
+    ):
+        assert part in said
+    assert not (tmp_path / "run").exists()
+    assert main(["train", str(finished / "config.yaml"), "--dry-run", "--steps=9", "--parallel.tp=1"]) == 0
+    said = capsys.readouterr().out
+    assert "1 = tp 1 x dp 1" in said and "resuming" in said and "step_6" in said
+
+
+@pytest.mark.parametrize("resume", ["never", "older"])
+def test_a_run_folder_holds_one_run(resume: str, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    resume = str(finished / "run" / "checkpoints" / "step_4") if resume == "older" else resume
+    assert main(["train", str(finished / "config.yaml"), "--resume", resume]) == 2
+    message = capsys.readouterr().err
+    assert "holds a run already" in message and resume in message and "--resume auto" in message
+
+
+@pytest.mark.ranks
+def test_fork_from_a_folder_at_another_layout(finished: Path, model: Path, tmp_path: Path) -> None:
+    """--resume DIR in a new run folder, with one rank instead of two, whose replayed step is the same up to rounding."""
+    config, origin = write_config(tmp_path, model), finished / "run" / "checkpoints" / "step_4"
+    arguments = [
+        "train",
+        str(config),
+        f"--resume={origin}",
+        "--parallel.tp=1",
+        "--steps=5",
+        "--checkpoint.at_end=false",
+    ]
+    Job(arguments, tmp_path / "log", world=1).run()
+    (found,), wanted = records(tmp_path / "run", "metrics"), records(finished / "run", "metrics")[4]
+    assert found["step"] == 5 and steps(tmp_path / "run") == [], "neither at step 4 nor at the end is one due"
+    assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+    assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+
+
+@pytest.fixture
+def copied(finished: Path, model: Path, tmp_path: Path) -> Path:
+    """A run folder like the finished one's, to break."""
+    write_config(tmp_path, model)
+    shutil.copytree(finished / "run", tmp_path / "run")
+    return tmp_path
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+BROKEN = {
+    "truncated": ("__0_0.distcp", _truncate),
+    "missing": ("__1_0.distcp", Path.unlink),
+    "changed byte": ("__1_0.distcp", _flip),
+    "metadata": (".metadata", _flip),
+    "garbage list": ("integrity.json", lambda path: path.write_text("{]")),
+    "other list": ("integrity.json", lambda path: path.write_text("[1, 2]")),
+    "empty list": ("integrity.json", lambda path: path.write_text('{"files": {}}')),
+    "no list": ("integrity.json", Path.unlink),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_checkpoint(case: str, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, change = BROKEN[case]
+    change(copied / "run" / "checkpoints" / "step_6" / name)
+    assert main(["train", str(copied / "config.yaml"), "--steps=9"]) == 2
+    message = capsys.readouterr().err
+    assert "step_6: broken checkpoint" in message and name in message and "to resume from an older one" in message
+    assert message.count("\n") == 1 and "Traceback" not in message
+
+
+@pytest.mark.ranks
+def test_broken_checkpoint_under_a_launcher(copied: Path) -> None:
+    """Rank 1 finds the fault in its share of the files: both give up, and it is told once."""
+    _flip(copied / "run" / "checkpoints" / "step_6" / "__0_0.distcp")
+    job = Job(["train", str(copied / "config.yaml"), "--steps=9"], copied / "log")
+    assert job.wait() == [2, 2]
+    said = (copied / "log").read_text()
+    assert said.count("broken checkpoint, __0_0.distcp has changed") == 1 and "Traceback" not in said
+
+
+def test_checkpoint_of_another_model(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tiny_models import make
+
+    other = make("llama", tmp_path / "other", vocab=15, hidden_size=16, head_dim=4)
+    assert main(["train", str(finished / "config.yaml"), "--steps=9", f"--model.path={other}"]) == 2
+    message = capsys.readouterr().err
+    assert "hidden is 32, these settings make 16" in message and "model.path" in message
+    assert main(["train", str(finished / "config.yaml"), "--steps=9", "--objective.z=constant"]) == 2
+    assert "log_z is 'mlp', these settings make 'constant'" in capsys.readouterr().err
+    for resume in ("nowhere", str(finished / "run")):
+        assert main(["train", str(finished / "config.yaml"), "--resume", resume]) == 2
+        assert f"--resume {resume}: not a checkpoint folder" in capsys.readouterr().err

@@ -1,0 +1,137 @@
+"""The promise itself: trained by the real trainer on two tensor-parallel ranks, the policy becomes the reward
+distribution pi_ref e^{beta r} / Z, and log Z its normaliser; GRPO, beside it, does not.
+
+Sources: the facts that on-policy FlowRL descends KL(pi || pi*), and where it ends with and without 1/|y| (arXiv
+2509.15207, Eq. 6, with the raw reward and one update a batch: with r_hat the target would move with the policy).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import exact_space
+import pytest
+import torch
+from exact_space import Trained
+from rank_pool import RankPool
+from torch import Tensor
+
+pytestmark = [pytest.mark.exact, pytest.mark.ranks, pytest.mark.timeout(1800)]
+
+STEPS, ANSWERS = 300, 256
+BETA, BETA_PER_TOKEN = 3.0, 1.0  # without and with length normalisation: the same pull at three tokens
+FLOWRL = {"name": "flowrl", "beta": BETA, "reward_norm": "none", "weight": "paper", "length_norm": False}
+METHODS: dict[str, dict[str, Any]] = {
+    "start": FLOWRL,
+    "flowrl": FLOWRL,
+    "flowrl 1/|y|": FLOWRL | {"beta": BETA_PER_TOKEN, "length_norm": True},
+    "grpo": {"name": "grpo"},
+}
+TOLERANCE = 0.02  # of KL (nats) and of log Z
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exact_space.write_task(tmp_path_factory.mktemp("exact"))
+
+
+@pytest.fixture(scope="module")
+def ref_logp(task: Path) -> Tensor:
+    return exact_space.reference_logp(task)
+
+
+class Runs:
+    """Each method's run, made when first asked for: same start, same prompts, as many answers and updates."""
+
+    def __init__(self, pool: RankPool, task: Path) -> None:
+        self.pool, self.task, self.done = pool, task, dict[str, Trained]()
+
+    def __getitem__(self, method: str) -> Trained:
+        if method not in self.done:
+            sections = {
+                "rollout": {"prompts_per_step": 3, "group_size": ANSWERS, "max_tokens": exact_space.MAX_TOKENS},
+                "optimizer": {"lr": 2e-3, "log_z_lr": 1e-3, "weight_decay": 0.0},
+                "objective": METHODS[method],
+            }
+            steps = 0 if method == "start" else STEPS
+            first, second = self.pool.run(exact_space.train, self.task, method.split("/")[0], steps, sections, timeout=800)
+            torch.testing.assert_close(first.logp, second.logp, rtol=0, atol=0)  # both ranks see one policy
+            self.done[method] = first
+        return self.done[method]
+
+
+@pytest.fixture(scope="module")
+def runs(ranks2: RankPool, task: Path) -> Runs:
+    return Runs(ranks2, task)
+
+
+def row(name: str, run: Trained, log_p: Tensor, log_z: Tensor) -> str:
+    """One line of the table: mean and largest KL(pi || pi*), E[r], the largest error of log Z."""
+    kl = run.kl(log_p)
+    error = f"{largest_error(run.log_z, log_z):14.4f}" if run.log_z is not None else f"{'-':>14}"
+    return f"{name:14} {kl.mean():12.4f} {kl.max():12.4f} {run.expected_reward():8.4f} {error}"
+
+
+def largest_error(log_z: Tensor | None, exact: Tensor) -> float:
+    assert log_z is not None, "this run has no partition function"
+    return float((log_z - exact).abs().max())
+
+
+def report(capsys: pytest.CaptureFixture[str], title: str, rows: list[str]) -> str:
+    """Show the table although pytest captures output, and return it for the messages of assertions."""
+    head = f"{title:14} {'KL to pi*':>12} {'largest':>12} {'E[r]':>8} {'log Z error':>14}"
+    table = "\n".join(["", head, *rows])
+    with capsys.disabled():
+        print(table)
+    return table
+
+
+def test_every_outcome_is_listed(runs: Runs, ref_logp: Tensor) -> None:
+    """All that follows are sums over outcomes: their mass must be 1, and the policy must start as the reference."""
+    start = runs["start"].logp
+    for logp in (ref_logp, start):
+        torch.testing.assert_close(logp.exp().sum(1), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(start, ref_logp, rtol=0, atol=1e-5)
+    log_p, _ = exact_space.target(ref_logp, BETA, False)
+    torch.testing.assert_close(log_p, (ref_logp + BETA * exact_space.rewards()).log_softmax(1))
+    assert (runs["start"].kl(log_p) > 10 * TOLERANCE).all(), "a target this near would be met without training"
+
+
+def test_flowrl_becomes_the_reward_distribution_and_grpo_does_not(
+    runs: Runs, ref_logp: Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Check 2. A policy still off its target biases log Z by -KL(pi || pi*), so the tolerance holds for both."""
+    log_p, log_z = exact_space.target(ref_logp, BETA, False)
+    table = report(capsys, "exact", [row(name, runs[name], log_p, log_z) for name in ("start", "flowrl", "grpo")])
+    flowrl, kl = runs["flowrl"], runs["flowrl"].kl(log_p).mean()
+    assert kl < TOLERANCE, table
+    assert largest_error(flowrl.log_z, log_z) < TOLERANCE, table
+    assert runs["grpo"].kl(log_p).mean() > 10 * max(kl, TOLERANCE), table
+    assert runs["grpo"].expected_reward() > flowrl.expected_reward() > runs["start"].expected_reward() + 0.1, table
+    for beta in (0.85 * BETA, 1.15 * BETA):  # a small KL alone would not tell these temperatures apart
+        assert flowrl.kl(exact_space.target(ref_logp, beta, False)[0]).mean() > 1.5 * kl, f"beta = {beta}: {table}"
+
+
+def test_length_normalised_flowrl_reaches_its_own_target(
+    runs: Runs, ref_logp: Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Check 3: with 1/|y| and answers of one to three tokens, pi* = pi_ref e^{|y| (beta r - c)} and log Z is c."""
+    log_p, log_z = exact_space.target(ref_logp, BETA_PER_TOKEN, True)
+    table = report(capsys, "exact, 1/|y|", [row(name, runs[name], log_p, log_z) for name in ("start", "flowrl 1/|y|")])
+    run, kl = runs["flowrl 1/|y|"], runs["flowrl 1/|y|"].kl(log_p).mean()
+    assert kl < TOLERANCE, table
+    assert largest_error(run.log_z, log_z) < TOLERANCE, table
+    other, _ = exact_space.target(ref_logp, BETA, False)
+    assert run.kl(other).mean() > 1.5 * kl, f"nearer to the target without 1/|y|: {table}"
+
+
+@pytest.mark.parametrize("method", ["flowrl", "flowrl 1/|y|"])
+def test_the_logged_log_z_is_the_exact_one(runs: Runs, ref_logp: Tensor, method: str) -> None:
+    """The number that a user watches in metrics.jsonl, over the last steps, is the normaliser; no update was skipped."""
+    settings = METHODS[method]
+    _, log_z = exact_space.target(ref_logp, settings["beta"], settings["length_norm"])
+    lines = runs[method].metrics
+    assert len(lines) == STEPS and lines[-1]["skipped_updates"] == 0
+    logged = sum(line["log_z"] for line in lines[-20:]) / 20
+    assert abs(logged - float(log_z.mean())) < TOLERANCE, f"logged {logged:.4f}, exact {float(log_z.mean()):.4f}"

@@ -1,0 +1,118 @@
+"""Packing against a sequence-by-sequence construction, and how sequences are shared out."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tiny_models import random_sequences
+
+from flowrl_mega.parallel.packing import PackedBatch, Sequence, pack, split_by_tokens, split_data_parallel
+
+
+def mixed(seed: int, count: int = 12) -> list[Sequence]:
+    rng = random.Random(seed)
+    return random_sequences([(rng.randint(1, 9), rng.randint(1, 30)) for _ in range(count)], seed=seed)
+
+
+def rows_of(batch: PackedBatch, place: int) -> slice:
+    return slice(int(batch.cu_seqlens[place]), int(batch.cu_seqlens[place + 1]))
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 7])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_row_is_what_its_own_sequence_says(seed, multiple):
+    """Brute force: what each packed tensor must hold, one sequence at a time."""
+    sequences = {s.index: s for s in mixed(seed)}
+    batch = pack(list(sequences.values()), multiple)
+    assert sorted(batch.index.tolist()) == sorted(sequences)
+    assert batch.size == len(sequences)
+    assert batch.tokens.numel() % multiple == 0
+    assert batch.tokens.numel() == batch.position_ids.numel() == batch.cu_seqlens[-1]
+    assert batch.tokens.numel() - sum(s.rows for s in sequences.values()) < multiple
+    prompt_end = 0
+    for place, index in enumerate(batch.index.tolist()):
+        _, prompt, response = sequences[index]
+        rows, every = rows_of(batch, place), [*prompt, *response]
+        assert batch.tokens[rows].tolist() == every[:-1]
+        assert batch.position_ids[rows].tolist() == list(range(len(every) - 1))
+        mine = slice(int(batch.response_cu_seqlens[place]), int(batch.response_cu_seqlens[place + 1]))
+        assert batch.target[mine].tolist() == response
+        # The row that predicts response token t is that of the token before it.
+        assert batch.response_rows[mine].tolist() == [rows.start + len(prompt) - 1 + t for t in range(len(response))]
+        prompts = slice(prompt_end, prompt_end + len(prompt))
+        assert batch.prompt_rows[prompts].tolist() == list(range(rows.start, rows.start + len(prompt)))
+        assert batch.prompt_segment[prompts].tolist() == [place] * len(prompt)
+        assert batch.prompt_lengths[place] == len(prompt)
+        prompt_end = prompts.stop
+    assert batch.prompt_rows.numel() == prompt_end
+
+
+@pytest.mark.parametrize("multiple", [1, 7])
+@pytest.mark.parametrize("seed", range(4))
+def test_buckets_cover_every_row_once(seed, multiple):
+    """The padded view of each bucket: a sequence's tokens in its own line, from the left, and nothing else."""
+    batch = pack(mixed(seed), multiple)
+    lengths = batch.cu_seqlens.diff().tolist()
+    end = first = 0
+    for bucket in batch.buckets:
+        assert bucket.tokens.start == end
+        mine = lengths[first : first + bucket.sequences]
+        places = [line * bucket.longest + column for line, n in enumerate(mine) for column in range(n)]
+        found = range(bucket.sequences * bucket.longest) if bucket.scatter is None else bucket.scatter.tolist()
+        assert list(found) == places
+        assert bucket.longest == max(mine)
+        assert bucket.tokens.stop - end == sum(mine)
+        assert min(mine) >= 0.8 * bucket.longest, "a padded view that is mostly padding wastes time"
+        end, first = bucket.tokens.stop, first + bucket.sequences
+    assert end == batch.tokens.numel()
+    assert first == len(lengths)
+
+
+def test_the_order_of_the_sequences_does_not_matter():
+    """So that the batch, and with it every rounding, depends on what was sampled alone."""
+    sequences = mixed(0)
+    shuffled = random.Random(1).sample(sequences, len(sequences))
+    for a, b in zip(vars(pack(sequences)).values(), vars(pack(shuffled)).values(), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else str(a) == str(b)
+
+
+def test_one_token_each_is_enough():
+    """The shortest sequence there is: one prompt token, and an answer that is the end token alone."""
+    batch = pack([Sequence(0, [5], [1])])
+    assert batch.tokens.tolist() == [5]
+    assert batch.target.tolist() == [1]
+    assert batch.response_rows.tolist() == [0]
+
+
+@pytest.mark.parametrize("dp", [1, 2, 3, 4])
+def test_data_parallel_shares_are_alike(dp):
+    """Counts differ by one at most; rows by no more than one longest sequence."""
+    sequences = mixed(3, count=29)
+    shares = split_data_parallel(sequences, dp)
+    assert sorted(s.index for share in shares for s in share) == list(range(29))
+    counts = [len(share) for share in shares]
+    assert max(counts) - min(counts) <= 1
+    rows = [sum(s.rows for s in share) for share in shares]
+    assert max(rows) - min(rows) <= max(s.rows for s in sequences)
+
+
+def test_too_few_sequences_for_the_ranks_is_a_bug():
+    with pytest.raises(AssertionError, match="every data-parallel rank"):
+        split_data_parallel(mixed(0, count=1), 2)
+
+
+@pytest.mark.parametrize("budget", [1, 40, 100, 10_000])
+def test_micro_batches_keep_to_the_budget(budget):
+    sequences = mixed(5, count=40)
+    groups = split_by_tokens(sequences, budget)
+    assert sorted(s.index for group in groups for s in group) == list(range(40))
+    assert all(groups)
+    for group in groups:
+        assert sum(s.rows for s in group) <= budget or len(group) == 1
+    if budget == 10_000:
+        assert len(groups) == 1
+    # Neighbours that would have fitted together are not kept apart.
+    for group, following in zip(groups, groups[1:], strict=False):
+        assert sum(s.rows for s in group) + following[0].rows > budget
