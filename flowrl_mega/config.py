@@ -55,6 +55,7 @@ class RolloutSettings(Settings):
     temperature: float = Field(1.0, gt=0, description="log-probs of policy and reference use it too")
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0: off")
+    ignore_eos: bool = Field(False, description="answers go on to max_tokens (for benchmarks)")
     allow_truncated_sampling: bool = Field(False, description="train although top_p or top_k cut the distribution")
 
 
@@ -117,6 +118,12 @@ class Config(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     monitor: MonitorSettings = MonitorSettings()
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """Setting one of its fields does not unset the default's name."""
+        return {"name": "flowrl", **value} if isinstance(value, dict) else value
 
     def dump(self) -> dict[str, Any]:
         """Plain values, as written to config.yaml."""

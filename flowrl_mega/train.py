@@ -57,6 +57,7 @@ class Trainer:
         self.optimizer = Optimizer(self.model, config.optimizer, bf16=config.model.dtype == "bf16")
         self.engine: Engine = EmbeddedEngine(layout)
         rollout = config.rollout
+        stop_ids = () if rollout.ignore_eos else stop_ids
         self.sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k, stop_ids)
         self.step_done = load_checkpoint(resume, self.policy, self.optimizer)["step"] if resume else 0
         self.engine.sync(self.policy, version=self.step_done)

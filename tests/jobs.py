@@ -63,11 +63,11 @@ class Job:
             rank.start()
 
     def wait(self, timeout: float = 120) -> list[int | None]:
-        """The ranks' exit codes; those that do not end in time are killed (-9), and so are the partners of a failed one."""
+        """The ranks' exit codes; those that do not end in time, or 20 s after a failed one, are killed (-9)."""
         end = time.monotonic() + timeout
         while any(rank.exitcode is None for rank in self.ranks) and time.monotonic() < end:
             if any(rank.exitcode for rank in self.ranks):
-                end = min(end, time.monotonic() + 5)
+                end = min(end, time.monotonic() + 20)
             time.sleep(0.02)
         for rank in self.ranks:
             rank.kill()

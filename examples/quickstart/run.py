@@ -60,9 +60,7 @@ def main() -> int:
     curves = {method: learning_curve(FOLDER / "seed_0" / method) for method in METHODS}
     quickstart_figure(summary, curves, FOLDER / "quickstart.png")
     print("\n" + table(summary["methods"]))
-    print(
-        f"\n{summary['seconds']['job']:.0f} s; {FOLDER}/summary.json, {FOLDER}/quickstart.png; every run is beside them"
-    )
+    print(f"\n{summary['seconds']['job']:.0f} s; {FOLDER}/summary.json and quickstart.png; every run is beside them")
     return 0
 
 

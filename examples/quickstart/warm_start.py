@@ -1,4 +1,4 @@
-"""The quick start's first model: a small Llama trained here from scratch, on some right answers, until it is half good."""
+"""The quick start's first model: a small Llama, trained here from scratch on right answers until it is half good."""
 
 from __future__ import annotations
 

@@ -37,22 +37,38 @@ class Generated:
 
 
 class _Cache:
-    """Keys and values of every layer, [N, h_kv, capacity, d], filled up to `length`; the first `pad` [N] are empty."""
+    """Keys [layers, N, h_kv, d, capacity] and values [.., capacity, d], filled up to `length`; the first `pad` [N]
+    positions are empty. Keys lie transposed: that is how a decode step multiplies them."""
 
     def __init__(self, arch: Architecture, rows: int, capacity: int, pad: Tensor, like: Tensor) -> None:
-        shape = (arch.layers, rows, arch.kv_heads, capacity, arch.head_dim)
-        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
-        self.length, self.pad, self.ragged = 0, pad, bool(pad.any())
+        heads = (arch.layers, rows, arch.kv_heads)
+        self.keys = like.new_empty(*heads, arch.head_dim, capacity)
+        self.values = like.new_empty(*heads, capacity, arch.head_dim)
+        self.arch, self.length, self.pad, self.ragged = arch, 0, pad, bool(pad.any())
 
     def select(self, rows: Tensor, capacity: int) -> _Cache:
         """A cache of these rows, with room for `capacity` positions."""
-        other = object.__new__(_Cache)
-        layers, _, kv_heads, _, d = self.keys.shape
-        other.keys, other.values = (x.new_empty(layers, rows.numel(), kv_heads, capacity, d) for x in (self.keys,) * 2)
-        for new, old in ((other.keys, self.keys), (other.values, self.values)):
-            new[:, :, :, : self.length] = old[:, rows, :, : self.length]
-        other.length, other.pad, other.ragged = self.length, self.pad[rows], self.ragged
+        other = _Cache(self.arch, rows.numel(), capacity, self.pad[rows], self.keys)
+        other.keys[..., : self.length] = self.keys[:, rows, :, :, : self.length]
+        other.values[..., : self.length, :] = self.values[:, rows, :, : self.length]
+        other.length, other.ragged = self.length, self.ragged
         return other
+
+    def attend(self, i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Layer i's attention of s new positions, which are added to the cache: q [N, h, s, d] -> [N, h, s, d]."""
+        (n, heads, s, d), end = q.shape, self.length + q.shape[2]
+        self.keys[i, ..., self.length : end] = k.transpose(2, 3)
+        self.values[i, ..., self.length : end, :] = v
+        if s > 1:
+            assert self.length == 0, "a prompt is computed in one piece"
+            grouped = heads != k.shape[1]
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        # One position: two batched products over the heads that share a key are 1.5-1.9x faster on CPU than the fused
+        # attention, which shares out its work by head and repeats keys for each.
+        scores = (q.view(n, k.shape[1], -1, d) * d**-0.5) @ self.keys[i, ..., :end]
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return (scores.softmax(-1) @ self.values[i, ..., :end, :]).view(n, heads, 1, d)
 
 
 class Decoder:
@@ -100,18 +116,7 @@ class Decoder:
         if arch.qk_norm:
             q = F.rms_norm(q, (arch.head_dim,), layer["q_norm"], arch.norm_eps)
             k = F.rms_norm(k, (arch.head_dim,), layer["k_norm"], arch.norm_eps)
-        end = cache.length + s
-        cache.keys[i, :, :, cache.length : end] = _rotate(k, *rotation)
-        cache.values[i, :, :, cache.length : end] = v
-        keys, values = cache.keys[i, :, :, :end], cache.values[i, :, :, :end]
-        out = F.scaled_dot_product_attention(
-            _rotate(q, *rotation),
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=mask is None and s > 1,
-            enable_gqa=group > 1,
-        )
+        out = cache.attend(i, _rotate(q, *rotation), _rotate(k, *rotation), v, mask)
         return F.linear(out.transpose(1, 2).reshape(n, s, -1), layer["proj"])
 
 

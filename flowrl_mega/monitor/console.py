@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 SHOWN = {"reward": "reward {:.3f}", "tokens_per_second": "{:,.0f} tok/s", "memory_gb": "{:.2f} GB"}
 

@@ -93,11 +93,13 @@ def install() -> bool:
 def _uncompiled() -> Iterator[None]:
     """Megatron decorates its fused functions with torch.compile as it is imported. No fusion is used on CPU, and
     without this each process would spend two seconds importing the compiler."""
-    compile_, torch.compile = torch.compile, lambda model=None, **_: model or (lambda function: function)  # type: ignore
+    library: Any = torch
+    original = library.compile
+    library.compile = lambda model=None, **_: model or (lambda function: function)
     try:
         yield
     finally:
-        torch.compile = compile_  # type: ignore[assignment]
+        library.compile = original
 
 
 @contextlib.contextmanager
@@ -129,7 +131,8 @@ def _replace_devices() -> None:
 
 def _replace_random() -> None:
     """The "CUDA generator" is the CPU's default generator."""
-    cuda, generator = torch.cuda, torch.default_generator
+    cuda: Any = torch.cuda
+    generator = torch.default_generator
 
     def get_rng_state(device: Any = "cuda") -> torch.Tensor:
         return generator.get_state()
@@ -141,8 +144,7 @@ def _replace_random() -> None:
         generator.manual_seed(int(seed))
 
     for place in (cuda, cuda.random):
-        place.get_rng_state, place.set_rng_state = get_rng_state, set_rng_state  # type: ignore[assignment]
-        place.manual_seed = manual_seed  # type: ignore[assignment]
+        place.get_rng_state, place.set_rng_state, place.manual_seed = get_rng_state, set_rng_state, manual_seed
 
 
 def _replace_megatron_random() -> None:

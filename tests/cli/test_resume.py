@@ -82,7 +82,7 @@ def test_sigterm_saves_and_the_run_goes_on_under_torchrun(finished: Path, model:
     slow = tmp_path / "slow.py"
     slow.write_text(
         "import time\nfrom flowrl_mega.rewards import sums\n"
-        "def score(row, response):\n    time.sleep(0.1)\n    return sums.score(row, response)\n"
+        "def score(row, response):\n    time.sleep(0.05)\n    return sums.score(row, response)\n"
     )
     with subprocess.Popen(
         [*CLI, "train", str(config), f"--reward={slow}:score", "--checkpoint.every=0"],
@@ -140,7 +140,7 @@ def test_a_run_folder_holds_one_run(resume: str, finished: Path, capsys: pytest.
 
 @pytest.mark.ranks
 def test_fork_from_a_folder_at_another_layout(finished: Path, model: Path, tmp_path: Path) -> None:
-    """--resume DIR in a new run folder, with one rank instead of two, whose replayed step is the same up to rounding."""
+    """--resume DIR in a new run folder, with one rank instead of two: the step is the same up to rounding."""
     config, origin = write_config(tmp_path, model), finished / "run" / "checkpoints" / "step_4"
     arguments = [
         "train",

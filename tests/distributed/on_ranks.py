@@ -17,7 +17,7 @@ from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.policy import Policy
 from flowrl_mega.model.weights import from_shards, hf_names, load_hf, to_named
 from flowrl_mega.parallel import layout as layouts
-from flowrl_mega.parallel.packing import PackedBatch, Sequence, pack
+from flowrl_mega.parallel.packing import PackedBatch, Sequence, pack, plan
 from flowrl_mega.train import Trainer
 
 
@@ -111,9 +111,11 @@ def updates_short_of_one(path: Path, recorded: Recorded, **sections: Any) -> lis
 
 def _prepare(path: Path, recorded: Recorded, sections: dict[str, Any]) -> tuple[Trainer, list[PackedBatch]]:
     job = trainer(path, **sections)
-    (batches,) = job.pack(recorded.sequences, recorded.credit)
+    sequences, budget = recorded.sequences, job.config.batch.tokens_per_microbatch
+    (batches,) = plan(sequences, len(sequences), job.layout, budget)
     for batch in batches:
         order = batch.index.tolist()
+        batch.scores["credit"] = recorded.credit[batch.index]
         batch.scores["old_logp"] = torch.cat([recorded.old_logp[i] for i in order])
         batch.scores["ref_logp"] = torch.cat([recorded.ref_logp[i] for i in order])
     return job, batches

@@ -18,7 +18,6 @@ GRPO = {"name": "grpo", "kl_coef": 0.1}
 BATCH = {"tokens_per_microbatch": 30}  # several micro-batches, not the same number on both data-parallel ranks
 TP2, SP = {"tp": 2}, {"tp": 2, "sequence_parallel": True}
 BETA, EPS, KL = 3.0, 0.2, 0.1
-SPREAD = 0.15  # of the weights: at 0.3 transformers' own float32 gradients are 1e-5 off its float64 ones
 
 
 def record(folder, seed: int = 0) -> Recorded:
@@ -49,7 +48,8 @@ def expected(folder, recorded: Recorded, objective: str, partition: dict[str, to
     model = in_float64(folder)
     z = {name: value.double().requires_grad_() for name, value in partition.items()}
     loss, log_zs = torch.zeros((), dtype=torch.float64), []
-    for i, (_, prompt, response) in enumerate(recorded.sequences):
+    for i, sequence in enumerate(recorded.sequences):
+        prompt, response = sequence.prompt, sequence.response
         old, ref = recorded.old_logp[i].double(), recorded.ref_logp[i].double()
         hidden = model.model(torch.tensor([prompt + response])).last_hidden_state[0]
         logits = model.lm_head(hidden)[len(prompt) - 1 : -1]
@@ -87,20 +87,15 @@ def difference(found: Update, wanted: Update) -> tuple[float, str]:
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_model):
-    return lambda kind: tiny_model(kind, initializer_range=SPREAD)
-
-
-@pytest.fixture(scope="module")
-def alone(folder, ranks1):
+def alone(tiny_model, ranks1):
     """The update of one rank, once for each (model, objective)."""
     results = {}
 
     def run(kind: str, objective: dict) -> tuple[Recorded, Update]:
         key = kind, objective["name"]
         if key not in results:
-            recorded = record(folder(kind))
-            (result,) = ranks1.run(update, folder(kind), recorded, objective=objective, batch=BATCH)
+            recorded = record(tiny_model(kind))
+            (result,) = ranks1.run(update, tiny_model(kind), recorded, objective=objective, batch=BATCH)
             results[key] = recorded, result
         return results[key]
 
@@ -110,11 +105,11 @@ def alone(folder, ranks1):
 @pytest.mark.ranks
 @pytest.mark.parametrize("objective", [FLOWRL, GRPO], ids=["flowrl", "grpo"])
 @pytest.mark.parametrize("kind", ["llama", "llama-untied-rope", "qwen2", "qwen3"])
-def test_one_rank_computes_what_autograd_through_transformers_does(kind, objective, alone, folder):
+def test_one_rank_computes_what_autograd_through_transformers_does(kind, objective, alone, tiny_model):
     """The whole chain (packing, Megatron, lm-head, objective, schedule, normaliser) has an oracle that shares no code
     with it."""
     recorded, found = alone(kind, objective)
-    loss, log_z, gradients = expected(folder(kind), recorded, objective["name"], found.partition)
+    loss, log_z, gradients = expected(tiny_model(kind), recorded, objective["name"], found.partition)
     assert found.micro_batches > 1
     assert found.metrics["loss"] == pytest.approx(loss, rel=TOLERANCE)
     assert found.metrics.get("log_z", 0.0) == pytest.approx(log_z, rel=TOLERANCE, abs=1e-6)
@@ -137,11 +132,11 @@ def test_the_recorded_rollouts_exercise_the_weight(alone):
     [("llama", FLOWRL), ("llama", GRPO), ("llama-untied-rope", FLOWRL), ("qwen2", FLOWRL), ("qwen3", FLOWRL)],
     ids=["llama-flowrl", "llama-grpo", "untied", "qwen2", "qwen3"],
 )
-def test_every_layout_computes_the_same_step(kind, objective, layout, alone, folder, ranks2):
+def test_every_layout_computes_the_same_step(kind, objective, layout, alone, tiny_model, ranks2):
     """With dp = 2 the ranks hold 4 and 3 sequences in unlike numbers of micro-batches: only the number of sequences
     as normaliser gives the same gradient."""
     recorded, wanted = alone(kind, objective)
-    results = ranks2.run(update, folder(kind), recorded, objective=objective, batch=BATCH, parallel=layout)
+    results = ranks2.run(update, tiny_model(kind), recorded, objective=objective, batch=BATCH, parallel=layout)
     for found in results:
         error, name = difference(found, wanted)
         assert error < TOLERANCE, name
@@ -155,11 +150,11 @@ def test_every_layout_computes_the_same_step(kind, objective, layout, alone, fol
     [("llama", TP2), ("llama", SP), ("qwen3", TP2), ("llama", {"dp": 2})],
     ids=["tp2", "tp2+sp", "tp2-qk-norm", "dp2"],
 )
-def test_leaving_out_any_all_reduce_is_seen(kind, layout, alone, folder, ranks2):
+def test_leaving_out_any_all_reduce_is_seen(kind, layout, alone, tiny_model, ranks2):
     """The comparison above has teeth: without any one of the step's sums over ranks it fails."""
     recorded, wanted = alone(kind, FLOWRL)
     sections = {"objective": FLOWRL, "batch": {"tokens_per_microbatch": 1000}, "parallel": layout}
-    runs = zip(*ranks2.run(updates_short_of_one, folder(kind), recorded, **sections), strict=True)
+    runs = zip(*ranks2.run(updates_short_of_one, tiny_model(kind), recorded, **sections), strict=True)
     *broken, complete = [max(max(difference(r, wanted)[0], r.replica_difference) for r in both) for both in runs]
     print(f"MEASURED broken {kind} {layout} {min(broken):.1e} of {len(broken)}, {complete:.1e}")
     assert complete < TOLERANCE

@@ -1,7 +1,7 @@
 """An answer space small enough to list: the exact target of FlowRL, and the real trainer's policy measured against it.
 
-Seven tokens (the end and six letters) and answers of at most three: 259 outcomes a prompt, ended by the end token or
-cut at three letters. Everything a run should reach is computed here from transformers' own model in float64, so that
+Five tokens (the end and four letters) and answers of at most three: 85 outcomes a prompt, ended by the end token or cut
+at three letters. Everything a run should reach is computed here from transformers' own model in float64, so that
 neither our forward, our losses nor our sampling take part in the oracle.
 """
 
@@ -27,11 +27,11 @@ from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.packing import Sequence, pack
 from flowrl_mega.train import Trainer
 
-END, LETTERS, MAX_TOKENS = 0, "abcdef", 3
+END, LETTERS, MAX_TOKENS = 0, "abcd", 3
 VOCAB = len(LETTERS) + 1  # odd: tp = 2 pads it, and the padded column must stay out of the softmax
 # Not "a": positions only rotate queries and keys, so after a, aa and aaa every Llama predicts the same, and no training
 # could reach a target that does not.
-PROMPTS = ("ab", "bc", "fed")
+PROMPTS = ("ab", "bc", "dca")
 
 
 def reward(row: dict[str, Any], response: str) -> float:
@@ -61,8 +61,8 @@ def write_task(folder: Path) -> Path:
     the right one.
     """
     model = tiny_models.make(
-        "llama", folder / "model", VOCAB, hidden_size=48, intermediate_size=256, eos_token_id=END, initializer_range=0.2,
-    )  # fmt: skip
+        "llama", folder / "model", VOCAB, hidden_size=48, intermediate_size=256, initializer_range=0.2, eos_token_id=END
+    )
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<end>", *LETTERS])}, unk_token="<end>"))
     core.pre_tokenizer, core.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>").save_pretrained(model)
@@ -122,6 +122,16 @@ class Trained:
     def kl(self, log_p: Tensor) -> Tensor:
         """KL(pi || p) of every prompt, [prompts], nats."""
         return (self.logp.exp() * (self.logp - log_p)).sum(1)
+
+    def inverse_temperature(self, ref_logp: Tensor, length_norm: bool) -> Tensor:
+        """The slope of (log pi - log pi_ref) / s on the reward over the outcomes, drawn from pi: beta at the target.
+
+        [prompts]; s is 1, or |y| with length normalisation. Sharper than a KL, which is quadratic in the error.
+        """
+        p = self.logp.exp()
+        y = (self.logp - ref_logp) / (lengths() if length_norm else 1)
+        r = rewards() - (p * rewards()).sum(1, keepdim=True)
+        return (p * r * y).sum(1) / (p * r * r).sum(1)
 
     def expected_reward(self) -> float:
         """E[r], the mean over the prompts."""

@@ -19,13 +19,13 @@ from torch import Tensor
 
 pytestmark = [pytest.mark.exact, pytest.mark.ranks, pytest.mark.timeout(1800)]
 
-STEPS, ANSWERS = 300, 256
+STEPS, ANSWERS = 240, 192
 BETA, BETA_PER_TOKEN = 3.0, 1.0  # without and with length normalisation: the same pull at three tokens
 FLOWRL = {"name": "flowrl", "beta": BETA, "reward_norm": "none", "weight": "paper", "length_norm": False}
 METHODS: dict[str, dict[str, Any]] = {
     "start": FLOWRL,
     "flowrl": FLOWRL,
-    "flowrl 1/|y|": FLOWRL | {"beta": BETA_PER_TOKEN, "length_norm": True},
+    "flowrl_norm": FLOWRL | {"beta": BETA_PER_TOKEN, "length_norm": True},
     "grpo": {"name": "grpo"},
 }
 TOLERANCE = 0.02  # of KL (nats) and of log Z
@@ -55,7 +55,7 @@ class Runs:
                 "objective": METHODS[method],
             }
             steps = 0 if method == "start" else STEPS
-            first, second = self.pool.run(exact_space.train, self.task, method.split("/")[0], steps, sections, timeout=800)
+            first, second = self.pool.run(exact_space.train, self.task, method, steps, sections, timeout=800)
             torch.testing.assert_close(first.logp, second.logp, rtol=0, atol=0)  # both ranks see one policy
             self.done[method] = first
         return self.done[method]
@@ -78,6 +78,12 @@ def largest_error(log_z: Tensor | None, exact: Tensor) -> float:
     return float((log_z - exact).abs().max())
 
 
+def check_temperature(run: Trained, ref_logp: Tensor, beta: float, length_norm: bool) -> None:
+    """A small KL alone does not tell beta from 1.1 beta."""
+    measured = run.inverse_temperature(ref_logp, length_norm)
+    assert ((measured / beta - 1).abs() < 0.05).all(), f"beta = {beta}, but pi follows {measured.tolist()}"
+
+
 def report(capsys: pytest.CaptureFixture[str], title: str, rows: list[str]) -> str:
     """Show the table although pytest captures output, and return it for the messages of assertions."""
     head = f"{title:14} {'KL to pi*':>12} {'largest':>12} {'E[r]':>8} {'log Z error':>14}"
@@ -95,7 +101,7 @@ def test_every_outcome_is_listed(runs: Runs, ref_logp: Tensor) -> None:
     torch.testing.assert_close(start, ref_logp, rtol=0, atol=1e-5)
     log_p, _ = exact_space.target(ref_logp, BETA, False)
     torch.testing.assert_close(log_p, (ref_logp + BETA * exact_space.rewards()).log_softmax(1))
-    assert (runs["start"].kl(log_p) > 10 * TOLERANCE).all(), "a target this near would be met without training"
+    assert runs["start"].kl(log_p).mean() > 10 * TOLERANCE, "a target this near would be met without training"
 
 
 def test_flowrl_becomes_the_reward_distribution_and_grpo_does_not(
@@ -109,8 +115,7 @@ def test_flowrl_becomes_the_reward_distribution_and_grpo_does_not(
     assert largest_error(flowrl.log_z, log_z) < TOLERANCE, table
     assert runs["grpo"].kl(log_p).mean() > 10 * max(kl, TOLERANCE), table
     assert runs["grpo"].expected_reward() > flowrl.expected_reward() > runs["start"].expected_reward() + 0.1, table
-    for beta in (0.85 * BETA, 1.15 * BETA):  # a small KL alone would not tell these temperatures apart
-        assert flowrl.kl(exact_space.target(ref_logp, beta, False)[0]).mean() > 1.5 * kl, f"beta = {beta}: {table}"
+    check_temperature(flowrl, ref_logp, BETA, False)
 
 
 def test_length_normalised_flowrl_reaches_its_own_target(
@@ -118,17 +123,16 @@ def test_length_normalised_flowrl_reaches_its_own_target(
 ) -> None:
     """Check 3: with 1/|y| and answers of one to three tokens, pi* = pi_ref e^{|y| (beta r - c)} and log Z is c."""
     log_p, log_z = exact_space.target(ref_logp, BETA_PER_TOKEN, True)
-    table = report(capsys, "exact, 1/|y|", [row(name, runs[name], log_p, log_z) for name in ("start", "flowrl 1/|y|")])
-    run, kl = runs["flowrl 1/|y|"], runs["flowrl 1/|y|"].kl(log_p).mean()
+    table = report(capsys, "exact, 1/|y|", [row(name, runs[name], log_p, log_z) for name in ("start", "flowrl_norm")])
+    run, kl = runs["flowrl_norm"], runs["flowrl_norm"].kl(log_p).mean()
     assert kl < TOLERANCE, table
     assert largest_error(run.log_z, log_z) < TOLERANCE, table
-    other, _ = exact_space.target(ref_logp, BETA, False)
-    assert run.kl(other).mean() > 1.5 * kl, f"nearer to the target without 1/|y|: {table}"
+    check_temperature(run, ref_logp, BETA_PER_TOKEN, True)
 
 
-@pytest.mark.parametrize("method", ["flowrl", "flowrl 1/|y|"])
+@pytest.mark.parametrize("method", ["flowrl", "flowrl_norm"])
 def test_the_logged_log_z_is_the_exact_one(runs: Runs, ref_logp: Tensor, method: str) -> None:
-    """The number that a user watches in metrics.jsonl, over the last steps, is the normaliser; no update was skipped."""
+    """The number that a user watches in metrics.jsonl is the normaliser, and no update was skipped."""
     settings = METHODS[method]
     _, log_z = exact_space.target(ref_logp, settings["beta"], settings["length_norm"])
     lines = runs[method].metrics

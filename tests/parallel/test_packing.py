@@ -33,7 +33,7 @@ def test_every_row_is_what_its_own_sequence_says(seed, multiple):
     assert batch.tokens.numel() - sum(s.rows for s in sequences.values()) < multiple
     prompt_end = 0
     for place, index in enumerate(batch.index.tolist()):
-        _, prompt, response = sequences[index]
+        prompt, response = sequences[index].prompt, sequences[index].response
         rows, every = rows_of(batch, place), [*prompt, *response]
         assert batch.tokens[rows].tolist() == every[:-1]
         assert batch.position_ids[rows].tolist() == list(range(len(every) - 1))

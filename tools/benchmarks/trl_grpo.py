@@ -31,26 +31,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from workload import distinct_letters, prompts
 
 WARM_UP_STEPS = 2
-NAMES = (
-    "Lily",
-    "Tom",
-    "Anna",
-    "Ben",
-    "Mia",
-    "Max",
-    "Sara",
-    "Tim",
-    "Lucy",
-    "Sam",
-    "Ella",
-    "Jack",
-    "Amy",
-    "Leo",
-    "Kate",
-    "Bob",
-)
 
 
 class StepClock(TrainerCallback):
@@ -70,10 +53,7 @@ class StepClock(TrainerCallback):
 
 
 class Reward:
-    """Distinct letters of an answer: free, and it differs within a group, so that advantages are not all zero.
-
-    Remembers how many tokens the answers had.
-    """
+    """The workload's reward; remembers how many tokens the answers had."""
 
     __name__ = "distinct_letters"
 
@@ -82,7 +62,7 @@ class Reward:
 
     def __call__(self, completions: list[str], completion_ids: list[list[int]], **_: object) -> list[float]:
         self.token_counts.update(len(ids) for ids in completion_ids)
-        return [float(len(set(text))) for text in completions]
+        return [distinct_letters(text) for text in completions]
 
 
 def settings(args: argparse.Namespace, folder: str) -> GRPOConfig:
@@ -121,7 +101,6 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     torch.set_num_threads(args.threads)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-    prompts = [f"Once upon a time {NAMES[i % len(NAMES)]} found {i + 1}" for i in range(args.prompts)]
     clock, reward = StepClock(), Reward()
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
@@ -129,7 +108,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
             processing_class=tokenizer,
             reward_funcs=reward,
             args=settings(args, folder),
-            train_dataset=Dataset.from_dict({"prompt": prompts}),
+            train_dataset=Dataset.from_dict({"prompt": prompts(args.prompts)}),
             callbacks=[clock],
         )
         trainer.train()
@@ -145,7 +124,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         "prompts": args.prompts,
         "answers": args.answers,
         "tokens": args.tokens,
-        "prompt_tokens": statistics.mean(len(ids) for ids in tokenizer(prompts)["input_ids"]),
+        "prompt_tokens": statistics.mean(len(ids) for ids in tokenizer(prompts(args.prompts))["input_ids"]),
         "microbatch": args.microbatch or args.prompts * args.answers,
         "threads": args.threads,
         "versions": {name: version(name) for name in ("trl", "transformers", "accelerate", "torch")},

@@ -1,0 +1,85 @@
+"""What ranks do for test_reshard: updates on recorded rollouts, and all of a job's state as whole tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from on_ranks import config_for
+from torch import Tensor
+
+from flowrl_mega.checkpoint import save_checkpoint
+from flowrl_mega.model.weights import from_shards, to_named
+from flowrl_mega.parallel import layout as layouts
+from flowrl_mega.parallel.packing import Sequence
+from flowrl_mega.rewards.registry import Score
+from flowrl_mega.train import Trainer
+
+
+class State(NamedTuple):
+    """Everything that the next update depends on, under names that no layout changes."""
+
+    tensors: dict[str, Tensor]  # "weight/...", "exp_avg/...", "exp_avg_sq/..."
+    updates: int
+    lr: float
+    loss: float | None  # of the update that led here
+    log_z: float | None
+
+
+def save(path: Path, run_dir: Path, sequences: list[Sequence], rewards: list[float], **sections: Any) -> State:
+    """Three updates from the folder's weights, then a checkpoint."""
+    job = _trainer(path, None, sections)
+    for _ in range(3):
+        metrics = _update(job, sequences, rewards)
+    save_checkpoint(run_dir, job.policy, job.optimizer, {"step": 3}, keep_last=1)
+    return _state(job, metrics)
+
+
+def load(
+    path: Path, checkpoint: Path, sequences: list[Sequence], rewards: list[float], forget: bool = False, **sections: Any
+) -> tuple[State, State]:
+    """The state as loaded, and after one more update; `forget` loses Adam's moments on the way."""
+    job = _trainer(path, checkpoint, sections)
+    loaded = _state(job, {})
+    if forget:
+        for moments in _adam(job).state.values():
+            moments["exp_avg"].zero_()
+    return loaded, _state(job, _update(job, sequences, rewards))
+
+
+def _trainer(path: Path, checkpoint: Path | None, sections: Any) -> Trainer:
+    config = config_for(path, **sections)
+    return Trainer(config, layouts.init(config.parallel, config.seed), checkpoint)
+
+
+def _update(job: Trainer, sequences: list[Sequence], rewards: list[float]) -> dict[str, float]:
+    (batches,) = job.batch(sequences, [Score(reward, "", failed=False) for reward in rewards])
+    return job.update(batches)
+
+
+def _adam(job: Trainer) -> Any:
+    (optimizer,) = job.optimizer.inner.chained_optimizers
+    return optimizer.optimizer
+
+
+def _state(job: Trainer, metrics: dict[str, float]) -> State:
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in job.policy.named_parameters():
+        moments = _adam(job).state[parameter]
+        for kind, part in {"weight": parameter, **moments}.items():
+            if torch.is_tensor(part) and part.shape == parameter.shape:
+                tensors.update({f"{kind}/{place}": tensor for place, tensor in _whole(job, name, part.detach())})
+    state = job.optimizer
+    return State(tensors, state.updates, state.inner.param_groups[0]["lr"], metrics.get("loss"), metrics.get("log_z"))
+
+
+def _whole(job: Trainer, name: str, part: Tensor) -> list[tuple[str, Tensor]]:
+    layout, short = job.layout, name.removeprefix("gpt.")
+    shards = [torch.empty_like(part) for _ in range(layout.tp)]
+    dist.all_gather(shards, part.contiguous(), group=layout.tp_group)
+    whole = from_shards(short, shards).clone()
+    if short == name:
+        return [(name, whole)]
+    return [(f"{short}.{i}", tensor) for i, tensor in enumerate(to_named(short, whole, job.policy.arch))]

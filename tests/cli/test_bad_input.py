@@ -1,0 +1,240 @@
+"""Wrong input: exit code 2, one message on stderr that names field, value and fix, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import write_config
+from tiny_models import make
+
+from flowrl_mega import cli
+
+Capture = pytest.CaptureFixture[str]
+
+
+def refused(capsys: Capture, folder: Path, *arguments: str) -> str:
+    """The message, after a look at how it was given."""
+    before = sorted(folder.rglob("*"))
+    assert cli.main(["train", *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("flowrl-mega: ")
+    assert "Traceback" not in said.err and said.err.endswith("\n")
+    assert sorted(folder.rglob("*")) == before, "nothing may be written"
+    return said.err
+
+
+# overrides -> what the message must contain: the field and its value, and the fix
+TABLE: dict[str, tuple[list[str], list[str]]] = {
+    "unknown section": (["--optimiser.lr=1"], ["optimiser: no such setting", "did you mean 'optimizer'?"]),
+    "unknown field": (["--rollout.groupsize=4"], ["rollout.groupsize: no such setting", "'group_size'"]),
+    "unknown and far": (["--rollout.zzz=4"], ["rollout.zzz: no such setting", "known: ", "temperature"]),
+    "wrong type": (["--steps=ten"], ["steps = 'ten'", "integer"]),
+    "fraction of a step": (["--steps=2.5"], ["steps = 2.5", "integer"]),
+    "no section": (["--model=3"], ["model = 3", "dictionary"]),
+    "value as section": (["--steps.of=3"], ["steps.of = '3'", "set steps itself"]),
+    "not a setting": (["steps"], ["'steps': not a setting", "--section.field=value"]),
+    "with a space": (["--steps", "3"], ["'--steps': not a setting", "--section.field=value"]),
+    "too small": (["--rollout.group_size=0"], ["rollout.group_size = 0", "greater than or equal to 1"]),
+    "negative rate": (["--optimizer.lr=-1e-3"], ["optimizer.lr = -0.001", "greater than 0"]),
+    "infinite rate": (["--optimizer.lr=.inf"], ["optimizer.lr = inf", "finite"]),
+    "bad decay": (["--optimizer.betas=[0.9, 1.5]"], ["optimizer.betas.1 = 1.5", "less than 1"]),
+    "one decay": (["--optimizer.betas=[0.9]"], ["optimizer.betas.1", "required"]),
+    "no such choice": (["--model.dtype=fp16"], ["model.dtype = 'fp16'", "'fp32' or 'bf16'"]),
+    "two faults": (["--steps=0", "--seed=-1"], ["steps = 0", "seed = -1"]),
+    "tp and the model": (["--parallel.tp=3"], ["parallel.tp = 3", "4 attention heads", "use one of 1, 2"]),
+    "sequence parallel": (
+        ["--parallel.tp=1", "--parallel.sequence_parallel=true"],
+        ["parallel.sequence_parallel = True", "parallel.tp of at least 2"],
+    ),
+    "more ranks than sequences": (
+        ["--parallel.tp=1", "--parallel.dp=32", "--batch.mini_batch=null"],
+        ["batch.mini_batch = 16", "32 data-parallel ranks", "fewer ranks"],
+    ),
+    "mini-batch": (["--batch.mini_batch=5"], ["batch.mini_batch = 5", "does not divide the 16", "a divisor of 16"]),
+    "no data file": (["--data.task=null", "--data.path=no.jsonl"], ["data.path = 'no.jsonl'", "no such file"]),
+    "no data": (["--data.task=null"], ["data.path = None, data.task = None", "exactly one"]),
+    "two data": (["--data.path=x.jsonl"], ["data.path = 'x.jsonl', data.task = 'sums'", "exactly one"]),
+    "unknown task": (["--data.task=sum"], ["data.task = 'sum'", "'sums'"]),
+    "task's argument": (["--data.task_args={low: 1}"], ["data.task_args = {'low': 1}", "'low'"]),
+    "task's range": (["--data.task_args={lo: 10, hi: 300}"], ["10..300", "within 0..99"]),
+    "held-out file": (["--data.held_out=no.jsonl"], ["data.held_out = 'no.jsonl'", "a share (0.1) or"]),
+    "held-out share": (["--data.held_out=5"], ["data.held_out = 5.0", "between 0 and 1"]),
+    "nothing left to train on": (["--data.held_out=0.99"], ["data.held_out = 0.99", "lower it"]),
+    "nothing to evaluate on": (["--data.held_out=null"], ["evaluation.every = 2", "set data.held_out"]),
+    "long prompts": (["--data.max_prompt_tokens=1"], ["data.max_prompt_tokens = 1", "raise it to 3"]),
+    "no chat template": (["--data.chat_template=true"], ["data.chat_template = true", "data.chat_template=false"]),
+    "no model": (["--model.path=no/model"], ["model.path = 'no/model'", "give a Hugging Face model folder"]),
+    "reward's form": (["--reward=score"], ["reward = 'score'", "module:function"]),
+    "reward's module": (["--reward=no_such:score"], ["reward = 'no_such:score'", "No module named", ".py file"]),
+    "reward's function": (
+        ["--reward=flowrl_mega.rewards.sums:scor"],
+        ["flowrl_mega.rewards.sums:scor", "did you mean 'score'?"],
+    ),
+    "objective's name": (["--objective.name=flowlr"], ["objective.name = 'flowlr'", "did you mean 'flowrl'?"]),
+    "objective's field": (["--objective.betta=1"], ["objective.betta: no such setting", "'beta'"]),
+    "objective's value": (["--objective.beta=x"], ["objective.beta = 'x'", "number"]),
+    "objective's range": (["--objective.eps=-1"], ["objective.eps = -1", "greater than"]),
+    "unknown to Megatron": (
+        ["--megatron.recompute_granularty=full"],
+        ["megatron.recompute_granularty", "did you mean 'recompute_granularity'?"],
+    ),
+    "ours, not Megatron's": (["--megatron.hidden_size=8"], ["megatron.hidden_size = 8", "model.path", "leave it out"]),
+    "cut distribution": (
+        ["--rollout.top_p=0.9"],
+        ["rollout.top_p = 0.9", "another distribution", "rollout.allow_truncated_sampling=true"],
+    ),
+    "resume from nothing": (["--resume=elsewhere"], ["--resume elsewhere", "auto or never"]),
+    "run folder": (["--run_dir=/dev/null/run"], ["run_dir = '/dev/null/run'", "choose another"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_refused(case: str, model: Path, tmp_path: Path, capsys: Capture) -> None:
+    overrides, parts = TABLE[case]
+    message = refused(capsys, tmp_path, str(write_config(tmp_path, model)), *overrides)
+    for part in parts:
+        assert part in message, message
+    assert message.count("\n") == (2 if case == "two faults" else 1), message
+
+
+FILES: dict[str, tuple[bytes | None, list[str]]] = {
+    "missing": (None, ["no such file", "give the path of a YAML file"]),
+    "not YAML": (b"a: [1", ["not valid YAML"]),
+    "not text": (b"\xff\xfe\x00", ["cannot be read"]),
+    "a list": (b"- 1\n", ["holds list, not a mapping of settings"]),
+    "empty": (b"", ["holds NoneType, not a mapping"]),
+    "a number as name": (b"1: 2\n", ["1 = 1: keys should be strings"]),
+    "most of it missing": (b"steps: 3\n", ["run_dir: missing", "--run_dir=VALUE", "model: missing", "reward: missing"]),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_settings_file(case: str, tmp_path: Path, capsys: Capture) -> None:
+    content, parts = FILES[case]
+    path = tmp_path / "settings.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    message = refused(capsys, tmp_path, str(path))
+    for part in parts:
+        assert part in message, message
+
+
+def test_yaml_says_off(model: Path, tmp_path: Path) -> None:
+    """YAML 1.1 reads off as false; the setting is meant."""
+    assert cli.load_config(write_config(tmp_path, model), ["monitor.wandb=off"]).monitor.wandb == "off"
+
+
+def _no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def _cut_weights(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 100)
+
+
+def _no_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def _unknown_type(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (_no_weights, "holds no *.safetensors"),
+        (_cut_weights, "a safetensors file is broken"),
+        (_no_tokenizer, "its tokenizer cannot be loaded"),
+        (_unknown_type, "model_type = 'mamba' is not supported; one of llama"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
+    ],
+)
+def test_broken_model_folder(change: Callable[[Path], None], part: str, tmp_path: Path, capsys: Capture) -> None:
+    folder = make("llama", tmp_path / "model", vocab=15)
+    change(folder)
+    message = refused(capsys, tmp_path, str(write_config(tmp_path, folder)))
+    assert part in message and str(folder) in message
+
+
+def test_broken_rows(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    rows = tmp_path / "rows.jsonl"
+    config = str(write_config(tmp_path, model, data={"path": str(rows), "held_out": 0.5}))
+    for text, part in [('{"prompt": "1:"}\n{"text": 1}\n', 'line 2: has no "prompt"'), ("", "holds no rows")]:
+        rows.write_text(text)
+        assert part in refused(capsys, tmp_path, config)
+
+
+def test_reward_with_a_fault_of_its_own(
+    model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    reward = tmp_path / "bad_reward.py"
+    reward.write_text("import no_such_module\n")
+    message = refused(capsys, tmp_path, str(write_config(tmp_path, model)), f"--reward={reward}:score")
+    assert "No module named 'no_such_module'" in message and str(reward) in message
+
+
+def test_wandb_is_not_installed(model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    message = refused(capsys, tmp_path, str(write_config(tmp_path, model)), "--monitor.wandb=offline")
+    assert "monitor.wandb = offline" in message and "pip install wandb" in message
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides", "parts"),
+    [
+        (3, [], ["parallel.tp = 2", "does not divide the 3 ranks started"]),
+        (2, ["--parallel.dp=2"], ["2 x 2: 2 ranks were started", "start 4"]),
+    ],
+)
+def test_torchrun_with_the_wrong_number_of_ranks(
+    world: int, overrides: list[str], parts: list[str],
+    model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Every rank finds it before it joins the others; only the first says so."""
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    config = str(write_config(tmp_path, model))
+    monkeypatch.setenv("RANK", "0")
+    message = refused(capsys, tmp_path, config, *overrides)
+    assert all(part in message for part in parts), message
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["train", config, *overrides]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_process_of_its_own_answers_before_it_imports_torch(model: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from flowrl_mega import cli; code = cli.main(); assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    config = str(write_config(tmp_path, model))
+    job = subprocess.run(
+        [sys.executable, "-c", code, "train", config, "--rollout.groupsize=4"],
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
+    assert job.returncode == 2 and job.stdout == ""
+    assert job.stderr == "flowrl-mega: rollout.groupsize: no such setting; did you mean 'group_size'?\n"
+
+
+def test_no_command_and_no_such_command(capsys: Capture) -> None:
+    for arguments in ([], ["trian", "x.yaml"], ["train"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(arguments)
+        assert stopped.value.code == 2
+        assert "usage: flowrl-mega" in capsys.readouterr().err
+
+
+def test_nothing_was_started() -> None:
+    """All of the above ran in this process, and none of it joined a job."""
+    assert not torch.distributed.is_initialized()

@@ -1,0 +1,184 @@
+"""Starting ranks: exit codes, time-outs, signals, and the environments of torchrun and srun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import FORKSERVER
+
+from flowrl_mega.parallel.launch import launch, rank_environment, started_by_launcher
+
+RANK = "import os, signal, sys, time; rank = int(os.environ['RANK']); "
+WAIT = "time.sleep(60)"
+
+
+def script(code: str) -> list[str]:
+    return [sys.executable, "-S", "-c", RANK + code]
+
+
+def test_ranks_know_their_places(tmp_path: Path) -> None:
+    names = "'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR'"
+    assert (
+        launch(script(f"open(f'{tmp_path}/{{rank}}', 'w').write(' '.join(os.environ[n] for n in [{names}]))"), 2) == 0
+    )
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["0 0 2 127.0.0.1", "1 1 2 127.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    ("code", "wanted"),
+    [("sys.exit(2)", 2), ("sys.exit(75)", 75), ("sys.exit(3)", 3), ("os.kill(os.getpid(), signal.SIGKILL)", 137)],
+)
+def test_the_exit_code_passes_through(code: str, wanted: int) -> None:
+    assert launch(script(code), 2, timeout_s=30) == wanted
+
+
+def test_a_failing_rank_ends_all_and_its_error_is_seen(capfd: pytest.CaptureFixture[str]) -> None:
+    """Also one that ignores every polite request."""
+    code = f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\nif rank: raise ValueError('this is why')\n{WAIT}"
+    start = time.monotonic()
+    assert launch(script(code), 2, timeout_s=50) == 1
+    assert time.monotonic() - start < 25
+    errors = capfd.readouterr().err
+    assert "ValueError: this is why" in errors and "rank 1 failed with exit code 1; ending the other ranks" in errors
+
+
+def test_time_out(capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(script(WAIT), 2, timeout_s=0.5) == 124
+    assert "ran past its 0.5 s" in capfd.readouterr().err
+
+
+def test_ranks_that_stop_on_request_get_time_for_it() -> None:
+    """Rank 1 has saved and left; rank 0 is given its grace instead of being killed at once."""
+    assert launch(script("rank or time.sleep(2.5)\nsys.exit(75)"), 2, timeout_s=50) == 75
+
+
+@pytest.mark.parametrize(("number", "wanted"), [("SIGTERM", 75), ("SIGINT", 130)])
+def test_signals_are_passed_on(number: str, wanted: int, tmp_path: Path) -> None:
+    code = (
+        f"signal.signal(signal.{number}, lambda *_: os._exit({wanted})); "
+        f"open(f'{tmp_path}/{{rank}}', 'w').close(); {WAIT}"
+    )
+    job = _launched(script(code))
+    _await(tmp_path / "0", tmp_path / "1")
+    os.kill(job.pid, getattr(signal, number))
+    job.join(timeout=30)
+    assert job.exitcode == wanted
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")
+def test_no_orphans_when_the_launcher_is_killed(tmp_path: Path) -> None:
+    code = f"f = open(f'{tmp_path}/.{{rank}}', 'w'); f.write(str(os.getpid())); f.close(); "
+    job = _launched(script(code + f"os.rename(f.name, f'{tmp_path}/{{rank}}'); {WAIT}"))
+    _await(tmp_path / "0", tmp_path / "1")
+    ranks = [int((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
+    job.kill()
+    end = time.monotonic() + 20
+    while any(_alive(rank) for rank in ranks) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not any(_alive(rank) for rank in ranks)
+
+
+def _launched(command: list[str]) -> Any:
+    """A process that launches two ranks of `command`."""
+    job = FORKSERVER.Process(target=_launch, args=(command,))
+    job.start()
+    return job
+
+
+def _launch(command: list[str]) -> None:
+    sys.exit(launch(command, 2, timeout_s=50))
+
+
+def _await(*paths: Path) -> None:
+    end = time.monotonic() + 60
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < end, "the ranks did not start"
+        time.sleep(0.02)
+
+
+def _alive(pid: int) -> bool:
+    """False also for a zombie, which nobody may have collected yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_cores_are_shared_out_but_the_users_own_word_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert rank_environment(0, 1, 1)["OMP_NUM_THREADS"] == str(cores)
+    assert rank_environment(0, 4 * cores, 1)["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert rank_environment(0, 2, 1)["OMP_NUM_THREADS"] == "7"
+
+
+SRUN = {
+    "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1", "SLURM_NTASKS": "16", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1",
+}  # fmt: skip
+
+
+@pytest.fixture
+def clean(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(os, "environ", {name: v for name, v in os.environ.items() if not name.startswith("SLURM_")})
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu07", "gpu07"),
+        ("gpu07,gpu09", "gpu07"),
+        ("gpu[003-010]", "gpu003"),
+        ("gpu[003,005-007],login1", "gpu003"),
+        ("rack[1-2]-gpu[04-08]", "rack1-gpu04"),
+        ("node1.cluster,node2.cluster", "node1.cluster"),
+    ],
+)
+def test_srun(nodes: str, first: str, clean: pytest.MonkeyPatch) -> None:
+    """Rank 0 listens on the step's first host, which need not be where srun was called (the launch node)."""
+    os.environ.update(SRUN, SLURM_STEP_NODELIST=nodes)
+    assert started_by_launcher()
+    found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
+    assert found == {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": first}
+    assert 1024 < int(os.environ["MASTER_PORT"]) < 32768, "below the ports that the system hands out"
+
+
+def test_steps_of_one_job_have_ports_of_their_own(clean: pytest.MonkeyPatch) -> None:
+    ports = set()
+    for job, step in [("4711", "0"), ("4711", "1"), ("4712", "0")]:
+        os.environ.update(SRUN, SLURM_STEP_NODELIST="a", SLURM_JOB_ID=job, SLURM_STEP_ID=step)
+        os.environ.pop("MASTER_PORT", None)
+        for name in ("RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
+        assert started_by_launcher()
+        ports.add(os.environ["MASTER_PORT"])
+    assert len(ports) == 3
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"SLURM_PROCID": "0", "SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"},  # an sbatch script, outside srun
+        {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # srun --pty bash
+    ],
+)
+def test_alone(environment: dict[str, str], clean: pytest.MonkeyPatch) -> None:
+    os.environ.update(environment)
+    assert not started_by_launcher()
+    assert "RANK" not in os.environ
+
+
+def test_torchrun(clean: pytest.MonkeyPatch) -> None:
+    """Its word goes before srun's: torchrun may run as one task a node."""
+    os.environ.update(SRUN, RANK="1", WORLD_SIZE="2", MASTER_ADDR="there", MASTER_PORT="1")
+    assert started_by_launcher()
+    assert (os.environ["RANK"], os.environ["MASTER_ADDR"]) == ("1", "there")

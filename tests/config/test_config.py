@@ -1,0 +1,85 @@
+"""Settings: what a file and flags make together. (What is refused, and how, is in tests/cli/test_bad_input.py.)"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flowrl_mega.config import Config, ConfigError, Settings, load_config, validated
+
+SMALLEST = {
+    "run_dir": "run",
+    "steps": 3,
+    "model": {"path": "model"},
+    "data": {"task": "sums"},
+    "reward": "module:function",
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump(SMALLEST))
+    return path
+
+
+def test_the_smallest_file_and_its_defaults(path: Path) -> None:
+    config = load_config(path)
+    assert (config.run_dir, config.steps, config.seed) == ("run", 3, 0)
+    assert config.objective == {"name": "flowrl"}
+    assert (config.rollout.temperature, config.rollout.top_p, config.rollout.top_k) == (1.0, 1.0, 0)
+
+
+def test_overrides_are_read_as_yaml(path: Path) -> None:
+    overrides = [
+        "--steps=7",
+        "--optimizer.lr=1e-6",  # a string to YAML 1.1, a number to people
+        "--optimizer.betas=[0.8, 0.9]",
+        "--objective.beta=2",
+        "--megatron.recompute_granularity=full",
+        "--parallel.dp=null",
+        "--model.path=a=b",
+        "data.chat_template=true",
+    ]
+    config = load_config(path, overrides)
+    assert config.steps == 7 and config.optimizer.lr == 1e-6 and config.optimizer.betas == (0.8, 0.9)
+    assert config.objective == {"name": "flowrl", "beta": 2}
+    assert config.megatron == {"recompute_granularity": "full"}
+    assert config.parallel.dp is None and config.model.path == "a=b" and config.data.chat_template
+
+
+def test_the_last_word_counts(path: Path) -> None:
+    assert load_config(path, ["steps=4", "steps=5"]).steps == 5
+    assert load_config(path, ["rollout={group_size: 3}", "rollout.max_tokens=9"]).rollout.group_size == 3
+
+
+def test_what_is_written_reads_back(path: Path, tmp_path: Path) -> None:
+    config = load_config(path, ["optimizer.lr=1.2345678901234567e-7", "data.held_out=0.1"])
+    again = tmp_path / "config.yaml"
+    again.write_text(yaml.safe_dump(config.dump()))
+    assert load_config(again) == config
+
+
+def test_settings_do_not_change(path: Path) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(path).steps = 4  # type: ignore[misc]
+
+
+def test_every_fault_is_told_at_once_each_on_a_line() -> None:
+    with pytest.raises(ConfigError) as refused:
+        validated(Config, {**SMALLEST, "steps": 0, "data": {"held_out": [1]}, "sead": 1}, "")
+    lines = str(refused.value).split("\n")
+    assert [line.split()[0].rstrip(":") for line in lines] == ["steps", "data.held_out", "sead"]
+    assert "a valid number, or" in lines[1] and "'seed'" in lines[2]
+
+
+def test_a_section_inside_the_tree_names_its_place() -> None:
+    class Section(Settings):
+        rate: float = 1.0
+
+    with pytest.raises(ConfigError, match=r"^objective\.rat: no such setting; did you mean 'rate'\?$"):
+        validated(Section, {"rat": 1}, "objective")
+    with pytest.raises(ConfigError, match=r"^objective = 3: must be a mapping"):
+        validated(Section, 3, "objective")

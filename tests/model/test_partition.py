@@ -1,0 +1,80 @@
+"""The partition function: its size, its input, and that it is the same on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import on_ranks
+import pytest
+import torch
+from tiny_models import in_float64, random_sequences
+
+from flowrl_mega.model.partition import PartitionMLP, build_partition, prompt_mean
+
+LAYOUTS = {"tp1": {}, "tp2": {"tp": 2}, "tp2+sp": {"tp": 2, "sequence_parallel": True}}
+
+
+@pytest.mark.parametrize("hidden", [1, 32, 100])
+def test_number_of_parameters(hidden):
+    """2 H^2 + 7 H + 1: the paper's head, no more and no less."""
+    assert sum(p.numel() for p in PartitionMLP(hidden, seed=0).parameters()) == 2 * hidden**2 + 7 * hidden + 1
+
+
+def test_the_seed_rules_the_weights_and_nothing_else_does():
+    """Ranks that have drawn unlike random numbers before must still build the same head, and making it must not
+    disturb what they draw next."""
+    torch.manual_seed(1)
+    first, drawn_after = PartitionMLP(8, seed=5), torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), drawn_after)
+    again, other = PartitionMLP(8, seed=5), PartitionMLP(8, seed=6)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(next(first.parameters()), next(other.parameters()))
+
+
+def test_kinds():
+    assert build_partition(None, 8, 0) is None
+    assert build_partition("zero", 8, 0) is None
+    constant = build_partition("constant", 8, 0)
+    assert constant is not None
+    assert constant(torch.randn(3, 8)).tolist() == [0, 0, 0]
+    constant(torch.randn(3, 8)).sum().backward()
+    assert constant.value.grad.item() == 3
+
+
+def test_prompt_mean_in_float64():
+    """Packed rows of three prompts, with response rows between them that must not count."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(20, 6, generator=g)
+    prompts = [range(0, 3), range(7, 8), range(12, 19)]
+    rows = torch.tensor([row for prompt in prompts for row in prompt])
+    segment = torch.tensor([i for i, prompt in enumerate(prompts) for _ in prompt])
+    found = prompt_mean(hidden, rows, segment, torch.tensor([len(p) for p in prompts]))
+    wanted = torch.stack([hidden[list(p)].double().mean(0) for p in prompts])
+    assert (found - wanted).abs().max() < 1e-6
+
+
+def log_z(path, sequences, **sections: Any) -> tuple[dict[int, float], dict[str, torch.Tensor]]:
+    policy = on_ranks.build(path, log_z="mlp", **sections)
+    batch = on_ranks.packed(policy, sequences)
+    values = policy.score(batch).log_z
+    return dict(zip(batch.index.tolist(), values.tolist(), strict=True)), policy.partition.state_dict()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_log_z_reads_the_last_hidden_states_of_all_prompt_tokens(layout, tiny_model, ranks1, ranks2):
+    """Against transformers' hidden states after the final norm: the response must not leak in, the last prompt token
+    must not be left out, and all ranks must hold the same bits."""
+    sequences = random_sequences([(3, 5), (1, 1), (10, 20), (4, 9), (8, 7)])
+    pool = ranks1 if layout == "tp1" else ranks2
+    results = pool.run(log_z, tiny_model("llama"), sequences, parallel=LAYOUTS[layout])
+    model, head = in_float64(tiny_model("llama")), PartitionMLP(32, seed=0)
+    head.load_state_dict(results[0][1])
+    head.double()
+    for s in sequences:
+        with torch.no_grad():
+            hidden = model.model(torch.tensor([s.prompt])).last_hidden_state[0]
+            wanted = head.layers(hidden.mean(0)).item()
+        assert results[0][0][s.index] == pytest.approx(wanted, abs=2e-6)
+    assert all(values == results[0][0] for values, _ in results)

@@ -1,0 +1,125 @@
+"""One GRPO step by phase, in several layouts.
+
+    python tools/benchmarks/step.py --model DIR [--prompts 16 --answers 16 --tokens 64] [--steps 8] [--json FILE]
+
+Each layout is a job of its own; the first steps are not counted; figures are medians. Every answer has exactly
+`--tokens` tokens. Memory is the ranks' peak resident set, summed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from workload import distinct_letters, machine, median_of, prompts, write
+
+LAYOUTS = {"tp1": {"tp": 1}, "tp2": {"tp": 2}, "dp2": {"tp": 1, "dp": 2}}
+WARM_UP_STEPS = 2
+
+
+def main() -> None:
+    options = parser().parse_args()
+    if options.rank_of:
+        run_rank(options)
+        return
+    rows = [measure(layout, options) for layout in options.layouts]
+    print(f"{'layout':<8}{'s/step':>9}{'trained tok/s':>15}{'generated tok/s':>17}{'peak GB':>9}   phases (s)")
+    for row in rows:
+        phases = "  ".join(f"{name} {value:.3f}" for name, value in row["phases"].items())
+        rates = f"{row['trained_tokens_per_second']:>15,.0f}{row['generated_tokens_per_second']:>17,.0f}"
+        print(f"{row['layout']:<8}{row['seconds_per_step']:>9.3f}{rates}{row['peak_rss_bytes'] / 1e9:>9.2f}   {phases}")
+    write(options.json, machine("torch", "megatron-core"), rows)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="One GRPO step by phase, in several layouts.")
+    parser.add_argument("--model", required=True, help="Hugging Face model folder")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--answers", type=int, default=16, help="answers a prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens an answer")
+    parser.add_argument("--steps", type=int, default=8, help=f"timed steps, after {WARM_UP_STEPS} of warm-up")
+    parser.add_argument("--microbatch-tokens", type=int, default=16384)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--json")
+    parser.add_argument("--rank-of", help=argparse.SUPPRESS)
+    parser.add_argument("--out", help=argparse.SUPPRESS)
+    return parser
+
+
+def measure(layout: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run one layout's job; the row of its medians."""
+    from flowrl_mega.parallel.launch import launch
+
+    world = LAYOUTS[layout]["tp"] * LAYOUTS[layout].get("dp", 1)
+    arguments = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in
+                 ("model", "prompts", "answers", "tokens", "steps", "microbatch_tokens")]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, *arguments, "--rank-of", layout, "--out", folder]
+        if code := launch(command, world, timeout_s=1800):
+            sys.exit(f"{layout}: a rank failed with exit code {code}")
+        ranks = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
+    steps = ranks[0]["steps"][WARM_UP_STEPS:]
+    phases = [name for name in steps[0] if name.startswith("seconds/") and name != "seconds/step"]
+    seconds = median_of(steps, "seconds/step")
+    return {
+        "provider": "flowrl-mega",
+        "layout": layout,
+        "threads_per_rank": max(1, (os.cpu_count() or 1) // world),
+        "prompts": options.prompts,
+        "answers": options.answers,
+        "tokens": options.tokens,
+        "seconds_per_step": seconds,
+        "tokens_per_second": options.prompts * options.answers * options.tokens / seconds,
+        "trained_tokens_per_second": ranks[0]["tokens"] / median_of(steps, "seconds/update"),
+        "generated_tokens_per_second": median_of(steps, "generated_tokens_per_second"),
+        "peak_rss_bytes": sum(rank["peak_rss_bytes"] for rank in ranks),
+        "phases": {name.removeprefix("seconds/"): median_of(steps, name) for name in phases},
+    }
+
+
+def run_rank(options: argparse.Namespace) -> None:
+    """One rank of one layout: train, and write the steps' metrics."""
+    from flowrl_mega.config import Config, validated
+    from flowrl_mega.parallel import layout as layouts
+    from flowrl_mega.train import Trainer
+
+    rank, out = os.environ["RANK"], Path(options.out)
+    data = out / f"prompts_{rank}.jsonl"
+    data.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts(options.prompts)))
+    rollout = {
+        "prompts_per_step": options.prompts, "group_size": options.answers, "max_tokens": options.tokens,
+        "ignore_eos": True,
+    }  # fmt: skip
+    tree = {
+        "run_dir": str(out / "run"),
+        "steps": WARM_UP_STEPS + options.steps,
+        "model": {"path": options.model},
+        "parallel": LAYOUTS[options.rank_of],
+        "data": {"path": str(data)},
+        "reward": f"{__file__}:reward",
+        "rollout": rollout,
+        "batch": {"tokens_per_microbatch": options.microbatch_tokens},
+        "objective": {"name": "grpo"},
+        "monitor": {"progress": False},
+    }
+    config = validated(Config, tree, "")
+    trainer = Trainer(config, layouts.init(config.parallel, config.seed))
+    steps = [trainer.step(step)[0] for step in range(1, config.steps + 1)]
+    tokens = sum((len(p.token_ids) + options.tokens) * options.answers for p in trainer.prompts.prompts)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    (out / f"{rank}.json").write_text(json.dumps({"steps": steps, "tokens": tokens, "peak_rss_bytes": peak}))
+    layouts.shutdown()
+
+
+def reward(row: dict[str, Any], response: str) -> float:
+    return distinct_letters(response)
+
+
+if __name__ == "__main__":
+    main()
