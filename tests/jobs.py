@@ -62,7 +62,7 @@ class Job:
         for rank in self.ranks:
             rank.start()
 
-    def wait(self, timeout: float = 120) -> list[int | None]:
+    def wait(self, timeout: float = 240) -> list[int | None]:
         """The ranks' exit codes; those that do not end in time, or 20 s after a failed one, are killed (-9)."""
         end = time.monotonic() + timeout
         while any(rank.exitcode is None for rank in self.ranks) and time.monotonic() < end:
@@ -74,7 +74,7 @@ class Job:
             rank.join()
         return [rank.exitcode for rank in self.ranks]
 
-    def run(self, timeout: float = 120) -> str:
+    def run(self, timeout: float = 240) -> str:
         """Wait for success; returns what the ranks wrote."""
         codes = self.wait(timeout)
         assert codes == [0] * len(codes), f"exit codes {codes}\n{self.log.read_text()}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import time
 import traceback
 from collections.abc import Callable
@@ -28,13 +29,22 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            function, args, kwargs = pipe.recv()
+            function, args, kwargs = _receive(pipe)
         except EOFError:
             return
         try:
-            pipe.send(("done", function(*args, **kwargs)))
+            _send(pipe, ("done", function(*args, **kwargs)))
         except BaseException:
-            pipe.send(("failed", traceback.format_exc()))
+            _send(pipe, ("failed", traceback.format_exc()))
+
+
+def _send(pipe: Connection, item: Any) -> None:
+    """As plain bytes: `pipe.send` would hand tensors over as open files, one more connection for each."""
+    pipe.send_bytes(pickle.dumps(item))
+
+
+def _receive(pipe: Connection) -> Any:
+    return pickle.loads(pipe.recv_bytes())
 
 
 class RankPool:
@@ -49,8 +59,11 @@ class RankPool:
         if not self.ranks:
             self._start()
             timeout += 60  # the first call imports torch and megatron
-        for pipe in self.pipes:
-            pipe.send((function, args, kwargs))
+        for rank, pipe in enumerate(self.pipes):
+            try:
+                _send(pipe, (function, args, kwargs))
+            except OSError:
+                self._fail(f"rank {rank} died before the call")
         results: dict[int, Any] = {}
         end = time.monotonic() + timeout
         while len(results) < self.world:
@@ -62,8 +75,8 @@ class RankPool:
             for pipe in ready:
                 rank = self.pipes.index(pipe)  # type: ignore[arg-type]
                 try:
-                    status, value = self.pipes[rank].recv()
-                except EOFError:
+                    status, value = _receive(self.pipes[rank])
+                except (EOFError, OSError):
                     self._fail(f"rank {rank} died")
                 if status == "failed":
                     self._fail(f"rank {rank} failed:\n{value}")

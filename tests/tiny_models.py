@@ -59,7 +59,7 @@ def make(kind: str, folder: Path, vocab: int = 101, seed: int = 0, **changes: An
     model = model_class(config_class(**{**size, **special, **changes}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight") or name.endswith("bias"):
+            if name.endswith(("norm.weight", "bias")):
                 parameter.add_(0.3 * torch.randn_like(parameter))  # ones and zeros would hide a swap
     model.save_pretrained(folder)
     char_tokenizer(ALPHABET).save_pretrained(folder)

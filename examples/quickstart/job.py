@@ -77,7 +77,7 @@ def main(path: str) -> None:
         _write(file, results, layout)
     for name, overrides in job["trials"].items():
         if name not in results:
-            trial = load_config(CONFIG, [*common, f"run_dir={folder / name.replace(" ", "_")}", *overrides])
+            trial = load_config(CONFIG, [*common, f"run_dir={folder / name.replace(' ', '_')}", *overrides])
             if layout.rank == 0:
                 print(f"\n{name} (seed {job['seed']})", flush=True)
             results[name] = run_trial(trial, layout)

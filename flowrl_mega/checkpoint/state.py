@@ -86,6 +86,7 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer) -> dict[st
         first_line = str(error).strip().split("\n")[0]
         raise ConfigError(f"{path}: does not fit these settings ({first_line})") from None
     policy.load_state_dict(state["model"])
+    _keep_rates(state["optimizer"]["param_groups"], optimizer, path)
     optimizer.inner.load_state_dict(state["optimizer"])
     optimizer.schedule.num_steps = 0
     optimizer.schedule.step(increment=state["schedule_steps"])
@@ -93,6 +94,22 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer) -> dict[st
     if world == policy.layout.world:
         _set_random(state["random"])
     return state["trainer"]
+
+
+def _keep_rates(saved: list[dict[str, Any]], optimizer: Optimizer, path: Path) -> None:
+    """Put the configured learning rates into the saved parameter groups, so that a resumed run can change them.
+
+    Megatron tells groups apart by their rates. Their order does not depend on the rates, only their number does, by
+    whether the partition function has one of its own.
+    """
+    groups = optimizer.inner.param_groups
+    if len(saved) != len(groups):
+        raise ConfigError(
+            f"optimizer.log_z_lr = {optimizer.settings.log_z_lr}: {path} was saved "
+            f"{'without' if len(saved) < len(groups) else 'with'} a rate of its own for log Z; keep it so"
+        )
+    for old, new in zip(saved, groups, strict=True):
+        old.update({name: new[name] for name in ("max_lr", "min_lr") if name in new})
 
 
 def _verify_together(path: Path, layout: Layout) -> None:

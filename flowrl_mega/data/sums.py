@@ -14,7 +14,7 @@ ALPHABET = "0123456789+:"
 
 
 def rows(lo: int = 0, hi: int = 99, terms: int = 2) -> list[dict[str, Any]]:
-    """A row for each total in lo..hi (both included): {"prompt": "07:", "total": 7, "terms": 2, "right_answers": []}."""
+    """{"prompt": "07:", "total": 7, "terms": 2, "right_answers": ["0+7", ...]} for each total in lo..hi, both ends."""
     if not 0 <= lo <= hi <= 99:
         raise ConfigError(f"sums: the totals {lo}..{hi} must lie within 0..99, the lower one first")
     if terms < 2:

@@ -60,16 +60,18 @@ def init(settings: ParallelSettings, seed: int) -> Layout:
     """Join the job described by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (as torchrun sets them)."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        place = local_rank % torch.cuda.device_count()  # srun may show each rank its own GPU only
+        torch.cuda.set_device(place)
+        device, backend = torch.device("cuda", place), "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout_s))
     check_world(settings, dist.get_world_size())
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=settings.tp)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    if not _in_place(settings.tp):
+        _drop_groups()
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=settings.tp)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return Layout(
         rank=dist.get_rank(),
         world=dist.get_world_size(),
@@ -83,6 +85,21 @@ def init(settings: ParallelSettings, seed: int) -> Layout:
         device=device,
         sequence_parallel=settings.sequence_parallel,
     )
+
+
+def _in_place(tp: int) -> bool:
+    """True where the groups of this layout exist already."""
+    return (
+        parallel_state.model_parallel_is_initialized() and parallel_state.get_tensor_model_parallel_world_size() == tp
+    )
+
+
+def _drop_groups() -> None:
+    """End the groups of another layout. Megatron only forgets them, and each gloo group keeps threads of its own."""
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def shutdown() -> None:

@@ -157,6 +157,16 @@ def test_fork_from_a_folder_at_another_layout(finished: Path, model: Path, tmp_p
     assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.ranks
+def test_learning_rates_may_change_when_resuming(finished: Path, model: Path, tmp_path: Path) -> None:
+    """Megatron tells the optimizer's saved parameter groups apart by their rates, and would refuse."""
+    config, origin = write_config(tmp_path, model), finished / "run" / "checkpoints" / "step_4"
+    changed = ["--optimizer.lr=5e-4", "--optimizer.log_z_lr=2e-3"]
+    Job(["train", str(config), f"--resume={origin}", "--steps=5", *changed], tmp_path / "log").run()
+    (found,), wanted = records(tmp_path / "run", "metrics"), records(finished / "run", "metrics")[4]
+    assert (found["lr"], wanted["lr"]) == (5e-4, 1e-3)
+
+
 @pytest.fixture
 def copied(finished: Path, model: Path, tmp_path: Path) -> Path:
     """A run folder like the finished one's, to break."""

@@ -114,7 +114,6 @@ def test_one_rank_computes_what_autograd_through_transformers_does(kind, objecti
     assert found.metrics["loss"] == pytest.approx(loss, rel=TOLERANCE)
     assert found.metrics.get("log_z", 0.0) == pytest.approx(log_z, rel=TOLERANCE, abs=1e-6)
     error, name = worst(found.gradients, gradients)
-    print(f"MEASURED oracle {kind} {objective['name']} {error:.2e} {name}")
     assert error < TOLERANCE, name
 
 
@@ -141,7 +140,6 @@ def test_every_layout_computes_the_same_step(kind, objective, layout, alone, tin
         error, name = difference(found, wanted)
         assert error < TOLERANCE, name
         assert found.replica_difference == 0.0, "replicas that get unlike gradients drift apart"
-    print(f"MEASURED layout {kind} {objective['name']} {layout} {error:.2e} {name}")
 
 
 @pytest.mark.ranks
@@ -156,7 +154,6 @@ def test_leaving_out_any_all_reduce_is_seen(kind, layout, alone, tiny_model, ran
     sections = {"objective": FLOWRL, "batch": {"tokens_per_microbatch": 1000}, "parallel": layout}
     runs = zip(*ranks2.run(updates_short_of_one, tiny_model(kind), recorded, **sections), strict=True)
     *broken, complete = [max(max(difference(r, wanted)[0], r.replica_difference) for r in both) for both in runs]
-    print(f"MEASURED broken {kind} {layout} {min(broken):.1e} of {len(broken)}, {complete:.1e}")
     assert complete < TOLERANCE
     assert len(broken) >= 3
     for number, error in enumerate(broken):

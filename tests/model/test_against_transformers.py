@@ -74,7 +74,6 @@ def test_logits_logprobs_and_entropy(kind, layout, oracle, tiny_model, ranks1, r
     for result in pool.run(on_ranks.score, tiny_model(kind), sequences, parallel=parallel):
         measured.append(error(by_sequence(result, "logp"), picked, largest))
         measured.append(error(by_sequence(result, "entropy"), entropy, largest))
-    print(f"MEASURED forward {kind} {layout} {max(measured):.1e} of {largest:.1f}")
     assert max(measured) < TOLERANCE
 
 

@@ -46,7 +46,7 @@ def test_prompt_mean_in_float64():
     """Packed rows of three prompts, with response rows between them that must not count."""
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(20, 6, generator=g)
-    prompts = [range(0, 3), range(7, 8), range(12, 19)]
+    prompts = [range(3), range(7, 8), range(12, 19)]
     rows = torch.tensor([row for prompt in prompts for row in prompt])
     segment = torch.tensor([i for i, prompt in enumerate(prompts) for _ in prompt])
     found = prompt_mean(hidden, rows, segment, torch.tensor([len(p) for p in prompts]))

@@ -52,7 +52,6 @@ def test_logprobs_equal_teacher_forced_ones(kind, temperature, tiny_model, ranks
     sampling = Sampling(24, temperature, stop_ids=STOPS)
     ((rollouts, forced),) = ranks1.run(answers_of, tiny_model(kind), PROMPTS, 4, sampling)
     error = (logp_of(rollouts) - forced).abs().max().item()
-    print(f"MEASURED engine {kind} T={temperature} {error:.1e}")
     assert error < 2e-5
     assert {r.finish_reason for r in rollouts} == {"stop", "length"}
     assert len({len(r.response) for r in rollouts}) > 5
