@@ -86,7 +86,8 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer) -> dict[st
         first_line = str(error).strip().split("\n")[0]
         raise ConfigError(f"{path}: does not fit these settings ({first_line})") from None
     policy.load_state_dict(state["model"])
-    _keep_rates(state["optimizer"]["param_groups"], optimizer, path)
+    adam = state["optimizer"].get("optimizer", state["optimizer"])  # one level down where bf16 weights have fp32 masters
+    _keep_rates(adam["param_groups"], optimizer, path)
     optimizer.inner.load_state_dict(state["optimizer"])
     optimizer.schedule.num_steps = 0
     optimizer.schedule.step(increment=state["schedule_steps"])

@@ -24,8 +24,12 @@ class PartitionMLP(nn.Module):
             )  # fmt: skip
 
     def forward(self, prompt_mean: Tensor) -> Tensor:
-        """[B, H], the mean of the last hidden states over the prompt's tokens -> log Z [B] fp32."""
-        return self.layers(prompt_mean.float())[:, 0]
+        """[B, H], the mean of the last hidden states over the prompt's tokens -> log Z [B] fp32.
+
+        Computed in fp32 also where the weights are bf16, as Megatron's optimizer wants them beside a bf16 model.
+        """
+        weights = {name: weight.float() for name, weight in self.layers.named_parameters()}
+        return torch.func.functional_call(self.layers, weights, (prompt_mean.float(),))[:, 0]
 
 
 class PartitionConstant(nn.Module):
@@ -36,7 +40,7 @@ class PartitionConstant(nn.Module):
         self.value = nn.Parameter(torch.zeros(1))
 
     def forward(self, prompt_mean: Tensor) -> Tensor:
-        return self.value.expand(prompt_mean.shape[0])
+        return self.value.float().expand(prompt_mean.shape[0])
 
 
 def build_partition(kind: Kind | None, hidden: int, seed: int) -> nn.Module | None:

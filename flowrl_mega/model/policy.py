@@ -43,6 +43,8 @@ class Policy(MegatronModule):
         self.gpt = _gpt(arch, transformer, layout)
         self.model_type = self.gpt.model_type  # Megatron's schedules ask for it
         self.partition = build_partition(log_z, arch.hidden, config.seed)
+        if self.partition is not None:
+            self.partition.to(device=layout.device, dtype=transformer.params_dtype)
         shard = arch.padded_vocab(layout.tp) // layout.tp
         start = layout.tp_rank * shard
         self.shard = Shard(start, max(0, min(shard, arch.vocab - start)))

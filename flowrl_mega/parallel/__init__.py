@@ -4,6 +4,7 @@ import warnings
 
 from flowrl_mega.parallel import cuda_is_cpu
 
-warnings.filterwarnings("ignore", message="Apex is not installed")  # Megatron's, in each module; we ask for neither
+# At import Megatron warns of what it lacks (Apex) and of parts that nobody here asked for, once for each module.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")
 # Before anything else in this package, in model/ or in checkpoint/ can import megatron.
 cuda_is_cpu.install()

@@ -70,7 +70,7 @@ def test_random_distributions_and_extreme_noise():
     logits = 4 * torch.randn(200, 50, generator=g)
     for top_k, top_p in ((0, 1.0), (5, 1.0), (0, 0.7), (20, 0.9)):
         allowed = [kept(torch.softmax(row.double(), -1), top_k, top_p) for row in logits]
-        for value in (0.0, 0.5, 1 - 2**-24):
+        for value in (0.0, 0.5, 1 - 2**-24, 1.0):
             tokens, _ = draw(logits, torch.full((200,), value), Sampling(1, 1.0, top_p, top_k))
             assert all(token in ok for token, ok in zip(tokens.tolist(), allowed, strict=True))
 
@@ -78,7 +78,7 @@ def test_random_distributions_and_extreme_noise():
 def test_an_impossible_token_is_never_drawn():
     """A probability that underflows to 0, at either end of the vocabulary."""
     logits = torch.tensor([[-1e4, 0.0, 1.0, -1e4]])
-    for value in (0.0, 1 - 2**-24):
+    for value in (0.0, 1 - 2**-24, 1.0):
         assert draw(logits, torch.tensor([value]), Sampling(1))[0].item() in (1, 2)
 
 
