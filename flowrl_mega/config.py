@@ -153,7 +153,7 @@ def _explain(model: type[Settings], details: Any, where: str) -> tuple[str, str]
     field = ".".join([where, *location] if where else location)
     if details["type"] == "extra_forbidden":
         names = _names_at(model, location[:-1])
-        return field, f"{field}: no such setting; {_nearest(location[-1], names)}"
+        return field, f"{field}: no such setting; {nearest(location[-1], names)}"
     if details["type"] == "missing" and isinstance(details["loc"][-1], str):
         return field, f"{field}: missing; set it in the YAML file or with --{field}=VALUE"
     return field, f"{field} = {details['input']!r}: {details['msg'][0].lower()}{details['msg'][1:]}"
@@ -179,7 +179,8 @@ def _names_at(model: type[Settings], path: list[str]) -> list[str]:
     return list(model.model_fields)
 
 
-def _nearest(name: str, names: list[str]) -> str:
+def nearest(name: str, names: list[str]) -> str:
+    """The words of a near miss: the known name that was probably meant, or all of them."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(names))}"
 

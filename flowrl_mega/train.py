@@ -204,19 +204,14 @@ class Trainer:
 
     def _monitor(self) -> Monitor | None:
         """Rank 0's; the others log nothing."""
-        if self.layout.rank != 0:
-            return None
-        run_dir, monitor = Path(self.config.run_dir), self.config.monitor
-        remove_unfinished(run_dir)
-        return Monitor(
-            run_dir,
-            self.config.dump(),
-            self.config.steps,
-            self.step_done,
-            monitor.wandb,
-            monitor.wandb_project,
-            monitor.progress,
-        )
+        config, m, monitor = self.config, self.config.monitor, None
+        with self.layout.together():
+            if self.layout.rank == 0:
+                run_dir = Path(config.run_dir)
+                remove_unfinished(run_dir)
+                values = (config.dump(), config.steps, self.step_done, m.wandb, m.wandb_project, m.progress)
+                monitor = Monitor(run_dir, *values)
+        return monitor
 
     def _evaluate_when_due(self, monitor: Monitor | None) -> None:
         every = self.config.evaluation.every

@@ -9,11 +9,13 @@ done or the time is up, and says whether the mean reward rose. Running it again 
 import argparse
 import json
 import os
+import re
 import signal
 import statistics
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 from flowrl_mega import cli
 from flowrl_mega.config import load_config
@@ -38,10 +40,14 @@ def prepare() -> None:
     print(f"model: {fetch(RUN / 'model')}")
     data = RUN / "train.jsonl"
     if not data.is_file():
-        write_jsonl(
-            [row for task, config in TASKS.items() for row in make_rows(task, PROMPTS_PER_TASK, seed=0, **config)], data
-        )
+        rows = [row for task, config in TASKS.items() for row in make_rows(task, PROMPTS_PER_TASK, seed=0, **config)]
+        write_jsonl([row for row in rows if not answered_by_itself(row)], data)
     print(f"data:  {data}")
+
+
+def answered_by_itself(row: dict[str, Any]) -> bool:
+    """Whether a prompt names its own answer ("9 * 0"): repeating it would be rewarded, and is soon learnt."""
+    return row["answer"] in re.findall(r"\d+", row["prompt"])
 
 
 def train(minutes: float, overrides: list[str]) -> int:

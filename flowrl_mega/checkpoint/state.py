@@ -75,7 +75,8 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer) -> dict[st
     Random states are restored where the number of ranks is the same; nothing in a step draws from them unless a
     reward function does.
     """
-    _verify_together(path, policy.layout)
+    with policy.layout.together():  # each rank reads a share of the files
+        verify_checkpoint(path, policy.layout.rank, policy.layout.world)
     world = _check_fits(path, policy.arch, policy.log_z_kind)["trainer"]["world"]
     state = _state(policy, optimizer, is_loading=True)
     if world == policy.layout.world:
@@ -86,7 +87,9 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer) -> dict[st
         first_line = str(error).strip().split("\n")[0]
         raise ConfigError(f"{path}: does not fit these settings ({first_line})") from None
     policy.load_state_dict(state["model"])
-    adam = state["optimizer"].get("optimizer", state["optimizer"])  # one level down where bf16 weights have fp32 masters
+    adam = state["optimizer"].get(
+        "optimizer", state["optimizer"]
+    )  # one level down where bf16 weights have fp32 masters
     _keep_rates(adam["param_groups"], optimizer, path)
     optimizer.inner.load_state_dict(state["optimizer"])
     optimizer.schedule.num_steps = 0
@@ -111,18 +114,6 @@ def _keep_rates(saved: list[dict[str, Any]], optimizer: Optimizer, path: Path) -
         )
     for old, new in zip(saved, groups, strict=True):
         old.update({name: new[name] for name in ("max_lr", "min_lr") if name in new})
-
-
-def _verify_together(path: Path, layout: Layout) -> None:
-    """Each rank reads a share of the files, and all give up where one finds a fault."""
-    try:
-        verify_checkpoint(path, layout.rank, layout.world)
-        fault = None
-    except ConfigError as error:
-        fault = str(error)
-    faults = [fault for fault in layout.gather_objects(fault) if fault]
-    if faults:
-        raise ConfigError(faults[0])
 
 
 def _check_fits(path: Path, arch: Architecture, log_z: Kind | None) -> dict[str, Any]:

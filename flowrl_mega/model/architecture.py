@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from flowrl_mega.config import ConfigError, ModelSettings
+from flowrl_mega.config import ConfigError, ModelSettings, nearest
 from flowrl_mega.parallel.layout import Layout
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
@@ -119,12 +119,10 @@ OWN_FIELDS = {
 
 def check_megatron(settings: dict[str, Any]) -> None:
     """Refuse `megatron.*` names that TransformerConfig lacks, or that other settings rule."""
-    from flowrl_mega.config import _nearest  # the one place that words a near miss
-
     fields = list(TransformerConfig.__dataclass_fields__)
     for name, value in settings.items():
         if name not in fields:
-            raise ConfigError(f"megatron.{name}: not a field of TransformerConfig; {_nearest(name, fields)}")
+            raise ConfigError(f"megatron.{name}: not a field of TransformerConfig; {nearest(name, fields)}")
         if name in OWN_FIELDS:
             raise ConfigError(f"megatron.{name} = {value!r}: follows from model.path and parallel.*; leave it out")
 

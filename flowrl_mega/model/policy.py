@@ -32,6 +32,9 @@ class PolicyOutput(NamedTuple):
 class Policy(MegatronModule):
     """GPTModel and the partition function under one roof, so that both are wrapped, optimised and saved together.
 
+    Megatron 0.19 calls GPTModel deprecated in favour of HybridModel, but that has no `output_processor`, the one way to
+    the last hidden states without the logits of every row.
+
     `log_z`: "mlp", "zero", "constant", or None for an objective (or a reference) without a partition function.
     """
 

@@ -46,9 +46,8 @@ def lm_head_logprob(
     """
     shard = shard or Shard(0, weight.shape[0])
     assert hidden.shape[0] == target.shape[0], (hidden.shape, target.shape)
-    return HeadOutput(
-        *_LmHeadLogProb.apply(hidden, weight, target, 1.0 / temperature, shard, group, logits_budget_bytes)
-    )
+    budget = logits_budget_bytes if torch.is_grad_enabled() else 0  # forward cannot ask: autograd is off inside it
+    return HeadOutput(*_LmHeadLogProb.apply(hidden, weight, target, 1.0 / temperature, shard, group, budget))
 
 
 class _LmHeadLogProb(torch.autograd.Function):
@@ -66,13 +65,12 @@ class _LmHeadLogProb(torch.autograd.Function):
         weight_t = weight[: shard.valid].t()
         chunk = max(1, _CHUNK_BYTES // (4 * max(1, shard.valid)))
         stats = hidden.new_empty(4, hidden.shape[0], dtype=torch.float32)
-        keep = any(ctx.needs_input_grad)
         kept: list[Tensor | None] = []
         for rows in _chunks(hidden.shape[0], chunk):
             logits = _logits(hidden[rows], weight_t)
             stats[:, rows] = _stats(logits, target[rows] - shard.start, inv_temperature)
             budget -= logits.numel() * 4
-            kept.append(logits if keep and budget >= 0 else None)
+            kept.append(logits if budget >= 0 else None)
         maximum, total, weighted, picked = _combine(stats, inv_temperature, group)
         log_total = total.log()
         logp = (picked - maximum) * inv_temperature - log_total
@@ -102,9 +100,7 @@ class _LmHeadLogProb(torch.autograd.Function):
             mine = (local >= 0) & (local < shard.valid)
             d_logits.scatter_add_(1, local.clamp(0, shard.valid - 1)[:, None], (scale * mine)[:, None])
             d_logits = d_logits.to(weight.dtype)
-            torch.mm(d_logits, valid, out=d_hidden[rows]) if weight.dtype == torch.float32 else d_hidden[rows].copy_(
-                d_logits @ valid
-            )
+            d_hidden[rows] = d_logits @ valid
             d_weight[: shard.valid] += d_logits.t() @ hidden[rows].to(weight.dtype)
         if group is not None and group.size() > 1:
             dist.all_reduce(d_hidden, group=group)

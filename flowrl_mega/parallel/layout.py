@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -36,6 +38,18 @@ class Layout:
         items: list[Any] = [None] * self.world
         dist.all_gather_object(items, item)
         return items
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A ConfigError that one rank raises inside is raised by all, so that none is left waiting. Collective."""
+        fault = None
+        try:
+            yield
+        except ConfigError as error:
+            fault = str(error)
+        faults = [found for found in self.gather_objects(fault) if found]
+        if faults:
+            raise ConfigError(faults[0])
 
 
 def world_size(settings: ParallelSettings) -> int:

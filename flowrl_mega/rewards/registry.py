@@ -48,18 +48,18 @@ def load_reward(spec: str) -> Reward:
 
 
 def score_all(reward: Reward, rows: Sequence[dict[str, Any]], responses: Sequence[str]) -> list[Score]:
-    """Scores each response with its row. A call that raises or returns no finite number scores 0.0 and is `failed`.
-
-    Raises ValueError if every call failed: a reward that never works must not train silently.
-    """
+    """Scores each response with its row. A call that raises or returns no finite number scores 0.0 and is `failed`."""
     assert len(rows) == len(responses), f"{len(rows)} rows for {len(responses)} responses"
-    scores = [_score(reward, row, response) for row, response in zip(rows, responses, strict=True)]
+    return [_score(reward, row, response) for row, response in zip(rows, responses, strict=True)]
+
+
+def refuse_all_failed(scores: Sequence[Score]) -> None:
+    """Raises ConfigError if every call failed: a reward that never works must not train silently."""
     if scores and all(score.failed for score in scores):
-        raise ValueError(
+        raise ConfigError(
             f"the reward function failed on all {len(scores)} responses of the batch, the first time with: "
             f"{scores[0].reason}; correct the function, or the rows it reads"
         )
-    return scores
 
 
 def _import(source: str, spec: str) -> ModuleType:

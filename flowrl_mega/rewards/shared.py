@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flowrl_mega.parallel.layout import Layout
-from flowrl_mega.rewards.registry import Reward, Score, score_all
+from flowrl_mega.rewards.registry import Reward, Score, refuse_all_failed, score_all
 
 
 def score_shared(reward: Reward, rows: Sequence[dict[str, Any]], texts: Sequence[str], layout: Layout) -> list[Score]:
@@ -14,4 +14,6 @@ def score_shared(reward: Reward, rows: Sequence[dict[str, Any]], texts: Sequence
     mine = range(layout.rank, len(rows), layout.world)
     scores = score_all(reward, [rows[i] for i in mine], [texts[i] for i in mine])
     everyone = layout.gather_objects(scores)
-    return [everyone[i % layout.world][i // layout.world] for i in range(len(rows))]
+    scores = [everyone[i % layout.world][i // layout.world] for i in range(len(rows))]
+    refuse_all_failed(scores)
+    return scores

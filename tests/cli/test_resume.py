@@ -158,6 +158,17 @@ def test_fork_from_a_folder_at_another_layout(finished: Path, model: Path, tmp_p
 
 
 @pytest.mark.ranks
+def test_bf16_resumes_to_the_bit(model: Path, tmp_path: Path) -> None:
+    """Weights in bf16 have fp32 masters in the optimizer, which the checkpoint must hold too."""
+    config = str(write_config(tmp_path, model))
+    Job(["train", config, "--model.dtype=bf16", "--steps=4"], tmp_path / "log").run()
+    origin, again = tmp_path / "run" / "checkpoints" / "step_2", tmp_path / "again"
+    resumed = ["train", config, "--model.dtype=bf16", "--steps=4", f"--resume={origin}", f"--run_dir={again}"]
+    Job(resumed, tmp_path / "log").run()
+    assert records(again, "metrics") == records(tmp_path / "run", "metrics")[2:]
+
+
+@pytest.mark.ranks
 def test_learning_rates_may_change_when_resuming(finished: Path, model: Path, tmp_path: Path) -> None:
     """Megatron tells the optimizer's saved parameter groups apart by their rates, and would refuse."""
     config, origin = write_config(tmp_path, model), finished / "run" / "checkpoints" / "step_4"

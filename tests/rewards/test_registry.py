@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flowrl_mega.config import ConfigError
-from flowrl_mega.rewards.registry import Score, load_reward, score_all
+from flowrl_mega.rewards.registry import Score, load_reward, refuse_all_failed, score_all
 from flowrl_mega.rewards.sums import score
 
 SOURCE = """
@@ -123,6 +123,8 @@ def test_an_exception_fails_one_response_only():
 
 def test_a_reward_that_never_works_stops_the_run():
     """Else it would train on zeros without a word; the message shows the cause."""
-    with pytest.raises(ValueError, match=r"failed on all 2 responses .* KeyError: 'answer'"):
-        score_all(lambda row, response: row["answer"], [{}, {}], ["a", "b"])
-    assert score_all(lambda row, response: 1.0, [], []) == []
+    scores = score_all(lambda row, response: row["answer"], [{}, {}], ["a", "b"])
+    with pytest.raises(ConfigError, match=r"failed on all 2 responses .* KeyError: 'answer'"):
+        refuse_all_failed(scores)
+    refuse_all_failed([*scores, Score(0.0, "wrong", failed=False)])
+    refuse_all_failed([])
