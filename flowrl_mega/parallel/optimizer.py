@@ -43,7 +43,7 @@ class Optimizer:
             use_distributed_optimizer=False,
         )
         overrides = get_standard_config_overrides(config)
-        if settings.log_z_lr is not None:
+        if settings.log_z_lr not in (None, settings.lr):  # a checkpoint tells parameter groups apart by their rates
             overrides[ParamKey(name="*partition.*")] = {"max_lr": settings.log_z_lr, "min_lr": settings.log_z_lr}
         self.inner = get_megatron_optimizer(config, [model], config_overrides=overrides)
         self.schedule = OptimizerParamScheduler(

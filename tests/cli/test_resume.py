@@ -158,13 +158,16 @@ def test_fork_from_a_folder_at_another_layout(finished: Path, model: Path, tmp_p
 
 
 @pytest.mark.ranks
-def test_bf16_resumes_to_the_bit(model: Path, tmp_path: Path) -> None:
-    """Weights in bf16 have fp32 masters in the optimizer, which the checkpoint must hold too."""
+@pytest.mark.parametrize("setting", ["model.dtype=bf16", "optimizer.log_z_lr=1e-3"])
+def test_other_optimizers_resume_to_the_bit(setting: str, model: Path, tmp_path: Path) -> None:
+    """Weights in bf16 have fp32 masters, which the checkpoint must hold too; and where log Z has the policy's own rate,
+    Megatron could not tell its saved parameter groups from the policy's."""
     config = str(write_config(tmp_path, model))
-    Job(["train", config, "--model.dtype=bf16", "--steps=4"], tmp_path / "log").run()
+    Job(["train", config, f"--{setting}", "--steps=4"], tmp_path / "log").run()
     origin, again = tmp_path / "run" / "checkpoints" / "step_2", tmp_path / "again"
-    resumed = ["train", config, "--model.dtype=bf16", "--steps=4", f"--resume={origin}", f"--run_dir={again}"]
-    Job(resumed, tmp_path / "log").run()
+    Job(
+        ["train", config, f"--{setting}", "--steps=4", f"--resume={origin}", f"--run_dir={again}"], tmp_path / "log"
+    ).run()
     assert records(again, "metrics") == records(tmp_path / "run", "metrics")[2:]
 
 

