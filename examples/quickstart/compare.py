@@ -22,6 +22,7 @@ from flowrl_mega.data import sums
 from flowrl_mega.monitor.plots import reward_against_diversity
 
 FOLDER = Path("runs/compare")
+BETA = 2
 RATES = (5e-4, 1e-3)
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
 NEAR_BEST = 0.02
@@ -54,11 +55,11 @@ def main() -> int:
 def all_methods() -> dict[str, list[str]]:
     """Every method and its overrides of quickstart.yaml, but for the learning rate."""
     config = load_config(Path(__file__).with_name("quickstart.yaml"))
-    matched = round(1 / (config.objective["beta"] * mean_length(config.data.task_args)), 4)
+    matched = round(1 / (BETA * mean_length(config.data.task_args)), 4)
     sweep = sorted({0.01, 0.05, matched, 0.2})
     names = {c: f"grpo_kl {c:g}" + (" (matched)" if c == matched else "") for c in sweep}
     return {
-        "flowrl": [],
+        "flowrl": [f"objective={{name: flowrl, beta: {BETA}, reward_norm: none}}"],
         "grpo": ["objective={name: grpo}"],
         **{names[c]: [f"objective={{name: grpo, kl_coef: {c}}}"] for c in sweep},
     }
