@@ -46,7 +46,7 @@ test: setup  ## every fast test
 	@$(PYTEST) tests --ignore tests/integration -m "not integration and not exact" $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test-integration: setup-example  ## tests with a real model
-	@$(PYTEST) tests/integration $(ARGS)
+	@$(PYTEST) tests/integration tests/data/test_reasoning_gym.py $(ARGS)
 
 verify-exact: setup  ## the trainer against exact answers on a space small enough to enumerate
 	@$(PYTEST) tests -m exact $(ARGS)
