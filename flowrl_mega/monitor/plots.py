@@ -90,22 +90,22 @@ def reward_against_diversity(table: Table, path: str | Path) -> None:
 
 
 def quickstart_figure(summary: Mapping[str, Any], curves: Curves, path: str | Path) -> None:
-    """Left: pass rate and distinct right answers of each method as bars, the start as a dashed line. Right: over time.
+    """Left: pass rate and distinct right answers of each method as bars, the start as a dashed line. Right: on held-out
+    prompts, over time.
 
     `summary` is summary.json; `curves` rows have "step" and "pass_rate", "distinct" or both.
     """
     table: Table = summary["methods"]
     figure = _figure(9.6, 5.4)
     for line, name in enumerate(("pass_rate", "distinct")):
-        bars = _plain(figure.add_subplot(2, 2, 2 * line + 1), LABELS[name])
+        bars = _plain(figure.add_subplot(2, 2, 2 * line + 1), f"{LABELS[name]} (dashed: start)")
         _bars(bars, table, name)
-        over_time = _plain(figure.add_subplot(2, 2, 2 * line + 2, sharey=bars), f"{LABELS[name]} during training")
+        over_time = _plain(figure.add_subplot(2, 2, 2 * line + 2, sharey=bars), f"{LABELS[name]}, held-out prompts")
         for method, rows in curves.items():
             steps, values = _points(rows, name)
             over_time.plot(steps, values, color=_colours(table)[_family(method)], label=_label(method), linewidth=2)
-        over_time.axhline(table["start"][name], color=START_COLOUR, linestyle="--", linewidth=1.2, label="start")
         over_time.set_xlabel("step" if line else "")
-    _legend_above(figure, figure.axes[1], len(curves) + 1)
+    _legend_above(figure, figure.axes[1], len(curves))
     _save(figure, path)
 
 
