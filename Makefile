@@ -19,7 +19,8 @@ echo 'setup: no Python 3.11 or 3.12 found (tried: $(CANDIDATES)).' >&2; \
 echo 'Install one, or name it: make setup PYTHON=/path/to/python3.12' >&2; exit 1
 endef
 
-.PHONY: help setup setup-example quickstart compare example-smollm2 test test-integration verify-exact lint format
+.PHONY: help setup setup-example build build-cuda-check quickstart compare example-smollm2 test test-integration
+.PHONY: verify-exact lint format
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -32,6 +33,12 @@ setup:  ## .venv with the pinned dependencies and flowrl-mega; does nothing when
 setup-example: EXTRA := --extra example
 setup-example:
 	$(SETUP)
+
+build: setup  ## csrc compiled ahead of first use, for the CPU and, where torch and nvcc have it, for CUDA
+	@$(PY) -m flowrl_mega.ops
+
+build-cuda-check: setup  ## csrc/cuda compiled for sm_80 and sm_90a and thrown away; needs nvcc, but no GPU
+	@$(PY) -m flowrl_mega.ops --check-cuda
 
 quickstart: setup  ## the main job: GRPO and FlowRL from one warm start, a table and a picture (SEEDS=3: the spread)
 	@$(PY) -m examples.quickstart.run $(if $(SEEDS),--seeds $(SEEDS))

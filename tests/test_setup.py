@@ -98,7 +98,7 @@ def setup(tmp_path: Path) -> FakeSetup:
     return FakeSetup(tmp_path)
 
 
-FRESH = ["venv", "torch==1.0+cpu", "runtime.txt", "dev.txt", "project"]
+FRESH = ["venv", "torch==1.0+cpu", "runtime.txt", "dev.txt", "project", "flowrl_mega.ops"]
 
 
 def test_a_second_set_up_does_nothing(setup: FakeSetup):
@@ -113,7 +113,7 @@ def test_only_what_changed_is_installed_again(setup: FakeSetup):
     (setup.root / "requirements" / "dev.txt").write_text("dev==2.0\n")
     assert setup() == ["dev.txt"]
     (setup.root / "pyproject.toml").write_text("# changed")
-    assert setup() == ["project"]
+    assert setup() == ["project", "flowrl_mega.ops"]
 
 
 def test_another_torch_python_or_place_starts_anew(setup: FakeSetup):
@@ -160,6 +160,13 @@ def test_a_torch_of_the_wrong_kind_is_refused(setup: FakeSetup):
     setup.version = "2.9.1+cu126"
     with pytest.raises(setup.tool.SetupError, match=r"system's torch 2.9.1\+cu126 is too old"):
         setup("system", kind="system")
+
+
+def test_csrc_that_does_not_build_is_a_warning(setup: FakeSetup, capsys: pytest.CaptureFixture[str]):
+    setup.fail_on = "flowrl_mega.ops"
+    assert setup() == FRESH[:-1]
+    assert "warning: csrc was not built, so pure torch takes its place" in capsys.readouterr().out
+    assert setup() == [], "all else is in place"
 
 
 def test_make_refuses_another_python_with_one_message():

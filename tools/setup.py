@@ -87,6 +87,18 @@ def install(missing: list[str], kind: str) -> None:
     if any(name in missing for name in PROJECT):
         with phase("flowrl-mega"):
             pip("--no-deps", "-e", str(ROOT))
+    if TORCH in missing or any(name in missing for name in PROJECT):
+        build_csrc()
+
+
+def build_csrc() -> None:
+    """Ahead of first use. All works without, only slower, so a failure does not stop the set-up."""
+    try:
+        with phase("csrc"):
+            run(str(PYTHON), "-m", "flowrl_mega.ops")
+    except SetupError as error:
+        why = str(error).removeprefix("error: ")
+        print(f"warning: csrc was not built, so pure torch takes its place (to try again: make build): {why}")
 
 
 def torch_kind(asked: str, previous: str | None) -> str:

@@ -1,0 +1,137 @@
+// What the row kernels share: vector loads and stores, and the softmax sums that are built in one pass.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace flowrl::cuda {
+
+constexpr int VECTOR_BYTES = 16;
+
+// Loads a thread has in flight before it uses any: 64 bytes as vectors, or as many as the registers hold one by one.
+template <int VEC>
+constexpr int LOADS = VEC == 1 ? 16 : 4;
+
+// N values of T as one register image. VEC is 16 bytes' worth where base and stride allow it and 1 elsewhere: a scalar
+// peel would split a row by its address, and so let its last bit depend on where in the batch the row stands.
+template <typename T, int N>
+using Raw = std::conditional_t<
+    N * sizeof(T) == 16, uint4,
+    std::conditional_t<N * sizeof(T) == 8, uint2, std::conditional_t<N * sizeof(T) == 4, unsigned, unsigned short>>>;
+
+template <int N, typename T>
+__device__ Raw<T, N> load(const T* from) {
+  return __ldcs(reinterpret_cast<const Raw<T, N>*>(from));  // read once: the first to leave the cache
+}
+
+template <int N, typename T>
+__device__ void unpack(const Raw<T, N>& raw, float* x) {
+  T values[N];
+  memcpy(values, &raw, sizeof(values));
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = static_cast<float>(values[i]);
+}
+
+template <int N, typename T>
+__device__ void store(T* to, const float* x) {
+  T values[N];
+  Raw<T, N> raw;
+#pragma unroll
+  for (int i = 0; i < N; ++i) values[i] = static_cast<T>(x[i]);
+  memcpy(&raw, values, sizeof(raw));
+  *reinterpret_cast<Raw<T, N>*>(to) = raw;
+}
+
+// The column of this shard that holds `label`, or -1. Compared, not subtracted first: a label can be any number.
+__device__ inline int owned_column(const Rows& r, int64_t label) {
+  const bool owned = label >= r.vocab_start && label < r.vocab_start + r.vocab_valid;
+  return owned ? static_cast<int>(label - r.vocab_start) : -1;
+}
+
+// fmaxf drops a NaN; this keeps it.
+__device__ inline float max_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+// e^d for -86 <= d <= 0, with a relative error of at most 2^-22 + 1.4e-8 |d|, in six instructions where expf takes
+// eight: at 16 bits a logit an H100 has about 20 issue slots a logit before memory is no longer what limits. The power
+// of two is split off exactly (SHIFT rounds to an integer), so ex2 sees only [-1/2, 1/2]. Rounding d * log2(e) first,
+// as __expf does, would cost the entropy 6e-8 |d| more, 2e-6 in all where half the mass sits at d = -12.
+__device__ inline float exp_nonpositive(float d) {
+  constexpr float LOG2E = 1.44269504f, SHIFT = 12582912.0f;  // 1.5 * 2^23
+  const float shifted = fmaf(d, LOG2E, SHIFT);
+  const float fraction = fmaf(d, LOG2E, SHIFT - shifted);
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(fraction));
+  return __uint_as_float(__float_as_uint(power) + (__float_as_uint(shifted) << 23));
+}
+
+// m, S and E of some of a row's logits: S = sum e^d, E = sum d e^d, d = (x - m) * inv_temperature. m = -inf means that
+// S = E = 0. A NaN or +inf logit shows in m alone, where it stays; what S and E are then is set at the end (finished).
+struct Partial {
+  float max, sum, dsum;
+};
+
+// The same seen from a maximum top >= p.max: E <- w (E + delta S), S <- w S, where a term of weight 0 counts 0.
+__device__ inline Partial raised(const Partial& p, float top, float inv_temperature) {
+  const float delta = (p.max - top) * inv_temperature;
+  const float weight = p.max == -INFINITY ? 0.0f : expf(delta);
+  return {top, weight * p.sum, weight == 0.0f ? 0.0f : weight * (p.dsum + delta * p.sum)};
+}
+
+__device__ inline Partial merged(const Partial& a, const Partial& b, float inv_temperature) {
+  const float top = max_nan(a.max, b.max);
+  const Partial left = raised(a, top, inv_temperature), right = raised(b, top, inv_temperature);
+  return {top, left.sum + right.sum, left.dsum + right.dsum};
+}
+
+// Takes N logits in: their maximum first, at most one rescale, then the sums, in four short chains (speed, and less
+// rounding than one long chain when many logits are equal).
+template <bool ENTROPY, int N>
+__device__ void add(Partial& p, const float (&x)[N], float inv_temperature) {
+  float top = p.max;
+#pragma unroll
+  for (int i = 0; i < N; ++i) top = max_nan(top, x[i]);
+  if (top == -INFINITY) return;  // only masked logits up to here
+  if (top != p.max) p = raised(p, top, inv_temperature);
+  float sum[4] = {}, dsum[4] = {};
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    // The clamp takes in a masked logit, d = -inf: e^-86 is 4e-38, nothing beside S >= 1, where 0 * -inf would be NaN.
+    const float d = fmaxf((x[i] - top) * inv_temperature, -86.0f);
+    const float e = exp_nonpositive(d);
+    sum[i % 4] += e;
+    if (ENTROPY) dsum[i % 4] = fmaf(e, d, dsum[i % 4]);
+  }
+  p.sum += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  p.dsum += (dsum[0] + dsum[1]) + (dsum[2] + dsum[3]);
+}
+
+__device__ inline Partial finished(const Partial& p) { return p.max < INFINITY ? p : Partial{p.max, NAN, NAN}; }
+
+// Calls f with a value of the C++ type that `type` names.
+template <typename F>
+cudaError_t with_type(Type type, F f) {
+  switch (type) {
+    case Type::f32: return f(float{});
+    case Type::bf16: return f(__nv_bfloat16{});
+    case Type::f16: return f(__half{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Whether every row of a matrix starts on a multiple of `bytes`.
+inline bool aligned(const void* data, int64_t row_stride, size_t element, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(data) % bytes == 0 && row_stride * element % bytes == 0;
+}
+
+}  // namespace flowrl::cuda

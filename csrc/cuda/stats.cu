@@ -1,0 +1,114 @@
+// logprob_stats: one read of the logits, one block a row, no atomics. How a row is split over the threads depends on
+// the matrix (width, dtype, alignment) alone: a row gives the same bits wherever it stands, however many there are.
+#include "row.cuh"
+
+namespace flowrl::cuda {
+namespace {
+
+constexpr int MAX_THREADS = 512;
+
+// A thread's LOADS vectors, `step` columns apart. With EDGE the chunk may end early: at and past `end` it reads -inf.
+template <int VEC, bool EDGE, typename T>
+__device__ void load_chunk(const T* row, int column, int step, int end, float (&x)[LOADS<VEC> * VEC]) {
+  Raw<T, VEC> raw[LOADS<VEC>];
+#pragma unroll
+  for (int k = 0; k < LOADS<VEC>; ++k)
+    if (!EDGE || column + k * step < end) raw[k] = load<VEC>(row + column + k * step);
+#pragma unroll
+  for (int k = 0; k < LOADS<VEC>; ++k) {
+    if (!EDGE || column + k * step < end) {
+      unpack<VEC, T>(raw[k], x + k * VEC);
+    } else {
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) x[k * VEC + i] = -INFINITY;
+    }
+  }
+}
+
+template <bool ENTROPY, int VEC, typename T>
+__device__ Partial thread_partial(const T* row, int valid, float inv_temperature) {
+  const int step = blockDim.x * VEC;
+  const int whole = valid - valid % VEC;  // where the last whole vector ends
+  Partial p{-INFINITY, 0.0f, 0.0f};
+  float x[LOADS<VEC> * VEC];
+  int column = threadIdx.x * VEC;
+  for (; column + (LOADS<VEC> - 1) * step < whole; column += LOADS<VEC> * step) {
+    load_chunk<VEC, false>(row, column, step, whole, x);
+    add<ENTROPY>(p, x, inv_temperature);
+  }
+  if (column < whole) {
+    load_chunk<VEC, true>(row, column, step, whole, x);
+    add<ENTROPY>(p, x, inv_temperature);
+  }
+  if (static_cast<int>(threadIdx.x) < valid - whole) {
+    const float last[1] = {static_cast<float>(row[whole + threadIdx.x])};
+    add<ENTROPY>(p, last, inv_temperature);
+  }
+  return p;
+}
+
+__device__ Partial warp_merged(Partial p, float inv_temperature) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    const Partial other{__shfl_down_sync(0xffffffffu, p.max, offset), __shfl_down_sync(0xffffffffu, p.sum, offset),
+                        __shfl_down_sync(0xffffffffu, p.dsum, offset)};
+    p = merged(p, other, inv_temperature);
+  }
+  return p;  // of lane 0
+}
+
+// A fixed tree: lanes, then warps. The result is thread 0's.
+__device__ Partial block_merged(Partial p, float inv_temperature) {
+  __shared__ Partial of_warp[MAX_THREADS / 32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  p = warp_merged(p, inv_temperature);
+  if (warps == 1) return p;
+  if (lane == 0) of_warp[warp] = p;
+  __syncthreads();
+  if (warp == 0) p = warp_merged(lane < warps ? of_warp[lane] : Partial{-INFINITY, 0.0f, 0.0f}, inv_temperature);
+  return p;
+}
+
+template <typename T, int VEC, bool ENTROPY>
+__global__ void __launch_bounds__(MAX_THREADS, 2) stats_kernel(Logits logits, Rows r, float* out) {
+  const int64_t t = blockIdx.x, label = r.target[t];
+  Partial p{-INFINITY, 0.0f, 0.0f};
+  float target_logit = 0.0f;
+  if (label != r.ignore_index) {
+    const T* row = static_cast<const T*>(logits.data) + t * logits.row_stride;
+    const float inv_temperature = r.inv_temperature[t * r.inv_temperature_stride];
+    const int target = owned_column(r, label);
+    if (threadIdx.x == 0 && target >= 0) target_logit = static_cast<float>(row[target]);
+    p = thread_partial<ENTROPY, VEC>(row, static_cast<int>(r.vocab_valid), inv_temperature);
+    p = finished(block_merged(p, inv_temperature));
+  }
+  if (threadIdx.x == 0) {
+    out[t] = p.max;
+    out[logits.rows + t] = p.sum;
+    out[2 * logits.rows + t] = ENTROPY ? p.dsum : 0.0f;
+    out[3 * logits.rows + t] = target_logit;
+  }
+}
+
+template <typename T, int VEC, bool ENTROPY>
+cudaError_t launch(const Logits& logits, const Rows& r, float* out, cudaStream_t stream) {
+  int threads = 32;  // about eight chunks each: small blocks, so that some load while others start or end
+  while (threads < MAX_THREADS && threads * VEC * LOADS<VEC> * 8 < r.vocab_valid) threads *= 2;
+  stats_kernel<T, VEC, ENTROPY><<<static_cast<unsigned>(logits.rows), threads, 0, stream>>>(logits, r, out);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t launch_stats(const Logits& logits, const Rows& r, bool entropy, float* out, cudaStream_t stream) {
+  if (logits.rows == 0) return cudaSuccess;
+  return with_type(logits.type, [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int VEC = VECTOR_BYTES / sizeof(T);
+    if (aligned(logits.data, logits.row_stride, sizeof(T), VECTOR_BYTES))
+      return entropy ? launch<T, VEC, true>(logits, r, out, stream) : launch<T, VEC, false>(logits, r, out, stream);
+    return entropy ? launch<T, 1, true>(logits, r, out, stream) : launch<T, 1, false>(logits, r, out, stream);
+  });
+}
+
+}  // namespace flowrl::cuda
