@@ -31,6 +31,13 @@ class ModelSettings(Settings):
     logits_budget_mb: int = Field(256, ge=1, description="logits kept for the backward pass; more is recomputed")
 
 
+class OpsSettings(Settings):
+    backend: Literal["auto", "native", "torch"] = Field(
+        "auto",
+        description="log-prob kernels: csrc's, built on first use, or plain torch; auto: csrc's where they build",
+    )
+
+
 class ParallelSettings(Settings):
     tp: int = Field(1, ge=1, description="tensor-parallel ranks")
     sequence_parallel: bool = Field(False, description="shard activations over the tensor-parallel ranks too")
@@ -69,7 +76,8 @@ class OptimizerSettings(Settings):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     clip_grad: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
-    warmup_steps: int = Field(10, ge=0, description="updates of linear warm-up; constant after that")
+    warmup_steps: int = Field(10, ge=0, description="updates of linear warm-up")
+    decay: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up; ends at 0")
 
 
 class BatchSettings(Settings):
@@ -108,6 +116,7 @@ class Config(Settings):
     seed: int = Field(0, ge=0, description="rules everything: prompts, sampling, initial weights")
     model: ModelSettings
     megatron: dict[str, Any] = Field(default_factory=dict, description="passed to Megatron's TransformerConfig")
+    ops: OpsSettings = OpsSettings()
     parallel: ParallelSettings = ParallelSettings()
     data: DataSettings
     reward: str = Field(description="module:function (row, response) -> float or (float, why)")
@@ -124,6 +133,14 @@ class Config(Settings):
     def _named(cls, value: Any) -> Any:
         """Setting one of its fields does not unset the default's name."""
         return {"name": "flowrl", **value} if isinstance(value, dict) else value
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.rollout.prompts_per_step * self.rollout.group_size
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.sequences_per_step // (self.batch.mini_batch or self.sequences_per_step)
 
     def dump(self) -> dict[str, Any]:
         """Plain values, as written to config.yaml."""
@@ -245,11 +262,17 @@ def _check_together(config: Config) -> None:
         raise ConfigError(f"data.held_out = {data.held_out}: a share must lie between 0 and 1")
     if config.evaluation.every and data.held_out is None:
         raise ConfigError(f"evaluation.every = {config.evaluation.every}: needs prompts; set data.held_out (0.1)")
-    total = rollout.prompts_per_step * rollout.group_size
+    total = config.sequences_per_step
     if batch.mini_batch is not None and total % batch.mini_batch:
         raise ConfigError(
             f"batch.mini_batch = {batch.mini_batch}: does not divide the {total} sequences of a step "
             f"(rollout.prompts_per_step x rollout.group_size); take a divisor of {total}"
+        )
+    updates = config.steps * config.updates_per_step
+    if config.optimizer.decay != "constant" and config.optimizer.warmup_steps >= updates:
+        raise ConfigError(
+            f"optimizer.warmup_steps = {config.optimizer.warmup_steps}: leaves none of the {updates} updates to "
+            f"optimizer.decay = {config.optimizer.decay}; take fewer"
         )
     if (rollout.top_p < 1 or rollout.top_k) and not rollout.allow_truncated_sampling:
         raise ConfigError(

@@ -6,10 +6,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from flowrl_mega import objectives
+from flowrl_mega import objectives, ops
 from flowrl_mega.checkpoint import check_checkpoint, find_checkpoint, step_of
 from flowrl_mega.config import Config, ConfigError
 from flowrl_mega.data.inputs import load_prompts
@@ -71,6 +72,7 @@ def check(config: Config, world: int, resume: str, checkpoint: Path | None, one_
     """
     objective = objectives.build(config.objective)
     load_reward(config.reward)
+    check_ops(config.ops.backend)
     layouts.check_world(config.parallel, world)
     arch = read_architecture(config.model.path)
     check_layout(arch, config.parallel.tp)
@@ -84,8 +86,16 @@ def check(config: Config, world: int, resume: str, checkpoint: Path | None, one_
         check_checkpoint(checkpoint, arch, objective.log_z)
 
 
+def check_ops(backend: Literal["auto", "native", "torch", "liger"]) -> str:
+    """Builds csrc before any rank waits for it; what will run, in words."""
+    try:
+        return ops.describe(backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except ops.BuildError as error:
+        raise ConfigError(f"ops.backend = {backend}: {error}") from None
+
+
 def _check_sequences(config: Config, dp: int) -> None:
-    sequences = config.batch.mini_batch or config.rollout.prompts_per_step * config.rollout.group_size
+    sequences = config.batch.mini_batch or config.sequences_per_step
     if sequences < dp:
         raise ConfigError(
             f"batch.mini_batch = {sequences}: fewer sequences than the {dp} data-parallel ranks; "
@@ -118,8 +128,6 @@ def describe(config: Config, world: int, checkpoint: Path | None) -> str:
     arch, objective = read_architecture(config.model.path), objectives.build(config.objective)
     store, held_out, _, stop_ids = load_prompts(config)
     tp, rollout = config.parallel.tp, config.rollout
-    total = rollout.prompts_per_step * rollout.group_size
-    updates = total // (config.batch.mini_batch or total)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU (gloo)"
     sequence_parallel = ", sequence parallel" if config.parallel.sequence_parallel else ""
     settings = ", ".join(f"{name}={value}" for name, value in objective.model_dump().items() if name != "name")
@@ -128,13 +136,14 @@ def describe(config: Config, world: int, checkpoint: Path | None) -> str:
         "model": f"{config.model.path}: {arch.model_type}, {size}",
         "ranks": f"{world} = tp {tp} x dp {world // tp}{sequence_parallel}, on {device}",
         "layers": "Megatron-core local spec, packed attention through scaled_dot_product_attention",
+        "log-probs": check_ops(config.ops.backend),
         "objective": f"{config.objective['name']} ({settings})",
         "log Z": objective.log_z or "none",
         "reference": "frozen copy of model.path" if objective.needs_reference else "not needed",
         "prompts": f"{len(store)} to train on, {len(held_out) if held_out else 0} held out",
         "reward": config.reward,
         "step": f"{rollout.prompts_per_step} prompts x {rollout.group_size} answers of at most {rollout.max_tokens} "
-        f"tokens, {updates} update(s), {config.steps} steps; answers end at ids {list(stop_ids)}",
+        f"tokens, {config.updates_per_step} update(s), {config.steps} steps; answers end at ids {list(stop_ids)}",
         "run folder": f"{config.run_dir}, " + (f"resuming {checkpoint}" if checkpoint else "from the start"),
     }
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from flowrl_mega import objectives
+from flowrl_mega import objectives, ops
 from flowrl_mega.checkpoint import load_checkpoint, save_checkpoint
 from flowrl_mega.checkpoint.folder import remove_unfinished
 from flowrl_mega.config import Config
@@ -54,7 +54,8 @@ class Trainer:
             self.reference = build_reference(arch, config, layout)
             load_hf(self.reference, config.model.path)
         self.model = wrap(self.policy)
-        self.optimizer = Optimizer(self.model, config.optimizer, bf16=config.model.dtype == "bf16")
+        updates = config.steps * config.updates_per_step
+        self.optimizer = Optimizer(self.model, config.optimizer, config.model.dtype == "bf16", updates)
         self.engine: Engine = EmbeddedEngine(layout)
         rollout = config.rollout
         stop_ids = () if rollout.ignore_eos else stop_ids
@@ -119,6 +120,7 @@ class Trainer:
         """One optimizer step on the mean loss over the mini-batch's sequences, on all ranks together."""
         self.optimizer.zero_grad()
         metrics = reduce_reports(forward_backward(self.model, mini_batch, self.loss), self.layout.dp_group)
+        ops.raise_if_flagged()  # the metrics have waited for the device already
         return metrics | self.optimizer.step(loss_is_finite=math.isfinite(metrics["loss"]))
 
     def loss(self, model: Any, batch: PackedBatch) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:

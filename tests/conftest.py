@@ -14,6 +14,8 @@ for folder in ("", "distributed"):  # tests import their helpers (rank_pool, tin
 
 from rank_pool import RankPool  # noqa: E402
 
+import flowrl_mega.parallel  # noqa: E402, F401  before any test imports megatron
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data", default=None, help="folder of real data (make test DATA=DIR)")

@@ -15,17 +15,17 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from flowrl_mega.parallel.launch import free_port, rank_environment
-
 
 class RankFailed(AssertionError):
     """One rank raised, died, or did not answer in time."""
 
 
-def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
-    os.environ.update(rank_environment(rank, world, port))
+def _serve(environment: dict[str, str], megatron: bool, pipe: Connection) -> None:
+    os.environ.update(environment)
     import torch
 
+    if megatron:
+        import flowrl_mega.parallel  # noqa: F401
     torch.set_num_threads(1)
     while True:
         try:
@@ -48,10 +48,14 @@ def _receive(pipe: Connection) -> Any:
 
 
 class RankPool:
-    """`run(function, ...)` on `world` ranks gives each rank's result, by rank."""
+    """`run(function, ...)` on `world` ranks gives each rank's result, by rank.
 
-    def __init__(self, world: int) -> None:
-        self.world = world
+    Without `megatron` the ranks start in half the time, but no tensors can be sent to them: Megatron, which is in the
+    process that sends them, makes itself part of how torch pickles.
+    """
+
+    def __init__(self, world: int, megatron: bool = True) -> None:
+        self.world, self.megatron = world, megatron
         self.ranks: list[Any] = []
         self.pipes: list[Connection] = []
 
@@ -84,10 +88,13 @@ class RankPool:
         return [results[rank] for rank in range(self.world)]
 
     def _start(self) -> None:
+        from flowrl_mega.parallel.launch import free_port, rank_environment  # not in the ranks: it imports Megatron
+
         context, port = multiprocessing.get_context("spawn"), free_port()
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world, port, theirs), daemon=True)
+            environment = rank_environment(rank, self.world, port)
+            process = context.Process(target=_serve, args=(environment, self.megatron, theirs), daemon=True)
             process.start()
             theirs.close()
             self.ranks.append(process)

@@ -15,8 +15,7 @@ from flowrl_mega.config import Config
 from flowrl_mega.model.architecture import Architecture, transformer_config
 from flowrl_mega.model.layers import PackedRotary, PackedRows, local_spec
 from flowrl_mega.model.partition import Kind, build_partition, prompt_mean
-from flowrl_mega.ops import lm_head_logprob
-from flowrl_mega.ops.logprob import Shard
+from flowrl_mega.ops import Shard, lm_head_logprob, share_of_gradient
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.parallel.packing import PackedBatch
 
@@ -42,7 +41,7 @@ class Policy(MegatronModule):
         transformer = transformer_config(arch, config.model, config.megatron, layout)
         super().__init__(transformer)
         self.arch, self.layout, self.log_z_kind = arch, layout, log_z
-        self.logits_budget_bytes = config.model.logits_budget_mb << 20
+        self.logits_budget_bytes, self.backend = config.model.logits_budget_mb << 20, config.ops.backend
         self.gpt = _gpt(arch, transformer, layout)
         self.model_type = self.gpt.model_type  # Megatron's schedules ask for it
         self.partition = build_partition(log_z, arch.hidden, config.seed)
@@ -50,7 +49,7 @@ class Policy(MegatronModule):
             self.partition.to(device=layout.device, dtype=transformer.params_dtype)
         shard = arch.padded_vocab(layout.tp) // layout.tp
         start = layout.tp_rank * shard
-        self.shard = Shard(start, max(0, min(shard, arch.vocab - start)))
+        self.shard = Shard(start, max(0, min(shard, arch.vocab - start)), arch.vocab)
 
     def forward(self, batch: PackedBatch, temperature: float = 1.0) -> PolicyOutput:
         return self.gpt(
@@ -68,24 +67,30 @@ class Policy(MegatronModule):
         """hidden_states [T, 1, H] after the final norm, or [T / tp, 1, H] under sequence parallelism."""
         batch, temperature = context
         if self.layout.sequence_parallel:
-            # Everything below gives the full gradient on every rank, so backward only has to take its slice.
-            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+            # Its backward is one reduce-scatter of what the ranks' shards of the vocabulary give.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
         hidden = hidden_states.squeeze(1)
         weight = output_layer.weight if output_weight is None else output_weight
         head = lm_head_logprob(
-            hidden[batch.response_rows],
+            hidden,
             weight,
             batch.target,
+            rows=batch.response_rows,
+            cu_seqlens=batch.response_cu_seqlens,
             temperature=temperature,
             shard=self.shard,
             group=self.layout.tp_group,
+            reduce_gradient=not self.layout.sequence_parallel,
             logits_budget_bytes=self.logits_budget_bytes,
+            backend=self.backend,
         )
         return PolicyOutput(head.logp, head.entropy, self._log_z(hidden, batch))
 
     def _log_z(self, hidden: Tensor, batch: PackedBatch) -> Tensor | None:
         if self.partition is None:
             return None
+        if self.layout.sequence_parallel:
+            hidden = share_of_gradient(hidden, 1 / self.layout.tp)  # each rank computes all of log Z
         return self.partition(prompt_mean(hidden, batch.prompt_rows, batch.prompt_segment, batch.prompt_lengths))
 
     @torch.no_grad()

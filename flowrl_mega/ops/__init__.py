@@ -1,5 +1,20 @@
-"""Fused reductions over sequences: the language-model head and the log-probs of the tokens that were drawn."""
+"""Python face of csrc: log-probs of drawn tokens and their sums over sequences, from logits or from hidden states."""
 
-from flowrl_mega.ops.logprob import HeadOutput, lm_head_logprob
+from flowrl_mega.ops.build import BuildError
+from flowrl_mega.ops.checks import raise_if_flagged
+from flowrl_mega.ops.library import describe
+from flowrl_mega.ops.lm_head import HeadOutput, Shard, lm_head_logprob
+from flowrl_mega.ops.logprob import LogProb, logprob
+from flowrl_mega.ops.share import share_of_gradient
 
-__all__ = ["HeadOutput", "lm_head_logprob"]
+__all__ = [
+    "BuildError",
+    "HeadOutput",
+    "LogProb",
+    "Shard",
+    "describe",
+    "lm_head_logprob",
+    "logprob",
+    "raise_if_flagged",
+    "share_of_gradient",
+]

@@ -22,17 +22,21 @@ def wrap(model: Any) -> DistributedDataParallel:
 
 
 class Optimizer:
-    """AdamW behind Megatron's optimizer, with linear warm-up, then a constant rate; non-finite updates are skipped.
+    """AdamW behind Megatron's optimizer, with warm-up and decay of the rates; non-finite updates are skipped.
 
-    `updates` counts the updates that were made, `skipped` those refused for a non-finite loss or gradient.
+    `total_updates`: after how many updates a decay ends. `updates` counts those that were made, `skipped` those
+    refused for a non-finite loss or gradient.
     """
 
-    def __init__(self, model: DistributedDataParallel, settings: OptimizerSettings, bf16: bool) -> None:
+    def __init__(
+        self, model: DistributedDataParallel, settings: OptimizerSettings, bf16: bool, total_updates: int
+    ) -> None:
         self.model, self.settings = model, settings
+        lowest = 1.0 if settings.decay == "constant" else 0.0  # of each rate
         config = OptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
-            min_lr=settings.lr,
+            min_lr=lowest * settings.lr,
             weight_decay=settings.weight_decay,
             adam_beta1=settings.betas[0],
             adam_beta2=settings.betas[1],
@@ -44,16 +48,19 @@ class Optimizer:
         )
         overrides = get_standard_config_overrides(config)
         if settings.log_z_lr not in (None, settings.lr):  # a checkpoint tells parameter groups apart by their rates
-            overrides[ParamKey(name="*partition.*")] = {"max_lr": settings.log_z_lr, "min_lr": settings.log_z_lr}
+            overrides[ParamKey(name="*partition.*")] = {
+                "max_lr": settings.log_z_lr,
+                "min_lr": lowest * settings.log_z_lr,
+            }
         self.inner = get_megatron_optimizer(config, [model], config_overrides=overrides)
         self.schedule = OptimizerParamScheduler(
             self.inner,
             init_lr=0.0,
             max_lr=settings.lr,
-            min_lr=settings.lr,
+            min_lr=lowest * settings.lr,
             lr_warmup_steps=settings.warmup_steps,
-            lr_decay_steps=settings.warmup_steps + 1,
-            lr_decay_style="constant",
+            lr_decay_steps=max(total_updates, settings.warmup_steps + 1),  # read only by a decay
+            lr_decay_style=settings.decay,
             start_wd=settings.weight_decay,
             end_wd=settings.weight_decay,
             wd_incr_steps=1,

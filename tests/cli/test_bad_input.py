@@ -15,6 +15,7 @@ from jobs import write_config
 from tiny_models import make
 
 from flowrl_mega import cli
+from flowrl_mega.ops import build, library
 
 Capture = pytest.CaptureFixture[str]
 
@@ -46,6 +47,12 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
     "infinite rate": (["--optimizer.lr=.inf"], ["optimizer.lr = inf", "finite"]),
     "bad decay": (["--optimizer.betas=[0.9, 1.5]"], ["optimizer.betas.1 = 1.5", "less than 1"]),
     "one decay": (["--optimizer.betas=[0.9]"], ["optimizer.betas.1", "required"]),
+    "no such decay": (["--optimizer.decay=exponential"], ["optimizer.decay = 'exponential'", "'linear' or 'cosine'"]),
+    "warm-up to the end": (
+        ["--steps=5", "--optimizer.warmup_steps=5", "--optimizer.decay=linear", "--batch.mini_batch=null"],
+        ["optimizer.warmup_steps = 5", "none of the 5 updates", "optimizer.decay = linear", "take fewer"],
+    ),
+    "no such kernels": (["--ops.backend=triton"], ["ops.backend = 'triton'", "'native'", "'torch'"]),
     "no such choice": (["--model.dtype=fp16"], ["model.dtype = 'fp16'", "'fp32' or 'bf16'"]),
     "two faults": (["--steps=0", "--seed=-1"], ["steps = 0", "seed = -1"]),
     "tp and the model": (["--parallel.tp=3"], ["parallel.tp = 3", "4 attention heads", "use one of 1, 2"]),
@@ -124,6 +131,20 @@ def test_settings_file(case: str, tmp_path: Path, capsys: Capture) -> None:
     message = refused(capsys, tmp_path, str(path))
     for part in parts:
         assert part in message, message
+
+
+def test_native_kernels_that_cannot_be_built(
+    model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before any rank is started."""
+
+    def refuse(kind: str) -> Path:
+        raise build.BuildError("no C++ compiler found")
+
+    library.load.cache_clear()
+    monkeypatch.setattr(build, "library", refuse)
+    message = refused(capsys, tmp_path, str(write_config(tmp_path, model)), "--ops.backend=native")
+    assert message == "flowrl-mega: ops.backend = native: no C++ compiler found\n"
 
 
 def test_yaml_says_off(model: Path, tmp_path: Path) -> None:

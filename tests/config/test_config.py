@@ -30,6 +30,7 @@ def test_the_smallest_file_and_its_defaults(path: Path) -> None:
     assert (config.run_dir, config.steps, config.seed) == ("run", 3, 0)
     assert config.objective == {"name": "flowrl"}
     assert (config.rollout.temperature, config.rollout.top_p, config.rollout.top_k) == (1.0, 1.0, 0)
+    assert (config.ops.backend, config.optimizer.decay) == ("auto", "constant")
 
 
 def test_overrides_are_read_as_yaml(path: Path) -> None:
@@ -53,6 +54,16 @@ def test_overrides_are_read_as_yaml(path: Path) -> None:
 def test_the_last_word_counts(path: Path) -> None:
     assert load_config(path, ["steps=4", "steps=5"]).steps == 5
     assert load_config(path, ["rollout={group_size: 3}", "rollout.max_tokens=9"]).rollout.group_size == 3
+
+
+def test_a_decay_needs_an_update_after_the_warm_up(path: Path) -> None:
+    """Counted in updates, of which a step can have several."""
+    sizes = ["rollout={prompts_per_step: 2, group_size: 6}", "batch.mini_batch=4", "optimizer.decay=cosine"]
+    config = load_config(path, [*sizes, "optimizer.warmup_steps=8"])
+    assert (config.sequences_per_step, config.updates_per_step) == (12, 3)
+    with pytest.raises(ConfigError, match=r"warmup_steps = 9: leaves none of the 9 updates to .*decay = cosine"):
+        load_config(path, [*sizes, "optimizer.warmup_steps=9"])
+    assert load_config(path, [*sizes, "optimizer.warmup_steps=9", "optimizer.decay=constant"])
 
 
 def test_what_is_written_reads_back(path: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import layers, mappings
 from torch import Tensor
 
 import flowrl_mega.parallel  # noqa: F401
@@ -94,7 +95,7 @@ class Update(NamedTuple):
     partition: dict[str, Tensor]  # the partition function's weights
     replica_difference: float  # between the ranks' gradients of a tensor that all of them hold
     micro_batches: int
-    all_reduces: int  # over more than one rank, forward and backward
+    sums: int  # over more than one rank, forward and backward
 
 
 def update(path: Path, recorded: Recorded, **sections: Any) -> Update:
@@ -103,10 +104,10 @@ def update(path: Path, recorded: Recorded, **sections: Any) -> Update:
 
 
 def updates_short_of_one(path: Path, recorded: Recorded, **sections: Any) -> list[Update]:
-    """The update without its first all-reduce, without its second, ...; the last one is complete."""
+    """The update without its first sum over ranks, without its second, ...; the last one is complete."""
     job, batches = _prepare(path, recorded, sections)
     complete = _update(job, batches, leave_out=None)
-    return [*(_update(job, batches, leave_out) for leave_out in range(complete.all_reduces)), complete]
+    return [*(_update(job, batches, leave_out) for leave_out in range(complete.sums)), complete]
 
 
 def _prepare(path: Path, recorded: Recorded, sections: dict[str, Any]) -> tuple[Trainer, list[PackedBatch]]:
@@ -131,7 +132,7 @@ def _update(job: Trainer, batches: list[PackedBatch], leave_out: int | None) -> 
         return {"grad_norm": norm}
 
     job.optimizer.step = gather_instead_of_step  # type: ignore[method-assign]
-    with counted_all_reduces(leave_out) as calls:
+    with counted_sums(leave_out) as calls:
         metrics = job.update(batches)
     partition = {} if job.policy.partition is None else job.policy.partition.state_dict()
     return Update(metrics, found["gradients"], partition, found["difference"], len(batches), len(calls))
@@ -159,20 +160,31 @@ class _Done:
 
 
 @contextmanager
-def counted_all_reduces(leave_out: int | None) -> Iterator[list[int]]:
-    """Counts the sums over more than one rank, and skips number `leave_out` on all ranks."""
+def counted_sums(leave_out: int | None) -> Iterator[list[int]]:
+    """Counts the sums over more than one rank (all-reduce, reduce-scatter), and skips number `leave_out` everywhere."""
     calls: list[int] = []
-    real = dist.all_reduce
+    real_reduce, real_scatter = dist.all_reduce, mappings.dist_reduce_scatter_func
+
+    def left_out(numel: int, group: Any) -> bool:
+        if dist.get_world_size(group) > 1:
+            calls.append(numel)
+        return dist.get_world_size(group) > 1 and len(calls) - 1 == leave_out
 
     def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
-        if op == dist.ReduceOp.SUM and dist.get_world_size(group) > 1:
-            calls.append(tensor.numel())
-            if len(calls) - 1 == leave_out:
-                return _Done() if async_op else None
-        return real(tensor, op=op, group=group, async_op=async_op)
+        if op == dist.ReduceOp.SUM and left_out(tensor.numel(), group):
+            return _Done() if async_op else None
+        return real_reduce(tensor, op=op, group=group, async_op=async_op)
+
+    def reduce_scatter(output: Tensor, whole: Tensor, group: Any = None, **rest: Any) -> Any:
+        if left_out(whole.numel(), group):
+            output.copy_(whole.chunk(dist.get_world_size(group))[dist.get_rank(group)])
+            return _Done()
+        return real_scatter(output, whole, group=group, **rest)
 
     dist.all_reduce = all_reduce
+    mappings.dist_reduce_scatter_func = layers.dist_reduce_scatter_func = reduce_scatter
     try:
         yield calls
     finally:
-        dist.all_reduce = real
+        dist.all_reduce = real_reduce
+        mappings.dist_reduce_scatter_func = layers.dist_reduce_scatter_func = real_scatter

@@ -149,8 +149,8 @@ def test_every_layout_computes_the_same_step(kind, objective, layout, alone, tin
     [("llama", TP2), ("llama", SP), ("qwen3", TP2), ("llama", {"dp": 2})],
     ids=["tp2", "tp2+sp", "tp2-qk-norm", "dp2"],
 )
-def test_leaving_out_any_all_reduce_is_seen(kind, layout, alone, tiny_model, ranks2):
-    """The comparison above has teeth: without any one of the step's sums over ranks it fails."""
+def test_leaving_out_any_sum_over_ranks_is_seen(kind, layout, alone, tiny_model, ranks2):
+    """The comparison above has teeth: without any one of the step's all-reduces and reduce-scatters it fails."""
     recorded, wanted = alone(kind, FLOWRL)
     sections = {"objective": FLOWRL, "batch": {"tokens_per_microbatch": 1000}, "parallel": layout}
     runs = zip(*ranks2.run(updates_short_of_one, tiny_model(kind), recorded, **sections), strict=True)
@@ -158,4 +158,4 @@ def test_leaving_out_any_all_reduce_is_seen(kind, layout, alone, tiny_model, ran
     assert complete < TOLERANCE
     assert len(broken) >= 3
     for number, error in enumerate(broken):
-        assert error > 1000 * TOLERANCE, f"all-reduce {number} of {len(broken)} is not seen"
+        assert error > 1000 * TOLERANCE, f"sum {number} of {len(broken)} is not seen"

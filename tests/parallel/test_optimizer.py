@@ -14,13 +14,13 @@ from torch import Tensor
 from flowrl_mega.config import OptimizerSettings
 from flowrl_mega.parallel.optimizer import Optimizer, wrap
 
-STEPS = 6
+STEPS, TOTAL = 6, 8  # updates made, and those after which a decay has ended
 
 
 def make(path, settings: dict[str, Any], **sections: Any) -> tuple[Any, Any, Optimizer]:
     policy = on_ranks.build(path, log_z="mlp", **sections)
     model = wrap(policy)
-    return policy, model, Optimizer(model, OptimizerSettings(**settings), bf16=False)
+    return policy, model, Optimizer(model, OptimizerSettings(**settings), bf16=False, total_updates=TOTAL)
 
 
 def gradients(policy: Any, step: int) -> dict[str, Tensor]:
@@ -54,6 +54,15 @@ def snapshot(policy: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in policy.named_parameters()}
 
 
+def rate(settings: OptimizerSettings, step: int) -> float:
+    """Of the highest one."""
+    made, warmup = step + 1, settings.warmup_steps
+    if made <= warmup:
+        return made / warmup
+    progress = (made - warmup) / (TOTAL - warmup)
+    return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[settings.decay]
+
+
 def expected(start: dict[str, Tensor], settings: OptimizerSettings) -> tuple[list[float], list[dict[str, Tensor]]]:
     """torch's AdamW in float64 on the same gradients: (gradient norms, weights after every step).
 
@@ -78,7 +87,7 @@ def expected(start: dict[str, Tensor], settings: OptimizerSettings) -> tuple[lis
             p[name].grad = gradient.double()
         norms.append(float(torch.nn.utils.clip_grad_norm_(p.values(), settings.clip_grad or math.inf)))
         for group in adam.param_groups:
-            group["lr"] = group["base"] * min(1.0, (step + 1) / max(1, settings.warmup_steps))
+            group["lr"] = group["base"] * rate(settings, step)
         adam.step()
         weights.append({name: parameter.detach().clone() for name, parameter in p.items()})
     return norms, weights
@@ -91,19 +100,23 @@ def expected(start: dict[str, Tensor], settings: OptimizerSettings) -> tuple[lis
         {"lr": 1e-3, "warmup_steps": 4, "clip_grad": 1.0, "weight_decay": 0.1},
         {"lr": 1e-3, "warmup_steps": 0, "clip_grad": 0.0, "weight_decay": 0.0, "betas": (0.8, 0.95), "eps": 1e-6},
         {"lr": 1e-3, "warmup_steps": 3, "log_z_lr": 2e-2},
+        {"lr": 1e-3, "warmup_steps": 2, "decay": "linear"},
+        {"lr": 1e-3, "warmup_steps": 0, "decay": "cosine", "log_z_lr": 2e-2},
     ],
-    ids=["clip+warm-up", "plain", "log_z_lr"],
+    ids=["clip+warm-up", "plain", "log_z_lr", "linear", "cosine+log_z_lr"],
 )
 def test_trajectory_equals_adamw(settings, tiny_model, ranks1):
-    """Clipping, warm-up from lr / n, decay of matrices alone, and log_z_lr for the partition function alone."""
+    """Clipping, warm-up from lr / n, decay to 0, weight decay of matrices alone, and log_z_lr for the partition
+    function alone."""
     ((reports, weights),) = ranks1.run(trajectory, tiny_model("qwen2"), settings)
-    norms, wanted = expected(weights[0], OptimizerSettings(**settings))
+    checked = OptimizerSettings(**settings)
+    norms, wanted = expected(weights[0], checked)
     clipped = [norm > 1 for norm in norms]
     assert any(clipped) and not all(clipped), "the recorded gradients must try both"
     for step, (report, found, right) in enumerate(zip(reports, weights[1:], wanted, strict=True)):
         assert report["grad_norm"] == pytest.approx(norms[step], rel=1e-5)
         assert report["skipped_updates"] == 0
-        assert report["lr"] == pytest.approx(1e-3 * min(1.0, (step + 1) / max(1, settings["warmup_steps"])))
+        assert report["lr"] == pytest.approx(1e-3 * rate(checked, step))
         for name, tensor in right.items():
             error = (found[name] - tensor).abs().max().item()
             assert error < 1e-6, f"{name} after step {step + 1}"

@@ -1,0 +1,113 @@
+"""What a caller can get wrong, said before any kernel runs.
+
+On CUDA the values of a tensor are unknown to the host, and asking would stop it until all earlier work is done. There a
+wrong value raises a flag on the device; `raise_if_flagged` reads it where the trainer waits for the device anyway.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowrl_mega.ops.torch_ops import stats_dtype
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_FLAGS: dict[torch.device, Tensor] = {}  # one bool a CUDA device, true after a target or an offset out of range
+
+
+def logits(x: Tensor) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"logits have shape {list(x.shape)}; [T, V] is wanted")
+    if x.dtype not in DTYPES or (x.dtype == torch.float64 and x.is_cuda):
+        raise ValueError(f"logits are {x.dtype}; float32, bfloat16 or float16 is wanted (float64 on CPU only)")
+    if x.shape[1] > 1 and x.stride(1) != 1:
+        raise ValueError(f"logits have stride {x.stride(1)} between columns, 1 is wanted; call .contiguous()")
+    if x.shape[0] > 1 and x.stride(0) < x.shape[1]:
+        raise ValueError(f"logits have rows of {x.shape[1]} that overlap (stride {x.stride(0)}); call .contiguous()")
+
+
+def head(hidden: Tensor, weight: Tensor, rows: Tensor | None, valid: int) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        shapes = f"hidden {list(hidden.shape)}, weight {list(weight.shape)}"
+        raise ValueError(f"{shapes}: [T, H] and [V, H] with one H are wanted")
+    if hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
+        raise ValueError(f"hidden is {hidden.dtype}, weight {weight.dtype}: one and the same floating type is wanted")
+    vocab_valid(valid, weight.shape[0])
+    if rows is None:
+        return
+    if rows.dim() != 1 or rows.dtype != torch.int64:
+        raise ValueError(f"rows is {rows.dtype} of shape {list(rows.shape)}; int64 of [R] is wanted")
+
+
+def vocab_valid(valid: int, columns: int) -> int:
+    if not 0 <= valid <= columns:
+        raise ValueError(f"vocab_valid = {valid}: must lie in 0..{columns}, the columns that there are")
+    return valid
+
+
+def target(x: Tensor, rows: int, vocab: int | None, device: torch.device, ignore_index: int | None = None) -> Tensor:
+    """Ids [rows] below `vocab` (None: not known here), or ignore_index; contiguous."""
+    if x.shape != (rows,) or x.dtype != torch.int64:
+        raise ValueError(f"target is {x.dtype} of shape {list(x.shape)}; int64 of shape [{rows}] is wanted")
+    if x.device != device:
+        raise ValueError(f"target is on {x.device}, the rows on {device}; move one of them")
+    if vocab is None or rows == 0:
+        return x.contiguous()
+    wrong = (x < 0) | (x >= vocab)
+    if ignore_index is not None:
+        wrong &= x != ignore_index
+    if _flagged(wrong):
+        place = int(wrong.nonzero()[0])
+        ignored = "" if ignore_index is None else f" or {ignore_index} (ignored)"
+        raise ValueError(f"target[{place}] = {int(x[place])}: an id in 0..{vocab - 1}{ignored} is wanted")
+    return x.contiguous()
+
+
+def cu_seqlens(x: Tensor | None, rows: int, device: torch.device) -> Tensor:
+    """Offsets [B + 1] from 0 to `rows`, never falling, as int64; None: all rows are one sequence."""
+    if x is None:
+        return torch.arange(2, device=device) * rows
+    if x.dim() != 1 or x.numel() == 0 or x.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens is {x.dtype} of shape {list(x.shape)}; int32 or int64 of [B + 1] is wanted")
+    if x.device != device:
+        raise ValueError(f"cu_seqlens is on {x.device}, the rows on {device}; move one of them")
+    wrong = (x[:1] != 0).any() | (x[-1:] != rows).any() | (x.diff() < 0).any()
+    if _flagged(wrong):
+        raise ValueError(f"cu_seqlens = {x.tolist()}: must rise from 0 to {rows}, the number of rows")
+    return x.to(torch.int64).contiguous()
+
+
+def inv_temperature(temperature: float | Tensor, rows: int, like: Tensor) -> Tensor:
+    """1 / temperature, [1] or [rows], in the type of the statistics."""
+    dtype = stats_dtype(like.dtype)
+    if isinstance(temperature, Tensor):
+        if temperature.shape != (rows,):
+            raise ValueError(f"temperature has shape {list(temperature.shape)}; a number or [{rows}] is wanted")
+        if _flagged(wrong := ~(temperature > 0)):
+            place = int(wrong.nonzero()[0])
+            raise ValueError(f"temperature[{place}] = {float(temperature[place])}: must be above 0")
+        return (1.0 / temperature.to(like.device, torch.float64)).to(dtype)
+    if not temperature > 0:
+        raise ValueError(f"temperature = {temperature}: must be above 0")
+    return torch.full((1,), 1.0 / temperature, dtype=dtype, device=like.device)
+
+
+def raise_if_flagged() -> None:
+    """ValueError if a value was out of range in a call on a CUDA device since the last time; waits for the device."""
+    for device, flag in _FLAGS.items():
+        if bool(flag):
+            flag.zero_()
+            raise ValueError(
+                f"a target, a temperature or an offset of cu_seqlens was out of range in an earlier call on {device}"
+            )
+
+
+def _flagged(wrong: Tensor) -> bool:
+    """On CPU whether any is wrong; on CUDA that is left in the device's flag."""
+    if not wrong.is_cuda:
+        return bool(wrong.any())
+    if wrong.device not in _FLAGS:
+        _FLAGS[wrong.device] = torch.zeros((), dtype=torch.bool, device=wrong.device)
+    _FLAGS[wrong.device].logical_or_(wrong.any())
+    return False

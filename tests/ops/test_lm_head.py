@@ -1,0 +1,240 @@
+"""lm_head_logprob against log_softmax in float64 of the whole product: values, gradients, and where they go."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from oracle import IGNORED, same_bits
+from torch import Tensor
+
+from flowrl_mega.ops import HeadOutput, Shard, lm_head, lm_head_logprob
+
+ROWS, HIDDEN, VOCAB = 37, 16, 530
+TOLERANCE = 2e-6  # of the largest value: the GEMM's rounding on top of the ops'
+
+
+class HeadCase(NamedTuple):
+    hidden: Tensor  # [T, H]
+    weight: Tensor  # [V, H]
+    target: Tensor  # [T]
+    grad: Tensor  # [T], of the loss with respect to each log-prob
+
+
+class HeadResult(NamedTuple):
+    logp: Tensor
+    entropy: Tensor
+    d_hidden: Tensor
+    d_weight: Tensor
+
+
+def head_case(dtype: torch.dtype = torch.float32, scale: float = 3.0, rows: int = ROWS, vocab: int = VOCAB) -> HeadCase:
+    """Logits of a standard deviation of `scale`: neither flat nor one-hot."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(rows, HIDDEN, generator=g), torch.randn(vocab, HIDDEN, generator=g)
+    target, grad = torch.randint(vocab, (rows,), generator=g), torch.randn(rows, generator=g)
+    return HeadCase(hidden.to(dtype), (weight * scale / HIDDEN**0.5).to(dtype), target, grad)
+
+
+def head_oracle(c: HeadCase, temperature: float = 1.0) -> HeadResult:
+    """Ignored rows count nothing."""
+    hidden, weight = c.hidden.double().requires_grad_(), c.weight.double().requires_grad_()
+    logps = torch.log_softmax(hidden @ weight.t() / temperature, -1)
+    read = c.target != IGNORED
+    logp = torch.where(read, logps.gather(1, c.target.clamp(0)[:, None])[:, 0], 0.0)
+    entropy = torch.where(read, -(logps.exp() * logps).sum(-1), 0.0)
+    logp.backward(c.grad.double())
+    return HeadResult(logp.detach(), entropy.detach(), hidden.grad, weight.grad)
+
+
+def ours(c: HeadCase, temperature: float = 1.0, **options) -> HeadResult:
+    hidden, weight = c.hidden.clone().requires_grad_(), c.weight.clone().requires_grad_()
+    out = lm_head_logprob(hidden, weight, c.target, temperature=temperature, **options)
+    out.logp.backward(c.grad.to(out.logp.dtype))
+    assert not out.entropy.requires_grad
+    return HeadResult(out.logp.detach(), out.entropy, hidden.grad, weight.grad)
+
+
+def error(found: HeadResult, wanted: HeadResult) -> float:
+    """The largest error of any of the four, in units of its largest value."""
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, wanted, strict=True))
+
+
+def all_same(a: HeadResult | HeadOutput, b: HeadResult | HeadOutput) -> bool:
+    return all(same_bits(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 10.0])
+def test_equals_log_softmax_in_float64(scale, temperature, backend):
+    """The whole chain in float32: select, multiply, reduce, and back."""
+    c = head_case(scale=scale)
+    assert error(ours(c, temperature, backend=backend), head_oracle(c, temperature)) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_hidden_states_and_weight(dtype, backend):
+    """Halves are multiplied into float32 logits; a half logit of 16 to 32 has a step of up to 0.125."""
+    c = head_case(dtype)
+    found, wanted = ours(c, 0.6, backend=backend), head_oracle(c, 0.6)
+    assert (found.logp - wanted.logp).abs().max() < 1e-5 and (found.entropy - wanted.entropy).abs().max() < 1e-5
+    assert found.d_hidden.dtype == found.d_weight.dtype == dtype
+    for a, b in zip(found[2:], wanted[2:], strict=True):  # one rounding at the end
+        assert ((a - b).abs() <= torch.finfo(dtype).eps / 2 * b.abs() + 2e-6 * b.abs().max()).all()
+
+
+def test_half_logits_would_be_seen():
+    """The bound above has teeth."""
+    c = head_case(torch.bfloat16)
+    logps = torch.log_softmax((c.hidden @ c.weight.t()).float() / 0.6, -1).gather(1, c.target[:, None])[:, 0]
+    assert (logps - head_oracle(c, 0.6).logp).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("through", ["rows", "sums", "both"])
+def test_gradcheck(through, backend, monkeypatch):
+    """Against finite differences in float64, over several chunks, kept and made again."""
+    monkeypatch.setattr(lm_head, "_NARROWEST", 4)
+    monkeypatch.setitem(lm_head._CHUNK_BYTES, "cpu", 0)
+    c = head_case(torch.float64, rows=5, vocab=11)
+    c.target[1] = IGNORED
+    offsets, rows = torch.tensor([0, 1, 1, 4]), torch.tensor([0, 1, 3, 4])
+
+    def outputs(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        options = {"rows": rows, "cu_seqlens": offsets, "temperature": 0.6, "shard": Shard(0, 10, 10)}
+        target = c.target[rows].clamp(max=9)
+        out = lm_head_logprob(hidden, weight, target, **options, logits_budget_bytes=8 * 4 * 4, backend=backend)
+        return {"rows": (out.logp,), "sums": (out.sequence[:, 0],), "both": (out.logp, out.sequence[:, 0])}[through]
+
+    hidden, weight = (x[:, :3].clone().requires_grad_() for x in (c.hidden, c.weight))
+    assert torch.autograd.gradcheck(outputs, (hidden, weight))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
+def test_only_the_selected_rows_are_computed(share, backend, monkeypatch):
+    """A batch that is 95 % prompt pays for 5 % of the GEMM, and the others get no gradient."""
+    shapes = []
+    real = lm_head._logits
+    monkeypatch.setattr(lm_head, "_logits", lambda h, w: shapes.append(len(h)) or real(h, w))
+    c = head_case(rows=200)
+    rows = torch.randperm(200, generator=torch.Generator().manual_seed(1))[: int(200 * share)]
+    hidden, weight = c.hidden.clone().requires_grad_(), c.weight.clone().requires_grad_()
+    out = lm_head_logprob(hidden, weight, c.target[rows], rows=rows, temperature=0.6, backend=backend)
+    out.logp.backward(c.grad[rows])
+    found = HeadResult(out.logp.detach(), out.entropy, hidden.grad, weight.grad)
+    grad = torch.zeros(200).index_copy(0, rows, c.grad[rows])
+    wanted = head_oracle(c._replace(grad=grad), 0.6)
+    assert error(found, wanted._replace(logp=wanted.logp[rows], entropy=wanted.entropy[rows])) < TOLERANCE
+    assert set(shapes) == {len(rows)}
+    left_out = torch.ones(200, dtype=torch.bool).index_fill(0, rows, False)
+    assert torch.equal(hidden.grad[left_out], torch.zeros_like(hidden.grad[left_out]))
+
+
+def test_ignored_rows(backend):
+    """They count nothing, anywhere."""
+    c = head_case()
+    c.target[::3] = IGNORED
+    found = ours(c, 0.6, backend=backend)
+    assert error(found, head_oracle(c, 0.6)) < TOLERANCE
+    assert all(torch.equal(x[::3], torch.zeros_like(x[::3])) for x in found[:3])
+
+
+@pytest.mark.parametrize("columns", [1, 3, 8, 529, 530, 1000])
+def test_chunks_do_not_change_the_result(columns, backend, monkeypatch):
+    """A column at a time, a last chunk of one column, one chunk for all."""
+    c = head_case()
+    monkeypatch.setattr(lm_head, "_NARROWEST", 1)
+    monkeypatch.setitem(lm_head._CHUNK_BYTES, "cpu", 4 * ROWS * columns)
+    assert error(ours(c, 0.6, backend=backend), head_oracle(c, 0.6)) < TOLERANCE
+
+
+@pytest.mark.parametrize("padding", [torch.nan, 1e4], ids=["nan", "huge"])
+@pytest.mark.parametrize("columns", [64, 1000])
+def test_padded_rows_of_the_weight_are_never_read(columns, padding, backend, monkeypatch):
+    """Megatron pads the vocabulary for its ranks; what lies there may be anything, and its gradient is 0."""
+    monkeypatch.setattr(lm_head, "_NARROWEST", columns)
+    monkeypatch.setitem(lm_head._CHUNK_BYTES, "cpu", 0)
+    c = head_case()
+    padded = c._replace(weight=torch.cat([c.weight, torch.full((110, HIDDEN), padding)]))
+    wanted, found = (
+        ours(c, 0.6, backend=backend),
+        ours(padded, 0.6, backend=backend, shard=Shard(0, VOCAB, VOCAB)),
+    )
+    assert torch.equal(found.d_weight[VOCAB:], torch.zeros(110, HIDDEN))
+    assert all_same(found._replace(d_weight=found.d_weight[:VOCAB]), wanted)
+
+
+def test_the_weight_gradient_is_added_to_main_grad(backend):
+    """Megatron's float32 buffer, over micro-batches; None comes back, or its hook would add the sum once more."""
+    c = head_case()
+    weight = c.weight.clone().requires_grad_()
+    weight.main_grad = torch.full_like(c.weight, 0.25)
+    for _ in range(2):
+        lm_head_logprob(c.hidden, weight, c.target, temperature=0.6, backend=backend).logp.backward(c.grad)
+    assert weight.grad is None
+    wanted = 2 * head_oracle(c, 0.6).d_weight + 0.25
+    assert (weight.main_grad - wanted).abs().max() < TOLERANCE * wanted.abs().max()
+
+
+def test_main_grad_is_float32_where_the_weight_is_not(backend):
+    """A bf16 gradient over many micro-batches would lose what each one adds."""
+    c = head_case(torch.bfloat16)
+    weight = c.weight.clone().requires_grad_()
+    weight.main_grad = torch.zeros(c.weight.shape)
+    lm_head_logprob(c.hidden, weight, c.target, backend=backend).logp.backward(c.grad)
+    wanted = head_oracle(c).d_weight
+    assert (weight.main_grad - wanted).abs().max() < 5 * TOLERANCE * wanted.abs().max()
+
+
+@pytest.mark.parametrize("main_grad", [True, False])
+def test_a_tied_weight_gets_both_gradients(main_grad, backend):
+    """The embedding's own gradient comes through autograd: beside main_grad it stays alone in `grad`, for the hook."""
+    c, ids = head_case(), torch.arange(ROWS) % 50
+    weight = c.weight.clone().requires_grad_()
+    if main_grad:
+        weight.main_grad = torch.zeros_like(c.weight)
+    hidden = weight[ids] + c.hidden
+    lm_head_logprob(hidden, weight, c.target, backend=backend).logp.backward(c.grad)
+    exact = c.weight.double().requires_grad_()
+    logps = torch.log_softmax((exact[ids] + c.hidden) @ exact.t(), -1)
+    logps.gather(1, c.target[:, None])[:, 0].backward(c.grad.double())
+    both = weight.grad + (weight.main_grad if main_grad else 0.0)
+    assert (both - exact.grad).abs().max() < TOLERANCE * exact.grad.abs().max()
+    if main_grad:
+        assert torch.equal(weight.grad[50:], torch.zeros_like(weight.grad[50:])), "only ids that were embedded"
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_what_is_frozen_gets_no_gradient(frozen, backend, monkeypatch):
+    """Nor is its GEMM paid for."""
+    products, real = [], lm_head._add_product
+    monkeypatch.setattr(lm_head, "_add_product", lambda total, a, b: products.append(total.shape) or real(total, a, b))
+    c = head_case()
+    hidden = c.hidden.clone().requires_grad_(frozen != "hidden")
+    weight = c.weight.clone().requires_grad_(frozen != "weight")
+    lm_head_logprob(hidden, weight, c.target, backend=backend).logp.backward(c.grad)
+    wanted = head_oracle(c)
+    assert products == [weight.shape if frozen == "hidden" else hidden.shape]
+    assert (hidden.grad is None) == (frozen == "hidden") and (weight.grad is None) == (frozen == "weight")
+    found, right = (weight.grad, wanted.d_weight) if frozen == "hidden" else (hidden.grad, wanted.d_hidden)
+    assert (found - right).abs().max() < TOLERANCE * right.abs().max()
+
+
+def test_no_rows(backend):
+    """A micro-batch without a response token: zeros, and gradients of 0."""
+    c = head_case()
+    hidden, weight = c.hidden.clone().requires_grad_(), c.weight.clone().requires_grad_()
+    none = torch.zeros(0, dtype=torch.long)
+    out = lm_head_logprob(hidden, weight, none, rows=none, cu_seqlens=torch.tensor([0, 0, 0]), backend=backend)
+    assert out.logp.shape == (0,) and torch.equal(out.sequence, torch.zeros(2, 3, dtype=torch.float64))
+    (out.logp.sum() + out.sequence[:, 0].sum()).backward()
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden)) and torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_scoring_and_training_give_the_same_bits(backend):
+    """pi_old is scored without gradient: a difference in the last bit would be a weight w that is not 1."""
+    c = head_case()
+    trained = lm_head_logprob(c.hidden, c.weight.clone().requires_grad_(), c.target, backend=backend)
+    with torch.no_grad():
+        scored = lm_head_logprob(c.hidden, c.weight, c.target, backend=backend)
+    assert all_same(scored, trained)
