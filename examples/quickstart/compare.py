@@ -26,7 +26,8 @@ BETA = 2
 RATES = (5e-4, 1e-3)
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
 NEAR_BEST = 0.02
-QUIET = ["monitor.progress=false", "evaluation.every=0"]
+# At a constant rate; the quick start lets its own decay.
+COMMON = ["optimizer.decay=constant", "monitor.progress=false", "evaluation.every=0"]
 
 
 def main() -> int:
@@ -72,7 +73,7 @@ def mean_length(task_args: dict[str, Any]) -> float:
 
 
 def at(rate: float) -> list[str]:
-    return [f"optimizer.lr={rate}", *QUIET]
+    return [f"optimizer.lr={rate}", *COMMON]
 
 
 def trial(name: str, rate: float) -> str:

@@ -59,7 +59,7 @@ def warm_start(config: Config, layout: Layout) -> int:
     policy = Policy(arch, config, layout, log_z=None)
     load_hf(policy, folder)
     model = wrap(policy)
-    optimizer = Optimizer(model, OPTIMIZER, bf16=False)
+    optimizer = Optimizer(model, OPTIMIZER, bf16=False, total_updates=MOST_STEPS)
     draw = random.Random(config.seed)
     step, passed = 0, 0.0
     while passed < ENOUGH and step < MOST_STEPS:
