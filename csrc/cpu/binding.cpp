@@ -144,7 +144,7 @@ Tensor logprob_backward(const Tensor& logits, const Tensor& target, const Tensor
   return out;
 }
 
-// One row of all shards, in rank order.
+// One row of all shards, in rank order. A NaN, of a statistic or of -inf - -inf where all logits are -inf, stays one.
 template <class S>
 struct Combined {
   double maximum = -std::numeric_limits<double>::infinity(), total = 0, weighted = 0, picked = 0;
@@ -152,19 +152,16 @@ struct Combined {
   Combined(const S* stats, int64_t shards, int64_t rows, double inv_temperature) {
     for (int64_t w = 0; w < shards; ++w) {
       const double m = stats[4 * w * rows];
-      if (m > maximum || m != m) maximum = m;
+      if (m > maximum) maximum = m;
     }
     for (int64_t w = 0; w < shards; ++w) {
       const S* shard = stats + 4 * w * rows;
+      const double shift = (shard[0] - maximum) * inv_temperature, factor = std::exp(shift);  // all padding: exactly 0
       picked += shard[3 * rows];
-      const double shift = (shard[0] - maximum) * inv_temperature, factor = shard[0] == lowest ? 0 : std::exp(shift);
-      // A shard of weight 0 still tells of a NaN.
-      total += factor * shard[rows] + (shard[rows] != shard[rows] ? shard[rows] : 0);
+      total += factor * shard[rows];
       if (factor > 0) weighted += factor * (shard[2 * rows] + shift * shard[rows]);
     }
   }
-
-  static constexpr S lowest = -std::numeric_limits<S>::infinity();
 };
 
 template <class S>

@@ -59,7 +59,8 @@ def lm_head_logprob(
     """log softmax(hidden @ weight.T / temperature)[target] and its entropy, by row and summed over each sequence.
 
     hidden [T, H] (the same on all ranks of `group`), weight [V', H] (this rank's rows of the vocabulary). rows [R]
-    int64 selects the response rows before anything is multiplied; None: all T. target [R] int64 ids; -100 gives 0.
+    int64 selects the response rows before anything is multiplied; None: all T. target [R] int64 ids; -100 gives 0 (its
+    hidden row must be finite: leave rows out by `rows`).
     cu_seqlens [B + 1] offsets into the R rows; None: one sequence.
 
     The backward pass keeps logits up to `logits_budget_bytes` and makes the rest again. The weight's gradient is added
