@@ -1,4 +1,4 @@
-"""ops.backend = liger: what Liger-Kernel is handed and what is made of its answer; a stand-in, and it where installed."""
+"""ops.backend = liger: what Liger-Kernel gets and what is made of its answer; a stand-in, and it where installed."""
 
 from __future__ import annotations
 
