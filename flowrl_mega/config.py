@@ -26,7 +26,7 @@ class Settings(BaseModel):
 
 
 class ModelSettings(Settings):
-    path: str = Field(description="Hugging Face folder: config.json, *.safetensors, tokenizer files")
+    path: str = Field(description="Hugging Face folder with *.safetensors and tokenizer, or a Megatron checkpoint")
     dtype: Literal["fp32", "bf16"] = "fp32"
     logits_budget_mb: int = Field(256, ge=1, description="logits kept for the backward pass; more is recomputed")
 
@@ -89,6 +89,7 @@ class CheckpointSettings(Settings):
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
     keep_last: int = Field(2, ge=1)
     at_end: bool = True
+    export_hf: bool = Field(False, description="with each checkpoint the policy as a Hugging Face folder, step_N/hf")
 
 
 class EvaluationSettings(Settings):

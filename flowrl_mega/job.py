@@ -11,11 +11,10 @@ from typing import Literal
 import torch
 
 from flowrl_mega import objectives, ops
-from flowrl_mega.checkpoint import check_checkpoint, find_checkpoint, step_of
+from flowrl_mega.checkpoint import check_checkpoint, check_model, find_checkpoint, step_of
 from flowrl_mega.config import Config, ConfigError
 from flowrl_mega.data.inputs import load_prompts
 from flowrl_mega.model.architecture import check_layout, check_megatron, read_architecture
-from flowrl_mega.model.weights import check_hf
 from flowrl_mega.monitor import check_wandb
 from flowrl_mega.monitor.run_folder import METRICS
 from flowrl_mega.parallel import layout as layouts
@@ -77,7 +76,7 @@ def check(config: Config, world: int, resume: str, checkpoint: Path | None, one_
     arch = read_architecture(config.model.path)
     check_layout(arch, config.parallel.tp)
     check_megatron(config.megatron)
-    check_hf(config.model.path)
+    check_model(config.model.path, arch)
     load_prompts(config)
     check_wandb(config.monitor.wandb)
     _check_sequences(config, world // config.parallel.tp)

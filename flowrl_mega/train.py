@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from flowrl_mega import objectives, ops
-from flowrl_mega.checkpoint import load_checkpoint, save_checkpoint
+from flowrl_mega.checkpoint import load_checkpoint, load_model, read_side_files, save_checkpoint
 from flowrl_mega.checkpoint.folder import remove_unfinished
 from flowrl_mega.config import Config
 from flowrl_mega.data.inputs import load_prompts
@@ -25,7 +25,6 @@ from flowrl_mega.evaluation.held_out import held_out_metrics
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.generation import Sampling
 from flowrl_mega.model.policy import Policy, build_reference
-from flowrl_mega.model.weights import load_hf
 from flowrl_mega.monitor import Monitor
 from flowrl_mega.monitor.step_metrics import cost_metrics, merge_updates, reduce_reports
 from flowrl_mega.objectives.common import Sequences
@@ -48,11 +47,11 @@ class Trainer:
         self.reward = load_reward(config.reward)
         arch = read_architecture(config.model.path)
         self.policy = Policy(arch, config, layout, self.objective.log_z)
-        load_hf(self.policy, config.model.path)
+        load_model(self.policy, config.model.path)
         self.reference: Policy | None = None
         if self.objective.needs_reference:
             self.reference = build_reference(arch, config, layout)
-            load_hf(self.reference, config.model.path)
+            load_model(self.reference, config.model.path)
         self.model = wrap(self.policy)
         updates = config.steps * config.updates_per_step
         self.optimizer = Optimizer(self.model, config.optimizer, config.model.dtype == "bf16", updates)
@@ -62,6 +61,7 @@ class Trainer:
         self.sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k, stop_ids)
         self.step_done = load_checkpoint(resume, self.policy, self.optimizer)["step"] if resume else 0
         self.engine.sync(self.policy, version=self.step_done)
+        self.side_files = read_side_files(config.model.path)
         self.seconds: dict[str, float] = defaultdict(float)
 
     def step(self, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -196,13 +196,20 @@ class Trainer:
             last, every = step == config.steps, config.checkpoint.every
             stop = self._any_rank(stop_requested())
             if stop or (every and step % every == 0) or (last and config.checkpoint.at_end):
-                state = {"step": step}
-                save_checkpoint(Path(config.run_dir), self.policy, self.optimizer, state, config.checkpoint.keep_last)
+                self.save(step)
             if stop:
                 break
         if monitor:
             monitor.close()
         return self.step_done == config.steps
+
+    def save(self, step: int) -> None:
+        """Write checkpoints/step_N."""
+        config = self.config.checkpoint
+        with_model = (self.side_files, config.export_hf)
+        save_checkpoint(
+            Path(self.config.run_dir), self.policy, self.optimizer, {"step": step}, config.keep_last, *with_model
+        )
 
     def _monitor(self) -> Monitor | None:
         """Rank 0's; the others log nothing."""

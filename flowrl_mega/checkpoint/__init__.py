@@ -1,9 +1,17 @@
-"""Save, find, check and resume: Megatron distributed checkpoints that load at any tensor-parallel size."""
+"""Save, find, check and resume; Hugging Face folder <-> Megatron distributed checkpoint, which loads in any layout."""
 
 import flowrl_mega.parallel  # noqa: F401  ("cuda" must mean "cpu" before megatron is imported)
+from flowrl_mega.checkpoint.convert import hf_to_megatron, megatron_to_hf, read_side_files
 from flowrl_mega.checkpoint.folder import find_checkpoint, remove_unfinished, step_of
-from flowrl_mega.checkpoint.state import check_checkpoint, load_checkpoint, save_checkpoint
+from flowrl_mega.checkpoint.state import (
+    check_checkpoint,
+    check_model,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+)
 
 __all__ = [
-    "check_checkpoint", "find_checkpoint", "load_checkpoint", "remove_unfinished", "save_checkpoint", "step_of",
+    "check_checkpoint", "check_model", "find_checkpoint", "hf_to_megatron", "load_checkpoint", "load_model",
+    "megatron_to_hf", "read_side_files", "remove_unfinished", "save_checkpoint", "step_of",
 ]  # fmt: skip

@@ -1,16 +1,64 @@
-"""The checkpoints of a run folder: which there are, whether one is whole, and which may go."""
+"""Folders that are there whole or not at all; and those of a run: which there are, which are whole, which may go."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch.distributed as dist
 
 from flowrl_mega.config import ConfigError
 
 _STEP = re.compile(r"step_(\d+)")
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A folder under a temporary name beside `final`. It gets that name when the block ends, and goes when it fails.
+
+    Collective: rank 0 makes, renames and removes it.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    partial = final.with_name(f".{final.name}")
+    try:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+            partial.mkdir(parents=True)
+        _wait_for_all()
+        yield partial
+        _wait_for_all()
+        if first:
+            _flush(partial)
+            os.rename(partial, final)
+            _sync(final.parent)
+        _wait_for_all()
+    except BaseException:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _flush(folder: Path) -> None:
+    """Bytes on disk before the name says that they are."""
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def step_of(path: Path) -> int:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import os
 import queue
 import random
-import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,14 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from flowrl_mega.checkpoint.folder import remove_old, verify_checkpoint
+from flowrl_mega.checkpoint.convert import MegatronTensors, made_for, megatron_to_hf, write_side_files
+from flowrl_mega.checkpoint.folder import new_folder, remove_old, verify_checkpoint
 from flowrl_mega.config import ConfigError
 from flowrl_mega.model.architecture import Architecture
+from flowrl_mega.model.hf_folder import HfFolder
 from flowrl_mega.model.partition import Kind
 from flowrl_mega.model.policy import Policy
+from flowrl_mega.model.weights import load_hf
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.parallel.optimizer import Optimizer
 
@@ -37,25 +39,34 @@ filesystem_async._results_queue = queue.Queue()
 
 
 def save_checkpoint(
-    run_dir: Path, policy: Policy, optimizer: Optimizer, trainer: dict[str, Any], keep_last: int
+    run_dir: Path,
+    policy: Policy,
+    optimizer: Optimizer,
+    trainer: dict[str, Any],
+    keep_last: int,
+    side: dict[str, bytes] | None = None,
+    export_hf: bool = False,
 ) -> Path:
-    """Write checkpoints/step_N (N = trainer["step"]) under a temporary name, rename it, drop the oldest. Collective."""
+    """Write checkpoints/step_N (N = trainer["step"]) under a temporary name, rename it, drop the oldest. Collective.
+
+    `side` are the files of the model's folder that go with its weights (`read_side_files`): with them the checkpoint
+    can be converted, or trained from, on its own. `export_hf` adds the policy as a Hugging Face folder, step_N/hf.
+    """
     layout = policy.layout
     final = run_dir / "checkpoints" / f"step_{trainer['step']}"
-    partial = final.with_name(f".{final.name}")
+    with new_folder(final) as partial:
+        state = _state(policy, optimizer, is_loading=False)
+        counts = {"updates": optimizer.updates, "skipped": optimizer.skipped, "world": layout.world}
+        state["trainer"] = {**trainer, **counts}
+        state["made_for"] = made_for(policy.arch, policy.log_z_kind)
+        state["random"] = _sharded_random(layout)
+        dist_checkpointing.save(state, str(partial), async_strategy="mcore", verify_integrity=True)
+        if layout.rank == 0:
+            write_side_files(side or {}, partial)
+        dist.barrier()
+        if export_hf:
+            megatron_to_hf(partial, partial / "hf", show=False)
     if layout.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    state = _state(policy, optimizer, is_loading=False)
-    state["trainer"] = {**trainer, "updates": optimizer.updates, "skipped": optimizer.skipped, "world": layout.world}
-    state["made_for"] = _made_for(policy.arch, policy.log_z_kind)
-    state["random"] = _sharded_random(layout)
-    dist_checkpointing.save(state, str(partial), async_strategy="mcore", verify_integrity=True)
-    if layout.rank == 0:
-        _flush(partial)
-        os.rename(partial, final)
-        _sync(final.parent)
         remove_old(run_dir, keep_last)
     dist.barrier()
     return final
@@ -64,9 +75,7 @@ def save_checkpoint(
 def check_checkpoint(path: Path, arch: Architecture, log_z: Kind | None) -> None:
     """Refuse a broken checkpoint, or one of another model; needs no ranks."""
     verify_checkpoint(path)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        _check_fits(path, arch, log_z)
+    _check_fits(path, arch, log_z)
 
 
 def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
@@ -82,7 +91,8 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer) -> dict[st
     if world == policy.layout.world:
         state["random"] = _sharded_random(policy.layout)
     try:
-        state = dist_checkpointing.load(state, str(path))
+        with _quietly():
+            state = dist_checkpointing.load(state, str(path))
     except (CheckpointingException, KeyError, RuntimeError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ConfigError(f"{path}: does not fit these settings ({first_line})") from None
@@ -98,6 +108,51 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer) -> dict[st
     if world == policy.layout.world:
         _set_random(state["random"])
     return state["trainer"]
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what torch says of how Megatron calls it: nothing that a user of either could change."""
+    with warnings.catch_warnings():
+        for message in ("torch.distributed is disabled", "The argument order of load", "Please use DTensor instead"):
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+def is_megatron(path: str | Path) -> bool:
+    """Whether `path` is a Megatron checkpoint rather than a Hugging Face folder."""
+    return (Path(path) / "metadata.json").is_file()
+
+
+def check_model(path: str | Path, arch: Architecture) -> None:
+    """Refuse a model.path whose tensors are not those of its config.json, before any rank starts."""
+    if is_megatron(path):
+        MegatronTensors(Path(path), arch)
+    else:
+        HfFolder(path).check(arch)
+
+
+def load_model(policy: Policy, path: str | Path) -> None:
+    """Fill the policy from a Hugging Face folder or a Megatron checkpoint; log Z stays as it is. Collective."""
+    if is_megatron(path):
+        load_megatron(policy, Path(path))
+    else:
+        load_hf(policy, path)
+
+
+@torch.no_grad()
+def load_megatron(policy: Policy, path: Path) -> None:
+    """Fill the policy's shards from a Megatron checkpoint of whatever layout and layer spec. Collective."""
+    # The extra states are FP8's scales: another spec has others, and a new run starts with fresh ones.
+    state = {key: part for key, part in policy.gpt.sharded_state_dict().items() if not key.endswith("_extra_state")}
+    try:
+        with _quietly():
+            loaded = dist_checkpointing.load({"model": state}, str(path))["model"]
+    except (CheckpointingException, KeyError, RuntimeError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise ConfigError(f"{path}: is not a checkpoint of this model ({first_line})") from None
+    for name, parameter in policy.gpt.named_parameters():
+        parameter.copy_(loaded[name])
 
 
 def _keep_rates(saved: list[dict[str, Any]], optimizer: Optimizer, path: Path) -> None:
@@ -118,8 +173,9 @@ def _keep_rates(saved: list[dict[str, Any]], optimizer: Optimizer, path: Path) -
 
 def _check_fits(path: Path, arch: Architecture, log_z: Kind | None) -> dict[str, Any]:
     """The checkpoint's common part, which says what model it was made for."""
-    common = dist_checkpointing.load_common_state_dict(str(path))
-    for name, wanted in _made_for(arch, log_z).items():
+    with _quietly():
+        common = dist_checkpointing.load_common_state_dict(str(path))
+    for name, wanted in made_for(arch, log_z).items():
         found = common["made_for"].get(name)
         if found != wanted:
             raise ConfigError(
@@ -127,12 +183,6 @@ def _check_fits(path: Path, arch: Architecture, log_z: Kind | None) -> dict[str,
                 "set model.path and objective as they were, or choose another run_dir"
             )
     return common
-
-
-def _made_for(arch: Architecture, log_z: Kind | None) -> dict[str, Any]:
-    """What must be the same when a checkpoint is loaded, in plain values."""
-    fields = {field.name: getattr(arch, field.name) for field in dataclasses.fields(arch)}
-    return {**fields, "inv_freq": [f"{x:.4g}" for x in arch.inv_freq.tolist()], "log_z": log_z}
 
 
 def _state(policy: Policy, optimizer: Optimizer, is_loading: bool) -> dict[str, Any]:
@@ -160,15 +210,3 @@ def _set_random(states: list[dict[str, Any]]) -> None:
     np.random.set_state(states[0]["numpy"])
     torch.set_rng_state(states[0]["torch"])
     torch.cuda.set_rng_state(states[0]["cuda"])
-
-
-def _flush(folder: Path) -> None:
-    """Bytes on disk before the name says that they are."""
-    for path in (*folder.iterdir(), folder):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from flowrl_mega.config import ConfigError, ModelSettings, nearest
 from flowrl_mega.parallel.layout import Layout
 
-SUPPORTED = ("llama", "qwen2", "qwen3")
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,25 @@ class Architecture:
         return -(-self.vocab // tp) * tp
 
 
-def read_architecture(path: str | Path) -> Architecture:
-    """The architecture of a Hugging Face folder; refuses what the policy would compute differently."""
+def read_architecture(path: str | Path, setting: str = "model.path") -> Architecture:
+    """The architecture of a Hugging Face folder; refuses what the policy would compute differently.
+
+    `setting` is where the user said `path`.
+    """
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise ConfigError(f"model.path = {str(path)!r}: holds no config.json; give a Hugging Face model folder")
+        raise ConfigError(f"{setting} = {str(path)!r}: holds no config.json; give a Hugging Face model folder")
     try:
         model_type = json.loads(file.read_text()).get("model_type")
     except ValueError as error:
         raise ConfigError(f"{file}: not valid JSON ({error}); get the model folder again") from None
     if model_type not in SUPPORTED:
         raise ConfigError(f"{file}: model_type = {model_type!r} is not supported; one of {', '.join(SUPPORTED)} is")
-    hf = AutoConfig.from_pretrained(path)
+    try:
+        hf = AutoConfig.from_pretrained(path)
+    except Exception as error:  # transformers checks some values, each in its own way
+        first_line = str(error).strip().split("\n")[0]
+        raise ConfigError(f"{file}: refused by transformers ({first_line}); get the model folder again") from None
     _refuse_unsupported(hf, file)
     rope_type = (hf.rope_parameters or {}).get("rope_type", "default")
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
@@ -85,10 +92,12 @@ def _inverse_frequencies(hf: Any, rope_type: str, head_dim: int) -> torch.Tensor
 
 def _refuse_unsupported(hf: Any, file: Path) -> None:
     rope_type = (hf.rope_parameters or {}).get("rope_type", "default")
+    window = getattr(hf, "sliding_window", None) if hf.model_type == "mistral" else None
     wrong = {
         "hidden_act": (hf.hidden_act, hf.hidden_act != "silu", "silu"),
         "rope_type": (rope_type, rope_type not in ("default", "linear", "llama3"), "default, linear or llama3"),
         "use_sliding_window": (True, getattr(hf, "use_sliding_window", False), "false"),
+        "sliding_window": (window, window is not None and window < hf.max_position_embeddings, "null"),
         "attention_bias": (True, getattr(hf, "attention_bias", False), "false"),
         "mlp_bias": (True, getattr(hf, "mlp_bias", False), "false"),
     }
@@ -97,7 +106,7 @@ def _refuse_unsupported(hf: Any, file: Path) -> None:
             raise ConfigError(f"{file}: {name} = {value!r} is not supported; {fix} is")
 
 
-def check_layout(arch: Architecture, tp: int) -> None:
+def check_layout(arch: Architecture, tp: int, setting: str = "parallel.tp") -> None:
     """Refuse a tensor-parallel size that does not divide the model, before any rank starts."""
     for name, size in (
         ("attention heads", arch.heads),
@@ -107,7 +116,7 @@ def check_layout(arch: Architecture, tp: int) -> None:
         if size % tp:
             fits = [n for n in range(1, arch.kv_heads + 1) if not (arch.heads % n or arch.kv_heads % n or arch.ffn % n)]
             raise ConfigError(
-                f"parallel.tp = {tp}: does not divide the model's {size} {name}; use one of {', '.join(map(str, fits))}"
+                f"{setting} = {tp}: does not divide the model's {size} {name}; use one of {', '.join(map(str, fits))}"
             )
 
 

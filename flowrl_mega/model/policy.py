@@ -6,6 +6,7 @@ import logging
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
@@ -97,6 +98,12 @@ class Policy(MegatronModule):
     def score(self, batch: PackedBatch, temperature: float = 1.0) -> PolicyOutput:
         """Log-probs without gradient: the old policy's and the reference's."""
         return self(batch, temperature)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Under the keys of a bare GPTModel, so that whatever reads its checkpoints reads a policy's."""
+        state = super().sharded_state_dict(*args, **kwargs)
+        apply_prefix_mapping(state, {"gpt.": ""})
+        return state
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Megatron's schedules hand the previous pipeline stage's output through this."""

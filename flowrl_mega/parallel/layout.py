@@ -39,17 +39,25 @@ class Layout:
         dist.all_gather_object(items, item)
         return items
 
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """A ConfigError that one rank raises inside is raised by all, so that none is left waiting. Collective."""
-        fault = None
-        try:
-            yield
-        except ConfigError as error:
-            fault = str(error)
-        faults = [found for found in self.gather_objects(fault) if found]
-        if faults:
-            raise ConfigError(faults[0])
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        return together()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A ConfigError that one rank raises inside is raised by all, so that none is left waiting. Collective."""
+    fault = None
+    try:
+        yield
+    except ConfigError as error:
+        fault = str(error)
+    faults = [fault]
+    if dist.is_initialized():
+        faults = [None] * dist.get_world_size()
+        dist.all_gather_object(faults, fault)
+    for found in faults:
+        if found:
+            raise ConfigError(found)
 
 
 def world_size(settings: ParallelSettings) -> int:

@@ -11,7 +11,7 @@ from on_ranks import config_for
 from torch import Tensor
 
 from flowrl_mega.checkpoint import save_checkpoint
-from flowrl_mega.model.weights import from_shards, to_named
+from flowrl_mega.model.names import from_shards, to_named
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.packing import Sequence
 from flowrl_mega.rewards.registry import Score

@@ -7,7 +7,7 @@ import signal
 from typing import Any
 
 from flowrl_mega import train
-from flowrl_mega.checkpoint import state
+from flowrl_mega.checkpoint import folder, state
 
 
 def _die(*args: Any, **kwargs: Any) -> None:
@@ -25,12 +25,12 @@ def between_updates() -> None:
 
 def while_saving() -> None:
     """The files of step 4 lie under the temporary name; rank 0 dies before they are renamed."""
-    _at_second_call_of_rank_0("_flush")
+    _at_second_call_of_rank_0(folder, "_flush")
 
 
 def while_removing() -> None:
     """Step 4 has its name; the older checkpoints are still there."""
-    _at_second_call_of_rank_0("remove_old")
+    _at_second_call_of_rank_0(state, "remove_old")
 
 
 def _in_second_update_of(step: int) -> None:
@@ -45,8 +45,8 @@ def _in_second_update_of(step: int) -> None:
     train.Trainer.update = counted  # type: ignore[method-assign]
 
 
-def _at_second_call_of_rank_0(name: str) -> None:
-    real, calls = getattr(state, name), []
+def _at_second_call_of_rank_0(module: Any, name: str) -> None:
+    real, calls = getattr(module, name), []
 
     def counted(*args: Any) -> None:
         calls.append(args)
@@ -54,4 +54,4 @@ def _at_second_call_of_rank_0(name: str) -> None:
             _die()
         real(*args)
 
-    setattr(state, name, counted)
+    setattr(module, name, counted)

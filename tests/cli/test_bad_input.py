@@ -174,7 +174,7 @@ def _unknown_type(folder: Path) -> None:
     ("change", "part"),
     [
         (_no_weights, "holds no *.safetensors"),
-        (_cut_weights, "a safetensors file is broken"),
+        (_cut_weights, "model.safetensors: broken or cut off"),
         (_no_tokenizer, "its tokenizer cannot be loaded"),
         (_unknown_type, "model_type = 'mamba' is not supported; one of llama"),
         (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),

@@ -15,8 +15,9 @@ from torch import Tensor
 import flowrl_mega.parallel  # noqa: F401
 from flowrl_mega.config import Config, validated
 from flowrl_mega.model.architecture import read_architecture
+from flowrl_mega.model.names import from_shards, hf_names, to_named
 from flowrl_mega.model.policy import Policy
-from flowrl_mega.model.weights import from_shards, hf_names, load_hf, to_named
+from flowrl_mega.model.weights import load_hf
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.packing import PackedBatch, Sequence, pack, plan
 from flowrl_mega.train import Trainer
@@ -151,7 +152,7 @@ def whole_gradients(policy: Policy) -> tuple[dict[str, Tensor], float]:
         if short == name:
             whole[name] = full.clone()
         else:
-            whole.update(zip(hf_names(short), to_named(short, full.clone(), policy.arch), strict=True))
+            whole.update(zip(hf_names(short, policy.arch), to_named(short, full.clone(), policy.arch), strict=True))
     return whole, difference
 
 

@@ -31,7 +31,10 @@ def test_sizes_come_from_the_config(kind, tiny_model):
 
 
 REFUSED = {
-    "model_type": ({"model_type": "gpt2"}, "model_type = 'gpt2' is not supported; one of llama, qwen2, qwen3 is"),
+    "model_type": (
+        {"model_type": "gpt2"},
+        "model_type = 'gpt2' is not supported; one of llama, mistral, qwen2, qwen3 is",
+    ),
     "hidden_act": ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; silu is"),
     "mlp_bias": ({"mlp_bias": True}, "mlp_bias = True is not supported; false is"),
     "attention_bias": ({"attention_bias": True}, "attention_bias = True is not supported; false is"),

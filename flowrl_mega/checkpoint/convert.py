@@ -1,0 +1,348 @@
+"""Hugging Face folder <-> Megatron checkpoint, one tensor at a time; several ranks share the work where there are any.
+
+A converted checkpoint is Megatron's own format, with the model folder's config.json, tokenizer and so on beside it, as
+the trainer's checkpoints have them: either can be converted back, or trained from, on its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import split_state_dict_into_shards_factory
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from flowrl_mega.checkpoint import stream
+from flowrl_mega.checkpoint.folder import new_folder
+from flowrl_mega.checkpoint.progress import ByteProgress
+from flowrl_mega.checkpoint.stream import Chunk, Reader
+from flowrl_mega.config import ConfigError
+from flowrl_mega.model.architecture import Architecture, read_architecture
+from flowrl_mega.model.hf_folder import INDEX, SINGLE, HfFolder, ToWrite, side_files, write_safetensors
+from flowrl_mega.model.names import Place, hf_shapes, kind_of, places, to_named, to_whole
+from flowrl_mega.model.partition import Kind
+from flowrl_mega.parallel.layout import together
+
+WEIGHT_MAP = "hf_weight_map.json"  # which file of the Hugging Face folder holds which tensor
+LOG_Z = "log_z"  # a folder of its own: inference servers load every *.safetensors that lies beside config.json
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+MODULES_WITH_STATE = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+
+
+def hf_to_megatron(hf: Path, out: Path, dtype: torch.dtype | None = None, show: bool = True) -> None:
+    """Write the model of the Hugging Face folder `hf` as a Megatron distributed checkpoint `out`. Collective.
+
+    `dtype` None keeps every tensor's own. ConfigError where the input is wrong or the disk full; then nothing is left.
+    """
+    arch = read_architecture(hf, "--hf")
+    folder = HfFolder(hf)
+    folder.check(arch)
+    chunks = list(_model_chunks(folder, arch, dtype))
+    log_z = _log_z_chunks(hf)
+    _check_target(out, sum(chunk.bytes for chunk in chunks + log_z))
+    first, mine = _rank() == 0, _share(chunks)
+    with _progress("hf2mcore", sum(chunk.bytes for chunk in mine), show) as done, _written(out) as folder_so_far:
+        objects: dict[str, Any] = {}
+        if first:
+            mine += log_z
+            objects[stream.COMMON_KEY] = {"made_for": made_for(arch, _kind([chunk.key for chunk in log_z]))}
+            for layer in range(arch.layers):
+                objects |= {stream.extra_state_key(m, layer, arch.layers): None for m in MODULES_WITH_STATE}
+        stream.write(folder_so_far, mine, objects, done)
+        if first:
+            write_side_files(read_side_files(hf), folder_so_far)
+
+
+def megatron_to_hf(ckpt: Path, out: Path, show: bool = True) -> None:
+    """Write the policy in the Megatron checkpoint `ckpt` as a Hugging Face folder `out`. Collective.
+
+    Reads the checkpoint only: its tensors, and the side files that stand in it. The partition function goes to
+    out/log_z. ConfigError as in `hf_to_megatron`.
+    """
+    arch = read_architecture(ckpt, "--ckpt")
+    tensors = MegatronTensors(ckpt, arch)
+    files = _files(ckpt, tensors)
+    _check_target(out, sum(tensors.bytes(name) for names in files.values() for name in names))
+    mine = dict(sorted(files.items())[_rank() :: _world()])
+    total = sum(tensors.bytes(name) for names in mine.values() for name in names)
+    with _progress("mcore2hf", total, show) as done, _written(out) as folder, together():
+        for file, names in mine.items():
+            described = [tensors.to_write(name) for name in names]
+            write_safetensors(folder / file, described, partial(tensors.read, done=done))
+        if _rank() == 0:
+            _write_beside_weights(ckpt, folder, tensors, files)
+
+
+class MegatronTensors:
+    """The Hugging Face tensors that a Megatron checkpoint holds, by name; refuses what its config.json does not fit."""
+
+    def __init__(self, ckpt: Path, arch: Architecture) -> None:
+        self.arch, self.reader = arch, Reader(ckpt)
+        self.shapes = hf_shapes(arch)
+        self.places = {name: place for place in places(arch) for name in place.hf}
+        if arch.tied:
+            self.places[HEAD], self.shapes[HEAD] = self.places[EMBEDDING], self.shapes[EMBEDDING]
+        self._last: tuple[Place, list[Tensor]] | None = None  # q, k and v come from one read
+        self._check()
+
+    def _check(self) -> None:
+        folder, found = self.reader.folder, self.reader.shapes
+        fix = f"{folder / 'config.json'} is of another model"
+        for place in dict.fromkeys(self.places.values()):
+            if place.key not in found:
+                raise ConfigError(f"{folder}: holds no tensor {place.key!r}; {fix}, or the checkpoint is no policy")
+            shape, wanted = found[place.key], self._total_shape(place)
+            if kind_of(place.name) == "vocab" and shape[1:] == wanted[1:] and shape[0] > wanted[0]:
+                continue  # padded for tensor parallelism
+            if shape != wanted:
+                raise ConfigError(f"{folder}: {place.key!r} has shape {shape} instead of {wanted}; {fix}")
+        known = {place.key for place in self.places.values()}
+        model = ("embedding.", "decoder.", "output_layer.")
+        if unexpected := sorted(key for key in found if key.startswith(model) and key not in known):
+            raise ConfigError(f"{folder}: unexpected tensor {unexpected[0]!r}; {fix}")
+
+    def _whole_shape(self, place: Place) -> tuple[int, ...]:
+        return _joined_shape([self.shapes[name] for name in place.hf])
+
+    def _total_shape(self, place: Place) -> tuple[int, ...]:
+        return (*(() if place.layer is None else (self.arch.layers,)), *self._whole_shape(place))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.reader.dtypes[self.places[name].key]
+
+    def bytes(self, name: str) -> int:
+        return self.dtype(name).itemsize * torch.Size(self.shapes[name]).numel()
+
+    def to_write(self, name: str) -> ToWrite:
+        return ToWrite(name, self.dtype(name), self.shapes[name])
+
+    def read(self, name: str, done: Any = lambda size: None) -> Tensor:
+        """The tensor under its Hugging Face name."""
+        place = self.places[name]
+        if self._last is None or self._last[0] != place:
+            self._last = None  # let go of before the next is read
+            shape = self._whole_shape(place)
+            if place.layer is None:
+                whole = self.reader.read(place.key, (0,) * len(shape), shape)
+            else:
+                whole = self.reader.read(place.key, (place.layer, *(0,) * len(shape)), (1, *shape))[0]
+            self._last = (place, to_named(place.name, whole, self.arch))
+        done(self.bytes(name))
+        return self._last[1][place.hf.index(name) if name in place.hf else 0]
+
+
+def made_for(arch: Architecture, log_z: Kind | None) -> dict[str, Any]:
+    """What must be the same when a checkpoint is loaded, in plain values."""
+    fields = {field.name: getattr(arch, field.name) for field in dataclasses.fields(arch)}
+    return {**fields, "inv_freq": [f"{x:.4g}" for x in arch.inv_freq.tolist()], "log_z": log_z}
+
+
+def read_side_files(model: str | Path) -> dict[str, bytes]:
+    """What goes with the weights of a model folder (or of a checkpoint), by file name: read once, as it may go away."""
+    path = Path(model)
+    files = {file.name: file.read_bytes() for file in side_files(path)}
+    stored = path / WEIGHT_MAP
+    if stored.is_file():
+        return {**files, WEIGHT_MAP: stored.read_bytes()}
+    names = HfFolder(path).weight_map
+    kept = {name: file for name, file in names.items() if not name.endswith("rotary_emb.inv_freq")}
+    return {**files, WEIGHT_MAP: json.dumps(kept, indent=1, sort_keys=True).encode()}
+
+
+def write_side_files(files: dict[str, bytes], folder: Path) -> None:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def _model_chunks(folder: HfFolder, arch: Architecture, dtype: torch.dtype | None) -> Iterator[Chunk]:
+    """Every tensor of the model as Megatron lays it out, in the order of the files."""
+    first_of_key: dict[str, torch.dtype] = {}
+    for place in places(arch):
+        for name in place.hf:
+            found = dtype or folder.tensors[name].dtype
+            if first_of_key.setdefault(place.key, found) != found:
+                raise ConfigError(
+                    f"{folder.tensors[name].file}: {name!r} is of another type than its like in other layers; "
+                    "make them one with --dtype"
+                )
+        kind = first_of_key[place.key]
+        if kind_of(place.name) == "gate_up":  # two rectangles of one tensor need not be joined
+            for half, name in enumerate(place.hf):
+                yield _chunk(place, arch, folder, (name,), half, kind)
+        else:
+            yield _chunk(place, arch, folder, place.hf, None, kind)
+
+
+def _chunk(
+    place: Place, arch: Architecture, folder: HfFolder, names: tuple[str, ...], half: int | None, dtype: torch.dtype
+) -> Chunk:
+    shape = _joined_shape([folder.tensors[name].shape for name in names])
+    offset, total = (0,) * len(shape), shape
+    if half is not None:
+        offset, total = (half * shape[0], *offset[1:]), (2 * shape[0], *shape[1:])
+    if place.layer is not None:
+        offset, shape, total = (place.layer, *offset), (1, *shape), (arch.layers, *total)
+
+    def read() -> Tensor:
+        parts = [folder.read(name).to(dtype) for name in names]
+        return parts[0] if half is not None else to_whole(place.name, parts, arch)
+
+    return Chunk(place.key, offset, shape, total, dtype, read)
+
+
+def _joined_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def _log_z_chunks(hf: Path) -> list[Chunk]:
+    """The partition function that an earlier export put beside the model, if there is one."""
+    if not (hf / LOG_Z).is_dir():
+        return []
+    folder = HfFolder(hf / LOG_Z)
+    return [
+        Chunk(f"partition.{name}", (0,) * len(t.shape), t.shape, t.shape, t.dtype, partial(folder.read, name))
+        for name, t in folder.tensors.items()
+    ]
+
+
+def _kind(keys: Sequence[str]) -> Kind | None:
+    """Which partition function these tensors are of."""
+    if not keys:
+        return None
+    return "constant" if keys == ["partition.value"] else "mlp"
+
+
+def _files(ckpt: Path, tensors: MegatronTensors) -> dict[str, list[str]]:
+    """Which tensors each file shall hold: as the original had them, or else files of at most 5 GB."""
+    names = [name for name in tensors.places if not (tensors.arch.tied and name == HEAD)]
+    if (ckpt / WEIGHT_MAP).is_file():
+        file_of = json.loads((ckpt / WEIGHT_MAP).read_text())
+        if wrong := sorted(set(file_of) - set(tensors.places) | set(names) - set(file_of)):
+            raise ConfigError(
+                f"{ckpt / WEIGHT_MAP}: does not fit config.json at {wrong[0]!r}; remove it for files of 5 GB"
+            )
+    else:
+        shapes = {name: tensors.to_write(name) for name in names}
+        size = lambda tensor: tensors.bytes(tensor.name)  # noqa: E731
+        split = split_state_dict_into_shards_factory(
+            shapes, get_storage_size=size, filename_pattern="model{suffix}.safetensors", max_shard_size="5GB"
+        )
+        file_of = {name: file for file, held in split.filename_to_tensors.items() for name in held}
+    files: dict[str, list[str]] = {}
+    for name in tensors.places:  # in Megatron's order, so that q, k and v come one after another
+        if name in file_of:
+            files.setdefault(file_of[name], []).append(name)
+    return files
+
+
+def _write_beside_weights(ckpt: Path, folder: Path, tensors: MegatronTensors, files: dict[str, list[str]]) -> None:
+    """config.json with the type of the weights, tokenizer and so on, the index of several files, and log Z."""
+    side = {file.name: file.read_bytes() for file in side_files(ckpt)}
+    config, kinds = json.loads(side["config.json"]), {tensors.dtype(name) for name in tensors.shapes}
+    if len(kinds) == 1:
+        field = "torch_dtype" if "torch_dtype" in config else "dtype"
+        if config.get(field) != (name := str(kinds.pop()).removeprefix("torch.")):
+            side["config.json"] = json.dumps({**config, field: name}, indent=2).encode()
+    write_side_files(side, folder)
+    if list(files) != [SINGLE]:
+        file_of = {name: file for file, names in files.items() for name in names}
+        total = sum(tensors.bytes(name) for name in file_of)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
+    _write_log_z(tensors.reader, folder / LOG_Z)
+
+
+def _write_log_z(reader: Reader, folder: Path) -> None:
+    """The partition function's state_dict, with what one must know to build it."""
+    keys = [key for key in reader.shapes if key.startswith("partition.")]
+    if not keys:
+        return
+    folder.mkdir()
+    described = [ToWrite(key.removeprefix("partition."), reader.dtypes[key], reader.shapes[key]) for key in keys]
+
+    def read(name: str) -> Tensor:
+        shape = reader.shapes[f"partition.{name}"]
+        return reader.read(f"partition.{name}", (0,) * len(shape), shape)
+
+    write_safetensors(folder / "log_z.safetensors", described, read)
+    about = {"kind": _kind(keys), "input": "mean of the last hidden states over the prompt's tokens", "output": "log Z"}
+    (folder / "log_z.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+T = TypeVar("T")
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _share(chunks: list[Chunk]) -> list[Chunk]:
+    """This rank's: a run of neighbours, so that it reads its own files, of about equal bytes on every rank."""
+    total, before, mine = sum(chunk.bytes for chunk in chunks), 0, []
+    for chunk in chunks:
+        if int((before + chunk.bytes / 2) * _world() / total) == _rank():
+            mine.append(chunk)
+        before += chunk.bytes
+    return mine
+
+
+def _check_target(out: Path, needed: int) -> None:
+    """Refuse what exists, and a disk that cannot hold it, before a byte is written."""
+    with together():
+        if out.exists() or out.is_symlink():
+            raise ConfigError(f"--out = {str(out)!r}: exists already; remove it or choose another")
+        place = out.absolute().parent
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            raise ConfigError(f"--out = {str(out)!r}: {place} is no folder; choose another")
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise ConfigError(
+                f"--out = {str(out)!r}: needs {needed / 1e9:.2f} GB, and {place} has {free / 1e9:.2f} GB left; "
+                "free some or choose another disk"
+            )
+
+
+@contextmanager
+def _written(out: Path) -> Iterator[Path]:
+    """`new_folder`, with a disk that fails as one clear message."""
+    try:
+        with new_folder(out) as folder:
+            yield folder
+    except (OSError, CheckpointException) as error:
+        cause: BaseException = error
+        if isinstance(error, CheckpointException):
+            cause = next((e for e, _ in error.failures.values() if isinstance(e, (OSError, ConfigError))), error)
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES):
+            raise
+        raise ConfigError(f"--out = {str(out)!r}: cannot be written ({cause.strerror}); choose another disk") from None
+
+
+@contextmanager
+def _progress(label: str, total: int, show: bool) -> Iterator[Any]:
+    """Of rank 0, where it is wanted."""
+    if not show or _rank():
+        yield lambda size: None
+        return
+    bar = ByteProgress(label if _world() == 1 else f"{label}, rank 0 of {_world()}", total)
+    try:
+        yield bar
+    finally:
+        bar.close()

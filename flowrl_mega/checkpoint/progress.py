@@ -1,0 +1,40 @@
+"""How far a long copy is: bytes, pace and time left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+LINE_EVERY_S = 15.0
+
+
+class ByteProgress:
+    """A bar on a terminal; elsewhere a line now and then. Of several ranks only the first shows its own share."""
+
+    def __init__(self, label: str, total: int, stream: TextIO | None = None, every: float = LINE_EVERY_S) -> None:
+        self.label, self.total, self.stream, self.every = label, total, stream or sys.stderr, every
+        self.done, self.start = 0, time.monotonic()
+        self._last_line = self.start
+        self._bar: Any = None
+        if self.stream.isatty():
+            self._bar = tqdm(total=total, desc=label, unit="B", unit_scale=True, dynamic_ncols=True, file=self.stream)
+
+    def __call__(self, size: int) -> None:
+        self.done += size
+        if self._bar is not None:
+            self._bar.update(size)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= self.every:
+            self._last_line = now
+            pace = self.done / (now - self.start)
+            left = tqdm.format_interval((self.total - self.done) / pace)
+            sizes = f"{tqdm.format_sizeof(self.done)}B of {tqdm.format_sizeof(self.total)}B"
+            print(f"{self.label}: {sizes}, {tqdm.format_sizeof(pace)}B/s, {left} left", file=self.stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

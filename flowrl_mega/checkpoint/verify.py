@@ -1,0 +1,135 @@
+"""Is this Megatron checkpoint that Hugging Face model? Every tensor, bit for bit, and the logits of both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from flowrl_mega.checkpoint.convert import MegatronTensors
+from flowrl_mega.checkpoint.state import load_megatron
+from flowrl_mega.config import Config, ConfigError, validated
+from flowrl_mega.model.architecture import check_layout, read_architecture
+from flowrl_mega.model.hf_folder import HfFolder
+from flowrl_mega.model.layers import PackedRows
+from flowrl_mega.model.policy import Policy
+from flowrl_mega.parallel import layout as layouts
+from flowrl_mega.parallel.packing import Sequence, pack
+
+TOLERANCE = 1e-5  # of the largest logit: fp32 rounding through 30 layers is a tenth of it, one weight off by 1e-2 more
+LENGTHS = (1, 7, 32, 128)  # tokens of the fixed prompts
+
+
+@dataclass
+class Difference:
+    """The largest one found, as a share of the largest logit, or in the tensor's own units; and where, in words."""
+
+    size: float
+    where: str
+
+
+def check_inputs(hf: Path, ckpt: Path, tp: int) -> None:
+    """Refuse what cannot be compared, before any rank starts."""
+    arch = read_architecture(hf, "--hf")
+    HfFolder(hf).check(arch)
+    MegatronTensors(ckpt, read_architecture(ckpt, "--ckpt"))
+    check_layout(arch, tp, "--tp")
+
+
+def compare_tensors(hf: Path, ckpt: Path) -> tuple[int, Difference]:
+    """(how many tensors, the largest difference), in the checkpoint's precision; the ranks share them. Collective."""
+    found = MegatronTensors(ckpt, read_architecture(ckpt, "--ckpt"))
+    folder = HfFolder(hf)
+    names = [name for name in found.places if name in folder.tensors]
+    if missing := [name for name, place in found.places.items() if name in place.hf and name not in folder.tensors]:
+        raise ConfigError(f"{hf}: holds no tensor {missing[0]!r}, which {ckpt} has")
+    worst, share = Difference(0.0, ""), -(-len(names) // dist.get_world_size())
+    for name in names[dist.get_rank() * share :][:share]:
+        ours, theirs = found.read(name), folder.read(name).to(found.dtype(name))
+        if ours.shape != theirs.shape:
+            raise ConfigError(f"{name!r}: {hf} has {tuple(theirs.shape)}, {ckpt} has {tuple(ours.shape)}")
+        if not torch.equal(ours, theirs):
+            gap = (ours.double() - theirs.double()).abs().nan_to_num(nan=float("inf"))
+            at = torch.unravel_index(gap.argmax(), gap.shape)
+            values = f"{ours[at].item():.6g} in the checkpoint, {theirs[at].item():.6g} in the folder"
+            found_here = Difference(gap[at].item(), f"{name}{[int(i) for i in at]}: {values}")
+            worst = max(worst, found_here, key=lambda d: d.size)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, worst)
+    return len(names), max(everyone, key=lambda d: d.size)
+
+
+def compare_logits(hf: Path, ckpt: Path, tp: int) -> Difference:
+    """Logits of the fixed prompts in fp32, ours at `tp` against transformers'; only rank 0 compares. Collective.
+
+    Both compute with weights of the checkpoint's precision: transformers gets the folder's tensors rounded to it.
+    """
+    config = validated(Config, {
+        "run_dir": "none", "steps": 1, "model": {"path": str(ckpt)}, "parallel": {"tp": tp, "timeout_s": 7200},
+        "data": {"task": "sums"}, "reward": "none:none",
+    }, "")  # fmt: skip
+    layout = layouts.init(config.parallel, config.seed)
+    ours = _our_logits(ckpt, config, layout)
+    difference = Difference(0.0, "")
+    if layout.rank == 0:
+        difference = _largest(ours, _their_logits(hf, ckpt))
+    dist.barrier()
+    return difference
+
+
+def prompts(vocab: int) -> list[Sequence]:
+    """The fixed ones: spread over the vocabulary, from one token to long enough for all rotary frequencies to count."""
+    generator = torch.Generator().manual_seed(0)
+    draw = [torch.randint(vocab, (length,), generator=generator).tolist() for length in LENGTHS]
+    return [Sequence(i, ids, [0]) for i, ids in enumerate(draw)]  # the one-token answer makes a row of its prompt's end
+
+
+def _our_logits(ckpt: Path, config: Config, layout: layouts.Layout) -> list[Tensor]:
+    """[rows, V] of each prompt on the CPU, gathered over the vocabulary's shards."""
+    arch = read_architecture(ckpt, "--ckpt")
+    policy = Policy(arch, config, layout, log_z=None)
+    load_megatron(policy, ckpt)
+    policy.eval()
+    batch = pack(prompts(arch.vocab), device=layout.device)
+    with torch.no_grad():
+        mine = policy.gpt(
+            input_ids=batch.tokens[None],
+            position_ids=batch.position_ids[None],
+            attention_mask=None,
+            packed_seq_params=PackedRows.of(batch),
+        )[0].contiguous()
+    shards = [torch.empty_like(mine) for _ in range(layout.tp)]
+    dist.all_gather(shards, mine, group=layout.tp_group)
+    logits = torch.cat([shard.cpu() for shard in shards], -1)[:, : arch.vocab]
+    of_prompt = dict(zip(batch.index.tolist(), logits.split(batch.cu_seqlens.diff().tolist()), strict=True))
+    return [of_prompt[i] for i in range(len(LENGTHS))]
+
+
+def _their_logits(hf: Path, ckpt: Path) -> list[Tensor]:
+    """transformers' in fp32, from the folder's tensors in the checkpoint's precision."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
+    found = MegatronTensors(ckpt, read_architecture(ckpt, "--ckpt"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(parameter.to(found.dtype(name)))
+        model.to(device)
+        return [model(torch.tensor([p.prompt], device=device)).logits[0].cpu() for p in prompts(found.arch.vocab)]
+
+
+def _largest(ours: list[Tensor], theirs: list[Tensor]) -> Difference:
+    """The largest difference of two sets of logits, relative to the largest logit."""
+    scale, worst = max(logits.abs().max().item() for logits in theirs), Difference(-1.0, "")
+    for prompt, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        gap = (a.double() - b.double()).abs().nan_to_num(nan=float("inf"))
+        row, token = (int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
+        where = f"prompt {prompt}, position {row}, token {token}: {a[row, token]:.6g}, transformers {b[row, token]:.6g}"
+        worst = max(worst, Difference(gap[row, token].item() / scale, where), key=lambda d: d.size)
+    return worst

@@ -1,0 +1,184 @@
+"""A Hugging Face model folder: which tensors it holds, whether they fit its config.json, reading and writing them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from flowrl_mega.config import ConfigError
+from flowrl_mega.model.architecture import Architecture
+from flowrl_mega.model.names import hf_shapes
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+# What stands beside the weights and goes with them wherever they go.
+SIDE_FILES = (
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+    "merges.txt", "*.model", "*.tiktoken", "chat_template.*", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+def side_files(path: Path) -> list[Path]:
+    """config.json, generation config, tokenizer and chat template of a model folder."""
+    return sorted({file for pattern in SIDE_FILES for file in path.glob(pattern) if file.is_file()})
+
+
+class Stored(NamedTuple):
+    """A tensor as its file's header describes it."""
+
+    file: Path
+    code: str  # its type, as safetensors calls it
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.code]
+
+    @property
+    def bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+class HfFolder:
+    """The safetensors of one folder. Only their headers are read before `read` asks for a tensor."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.tensors: dict[str, Stored] = {}
+        for file in _weight_files(self.path):
+            self.tensors.update(_header(file))
+
+    @property
+    def weight_map(self) -> dict[str, str]:
+        """The file name of each tensor."""
+        return {name: stored.file.name for name, stored in self.tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, mapped from its file: the pages that are looked at count as memory until it is let go."""
+        stored = self.tensors[name]
+        mapped = np.memmap(stored.file, np.uint8, "c", stored.offset, (stored.bytes,))
+        return torch.from_numpy(mapped).view(stored.dtype).view(stored.shape)
+
+    def check(self, arch: Architecture) -> None:
+        """Refuse a folder whose tensors are not exactly those that its config.json promises."""
+        wanted, found = hf_shapes(arch), dict(self.tensors)
+        if arch.tied:
+            self._check_tied_head(found)
+        config = self.path / "config.json"
+        for name, shape in wanted.items():
+            if name not in found:
+                raise ConfigError(f"{self.path}: holds no tensor {name!r}; incomplete, or {config} is of another model")
+            stored = found.pop(name)
+            if stored.code not in DTYPES:
+                supported = ", ".join(DTYPES)
+                raise ConfigError(
+                    f"{stored.file}: {name!r} is of type {stored.code}, not one of {supported}; save it unquantized"
+                )
+            if stored.shape != shape:
+                raise ConfigError(f"{stored.file}: {name!r} {_disagreement(name, stored.shape, shape, config)}")
+        if unexpected := sorted(n for n in found if not n.endswith("rotary_emb.inv_freq")):
+            raise ConfigError(
+                f"{found[unexpected[0]].file}: unexpected tensor {unexpected[0]!r}; "
+                f"a {arch.model_type} model as {config} describes it has no place for it"
+            )
+
+    def _check_tied_head(self, found: dict[str, Stored]) -> None:
+        """Some folders hold a tied head as well; then it must be the embedding."""
+        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        if not found.pop(head, None) or embedding not in found:
+            return
+        if not torch.equal(self.read(head), self.read(embedding)):
+            raise ConfigError(
+                f"{self.path / 'config.json'}: tie_word_embeddings = true, but {head!r} is another tensor than "
+                f"{embedding!r}; set it to false"
+            )
+
+
+def _disagreement(name: str, found: tuple[int, ...], wanted: tuple[int, ...], config: Path) -> str:
+    text = f"has shape {found}, but {config} makes it {wanted}"
+    vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight")) and found[1:] == wanted[1:]
+    return f"{text}; set its vocab_size = {found[0]}" if vocabulary else f"{text}; one of the two is of another model"
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files that an index names; without one, model*.safetensors, or else all there are.
+
+    Some folders hold the same weights once more under the names of another format (Mistral's consolidated.safetensors).
+    """
+    index = path / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{index}: not an index of safetensors ({error!r}); get the model folder again") from None
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            raise ConfigError(f"{path}: {missing[0]} is missing, which {INDEX} names; get the model folder again")
+        return [path / name for name in names]
+    files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
+    if not files:
+        other = next(path.glob("*.bin"), None) or next(path.glob("*.pt"), None)
+        fix = f"{other.name} must be saved as safetensors first" if other else "give a Hugging Face model folder"
+        raise ConfigError(f"{str(path)!r}: holds no *.safetensors; {fix}")
+    return files
+
+
+def _header(file: Path) -> dict[str, Stored]:
+    """The tensors of one file, checked by the library; it keeps their offsets to itself, so they are read here."""
+    try:
+        with safe_open(file, framework="pt"), open(file, "rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error}); get the model folder again") from None
+    except Exception as error:  # the Rust reader has an exception class of its own
+        raise ConfigError(f"{file}: broken or cut off ({error}); get the model folder again") from None
+    header.pop("__metadata__", None)
+    return {
+        name: Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+
+
+class ToWrite(NamedTuple):
+    """A tensor that `write_safetensors` asks for."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def write_safetensors(file: Path, tensors: Iterable[ToWrite], read: Callable[[str], Tensor]) -> None:
+    """Write one file, holding one tensor at a time (the library wants all of them at once), and wait for the disk.
+
+    The format: the header's length in 8 bytes, the header as JSON, the tensors' bytes one after another
+    (https://huggingface.co/docs/safetensors#format).
+    """
+    aligned = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in aligned:
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for name, dtype, shape in aligned:
+            tensor = read(name)
+            assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), name
+            out.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        out.flush()
+        os.fsync(out.fileno())
