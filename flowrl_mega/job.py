@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from flowrl_mega import objectives, ops
-from flowrl_mega.checkpoint import check_checkpoint, check_model, find_checkpoint, step_of
+from flowrl_mega.checkpoint import check_checkpoint, check_model, find_checkpoint, is_megatron, step_of
 from flowrl_mega.config import Config, ConfigError
 from flowrl_mega.data.inputs import load_prompts
 from flowrl_mega.model.architecture import check_layout, check_megatron, read_architecture
@@ -131,8 +131,9 @@ def describe(config: Config, world: int, checkpoint: Path | None) -> str:
     sequence_parallel = ", sequence parallel" if config.parallel.sequence_parallel else ""
     settings = ", ".join(f"{name}={value}" for name, value in objective.model_dump().items() if name != "name")
     size = f"{arch.layers} layers of {arch.hidden}, vocabulary {arch.vocab}"
+    kind = "Megatron checkpoint" if is_megatron(config.model.path) else "Hugging Face folder"
     lines = {
-        "model": f"{config.model.path}: {arch.model_type}, {size}",
+        "model": f"{config.model.path} ({kind}): {arch.model_type}, {size}",
         "ranks": f"{world} = tp {tp} x dp {world // tp}{sequence_parallel}, on {device}",
         "layers": "Megatron-core local spec, packed attention through scaled_dot_product_attention",
         "log-probs": check_ops(config.ops.backend),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import multiprocessing
 import os
 import sys
 import time
@@ -16,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rank_pool import FORKSERVER
 
 from flowrl_mega.parallel.launch import free_port, rank_environment
-
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["flowrl_mega.job"])
 
 
 def write_config(folder: Path, model: Path, **changes: Any) -> Path:

@@ -16,6 +16,11 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 
+# Importing torch and megatron costs a process seconds: ranks are forked from a server that has done it once.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["flowrl_mega.job"])
+
+
 class RankFailed(AssertionError):
     """One rank raised, died, or did not answer in time."""
 
@@ -90,7 +95,8 @@ class RankPool:
     def _start(self) -> None:
         from flowrl_mega.parallel.launch import free_port, rank_environment  # not in the ranks: it imports Megatron
 
-        context, port = multiprocessing.get_context("spawn"), free_port()
+        context: Any = FORKSERVER if self.megatron else multiprocessing.get_context("spawn")
+        port = free_port()
         for rank in range(self.world):
             ours, theirs = context.Pipe()
             environment = rank_environment(rank, self.world, port)

@@ -14,28 +14,35 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from flowrl_mega.config import ConfigError
-from flowrl_mega.parallel.launch import launch, started_by_launcher
 
-DONE, DIFFERENT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, DIFFERENT, BAD_INPUT, FAULT, INTERRUPTED = 0, 1, 2, 70, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _leave)  # as an exception, so that what is half written goes
+    previous = signal.signal(signal.SIGTERM, _leave)  # as an exception, so that what is half written goes
     try:
         return verify(options, arguments) if options.command == "verify" else convert(options)
-    except ConfigError as error:
+    except (ConfigError, PermissionError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"convert_ckpt: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED
+    except SystemExit:
+        raise
+    except BaseException:  # Python's own exit code would be 1; and torch's CheckpointException is no Exception
+        traceback.print_exc()
+        return FAULT
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,6 +69,7 @@ def convert(options: argparse.Namespace) -> int:
     import torch.distributed as dist
 
     from flowrl_mega import checkpoint  # seconds, so only after the arguments have been looked at
+    from flowrl_mega.parallel.launch import started_by_launcher
 
     if started_by_launcher():
         dist.init_process_group("gloo")
@@ -79,9 +87,10 @@ def verify(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     import flowrl_mega.checkpoint  # noqa: F401  before torch is asked about devices
     from flowrl_mega.checkpoint import verify as check
     from flowrl_mega.parallel import layout as layouts
+    from flowrl_mega.parallel.launch import launch, started_by_launcher
 
+    check.check_inputs(options.hf, options.ckpt, options.tp)
     if not started_by_launcher():
-        check.check_inputs(options.hf, options.ckpt, options.tp)
         return launch([sys.executable, __file__, *arguments], options.tp)
     logits = check.compare_logits(options.hf, options.ckpt, options.tp)
     count, tensor = check.compare_tensors(options.hf, options.ckpt)

@@ -2,7 +2,7 @@
 
 import flowrl_mega.parallel  # noqa: F401  ("cuda" must mean "cpu" before megatron is imported)
 from flowrl_mega.checkpoint.convert import hf_to_megatron, megatron_to_hf, read_side_files
-from flowrl_mega.checkpoint.folder import find_checkpoint, remove_unfinished, step_of
+from flowrl_mega.checkpoint.folder import find_checkpoint, is_megatron, remove_unfinished, step_of
 from flowrl_mega.checkpoint.state import (
     check_checkpoint,
     check_model,
@@ -12,6 +12,6 @@ from flowrl_mega.checkpoint.state import (
 )
 
 __all__ = [
-    "check_checkpoint", "check_model", "find_checkpoint", "hf_to_megatron", "load_checkpoint", "load_model",
-    "megatron_to_hf", "read_side_files", "remove_unfinished", "save_checkpoint", "step_of",
+    "check_checkpoint", "check_model", "find_checkpoint", "hf_to_megatron", "is_megatron", "load_checkpoint",
+    "load_model", "megatron_to_hf", "read_side_files", "remove_unfinished", "save_checkpoint", "step_of",
 ]  # fmt: skip

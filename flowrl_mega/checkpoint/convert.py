@@ -6,12 +6,11 @@ the trainer's checkpoints have them: either can be converted back, or trained fr
 
 from __future__ import annotations
 
-import dataclasses
-import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,12 +22,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from flowrl_mega.checkpoint import stream
-from flowrl_mega.checkpoint.folder import new_folder
+from flowrl_mega.checkpoint.folder import is_megatron, new_folder
 from flowrl_mega.checkpoint.progress import ByteProgress
 from flowrl_mega.checkpoint.stream import Chunk, Reader
 from flowrl_mega.config import ConfigError
 from flowrl_mega.model.architecture import Architecture, read_architecture
-from flowrl_mega.model.hf_folder import INDEX, SINGLE, HfFolder, ToWrite, side_files, write_safetensors
+from flowrl_mega.model.hf_folder import CODES, INDEX, SINGLE, HfFolder, ToWrite, side_files, write_safetensors
 from flowrl_mega.model.names import Place, hf_shapes, kind_of, places, to_named, to_whole
 from flowrl_mega.model.partition import Kind
 from flowrl_mega.parallel.layout import together
@@ -36,7 +35,6 @@ from flowrl_mega.parallel.layout import together
 WEIGHT_MAP = "hf_weight_map.json"  # which file of the Hugging Face folder holds which tensor
 LOG_Z = "log_z"  # a folder of its own: inference servers load every *.safetensors that lies beside config.json
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-MODULES_WITH_STATE = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
 def hf_to_megatron(hf: Path, out: Path, dtype: torch.dtype | None = None, show: bool = True) -> None:
@@ -44,23 +42,17 @@ def hf_to_megatron(hf: Path, out: Path, dtype: torch.dtype | None = None, show: 
 
     `dtype` None keeps every tensor's own. ConfigError where the input is wrong or the disk full; then nothing is left.
     """
-    arch = read_architecture(hf, "--hf")
-    folder = HfFolder(hf)
-    folder.check(arch)
-    chunks = list(_model_chunks(folder, arch, dtype))
-    log_z = _log_z_chunks(hf)
-    _check_target(out, sum(chunk.bytes for chunk in chunks + log_z))
+    with together():
+        arch = read_architecture(hf, "--hf")
+        folder = HfFolder(hf)
+        folder.check(arch)
+        chunks, log_z, side = list(_model_chunks(folder, arch, dtype)), _log_z_chunks(hf), read_side_files(hf)
+        _check_target(out, sum(chunk.bytes for chunk in chunks + log_z))
     first, mine = _rank() == 0, _share(chunks)
     with _progress("hf2mcore", sum(chunk.bytes for chunk in mine), show) as done, _written(out) as folder_so_far:
-        objects: dict[str, Any] = {}
+        stream.write(folder_so_far, mine + log_z if first else mine, _objects(arch) if first else {}, done)
         if first:
-            mine += log_z
-            objects[stream.COMMON_KEY] = {"made_for": made_for(arch, _kind([chunk.key for chunk in log_z]))}
-            for layer in range(arch.layers):
-                objects |= {stream.extra_state_key(m, layer, arch.layers): None for m in MODULES_WITH_STATE}
-        stream.write(folder_so_far, mine, objects, done)
-        if first:
-            write_side_files(read_side_files(hf), folder_so_far)
+            write_side_files(side, folder_so_far)
 
 
 def megatron_to_hf(ckpt: Path, out: Path, show: bool = True) -> None:
@@ -69,18 +61,27 @@ def megatron_to_hf(ckpt: Path, out: Path, show: bool = True) -> None:
     Reads the checkpoint only: its tensors, and the side files that stand in it. The partition function goes to
     out/log_z. ConfigError as in `hf_to_megatron`.
     """
-    arch = read_architecture(ckpt, "--ckpt")
-    tensors = MegatronTensors(ckpt, arch)
-    files = _files(ckpt, tensors)
-    _check_target(out, sum(tensors.bytes(name) for names in files.values() for name in names))
+    with together():
+        tensors = MegatronTensors(ckpt, checkpoint_architecture(ckpt))
+        files = _files(ckpt, tensors)
+        _check_target(out, sum(tensors.bytes(name) for names in files.values() for name in names))
     mine = dict(sorted(files.items())[_rank() :: _world()])
     total = sum(tensors.bytes(name) for names in mine.values() for name in names)
-    with _progress("mcore2hf", total, show) as done, _written(out) as folder, together():
+    with _progress("mcore2hf", total, show) as done, _written(out) as folder:
         for file, names in mine.items():
             described = [tensors.to_write(name) for name in names]
             write_safetensors(folder / file, described, partial(tensors.read, done=done))
         if _rank() == 0:
             _write_beside_weights(ckpt, folder, tensors, files)
+
+
+def checkpoint_architecture(ckpt: Path) -> Architecture:
+    """What the config.json in a Megatron checkpoint says; refuses a folder that is no checkpoint, or has none."""
+    fixes = {".metadata": "give a checkpoint that hf2mcore or the trainer made", "config.json": "put the model's there"}
+    for file, fix in fixes.items():
+        if not (ckpt / file).is_file():
+            raise ConfigError(f"--ckpt = {str(ckpt)!r}: holds no {file}; {fix}")
+    return read_architecture(ckpt, "--ckpt")
 
 
 class MegatronTensors:
@@ -97,10 +98,12 @@ class MegatronTensors:
 
     def _check(self) -> None:
         folder, found = self.reader.folder, self.reader.shapes
-        fix = f"{folder / 'config.json'} is of another model"
+        fix = f"{folder / 'config.json'} is of another model, put the right one there"
         for place in dict.fromkeys(self.places.values()):
             if place.key not in found:
                 raise ConfigError(f"{folder}: holds no tensor {place.key!r}; {fix}, or the checkpoint is no policy")
+            if (dtype := self.reader.dtypes[place.key]) not in CODES:
+                raise ConfigError(f"{folder}: {place.key!r} is of type {dtype}; save it as fp32, bf16 or fp16")
             shape, wanted = found[place.key], self._total_shape(place)
             if kind_of(place.name) == "vocab" and shape[1:] == wanted[1:] and shape[0] > wanted[0]:
                 continue  # padded for tensor parallelism
@@ -141,19 +144,14 @@ class MegatronTensors:
         return self._last[1][place.hf.index(name) if name in place.hf else 0]
 
 
-def made_for(arch: Architecture, log_z: Kind | None) -> dict[str, Any]:
-    """What must be the same when a checkpoint is loaded, in plain values."""
-    fields = {field.name: getattr(arch, field.name) for field in dataclasses.fields(arch)}
-    return {**fields, "inv_freq": [f"{x:.4g}" for x in arch.inv_freq.tolist()], "log_z": log_z}
-
-
 def read_side_files(model: str | Path) -> dict[str, bytes]:
     """What goes with the weights of a model folder (or of a checkpoint), by file name: read once, as it may go away."""
     path = Path(model)
     files = {file.name: file.read_bytes() for file in side_files(path)}
-    stored = path / WEIGHT_MAP
-    if stored.is_file():
-        return {**files, WEIGHT_MAP: stored.read_bytes()}
+    if (path / WEIGHT_MAP).is_file():
+        return {**files, WEIGHT_MAP: (path / WEIGHT_MAP).read_bytes()}
+    if is_megatron(path):  # that somebody else made
+        return files
     names = HfFolder(path).weight_map
     kept = {name: file for name, file in names.items() if not name.endswith("rotary_emb.inv_freq")}
     return {**files, WEIGHT_MAP: json.dumps(kept, indent=1, sort_keys=True).encode()}
@@ -162,6 +160,21 @@ def read_side_files(model: str | Path) -> dict[str, bytes]:
 def write_side_files(files: dict[str, bytes], folder: Path) -> None:
     for name, content in files.items():
         (folder / name).write_bytes(content)
+
+
+def _objects(arch: Architecture) -> dict[str, Any]:
+    """What a load asks for besides tensors: the common state and, of each module that has one under some layer spec or
+    version of Transformer Engine, an extra state (FP8's scales). All empty."""
+    modules = ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"]
+    modules += ["self_attention.core_attention"]
+    modules += ["self_attention.q_layernorm", "self_attention.k_layernorm"] if arch.qk_norm else []
+    keys = [
+        stream.object_key(f"decoder.layers.{module}._extra_state", layer, arch.layers)
+        for module in modules
+        for layer in range(arch.layers)
+    ]
+    keys += [stream.object_key("decoder.final_layernorm._extra_state")]
+    return {**dict.fromkeys(keys), stream.object_key("common_state"): {}}
 
 
 def _model_chunks(folder: HfFolder, arch: Architecture, dtype: torch.dtype | None) -> Iterator[Chunk]:
@@ -226,11 +239,7 @@ def _files(ckpt: Path, tensors: MegatronTensors) -> dict[str, list[str]]:
     """Which tensors each file shall hold: as the original had them, or else files of at most 5 GB."""
     names = [name for name in tensors.places if not (tensors.arch.tied and name == HEAD)]
     if (ckpt / WEIGHT_MAP).is_file():
-        file_of = json.loads((ckpt / WEIGHT_MAP).read_text())
-        if wrong := sorted(set(file_of) - set(tensors.places) | set(names) - set(file_of)):
-            raise ConfigError(
-                f"{ckpt / WEIGHT_MAP}: does not fit config.json at {wrong[0]!r}; remove it for files of 5 GB"
-            )
+        file_of = _stored_map(ckpt / WEIGHT_MAP, set(names), set(tensors.places))
     else:
         shapes = {name: tensors.to_write(name) for name in names}
         size = lambda tensor: tensors.bytes(tensor.name)  # noqa: E731
@@ -243,6 +252,19 @@ def _files(ckpt: Path, tensors: MegatronTensors) -> dict[str, list[str]]:
         if name in file_of:
             files.setdefault(file_of[name], []).append(name)
     return files
+
+
+def _stored_map(path: Path, needed: set[str], known: set[str]) -> dict[str, str]:
+    """The original's file of each tensor; refuses a map that would make no model folder of these tensors."""
+    try:
+        file_of = dict(json.loads(path.read_text()))
+        wrong = sorted(file_of.keys() - known | needed - file_of.keys())
+        wrong += [n for n, file in file_of.items() if Path(file).name != file or not file.endswith(".safetensors")]
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: no map of names ({error}); remove it for files of 5 GB") from None
+    if wrong:
+        raise ConfigError(f"{path}: does not fit config.json at {wrong[0]!r}; remove it for files of 5 GB")
+    return file_of
 
 
 def _write_beside_weights(ckpt: Path, folder: Path, tensors: MegatronTensors, files: dict[str, list[str]]) -> None:
@@ -302,14 +324,16 @@ def _share(chunks: list[Chunk]) -> list[Chunk]:
 
 def _check_target(out: Path, needed: int) -> None:
     """Refuse what exists, and a disk that cannot hold it, before a byte is written."""
-    with together():
+    with _disk(out):
         if out.exists() or out.is_symlink():
             raise ConfigError(f"--out = {str(out)!r}: exists already; remove it or choose another")
         place = out.absolute().parent
-        while not place.exists():
+        while not (place.exists() or place.is_symlink()):
             place = place.parent
-        if not place.is_dir():
+        if not place.is_dir() or out.name == "..":
             raise ConfigError(f"--out = {str(out)!r}: {place} is no folder; choose another")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ConfigError(f"--out = {str(out)!r}: {place} cannot be written to; choose another")
         free = shutil.disk_usage(place).free
         if free < needed:
             raise ConfigError(
@@ -320,19 +344,34 @@ def _check_target(out: Path, needed: int) -> None:
 
 @contextmanager
 def _written(out: Path) -> Iterator[Path]:
-    """`new_folder`, with a disk that fails as one clear message."""
+    """`new_folder`; where it fails, the folders on the way to it go as well. Collective."""
+    made = [folder for folder in out.absolute().parents if not folder.exists()]
     try:
-        with new_folder(out) as folder:
+        with _disk(out), new_folder(out) as folder, together(), _disk(out):
             yield folder
-    except (OSError, CheckpointException) as error:
-        cause: BaseException = error
-        if isinstance(error, CheckpointException):
-            cause = next((e for e, _ in error.failures.values() if isinstance(e, (OSError, ConfigError))), error)
-        if isinstance(cause, ConfigError):
-            raise cause from None
-        if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES):
-            raise
-        raise ConfigError(f"--out = {str(out)!r}: cannot be written ({cause.strerror}); choose another disk") from None
+    except BaseException:
+        for folder in made if _rank() == 0 else []:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def _disk(out: Path) -> Iterator[None]:
+    """A disk that fails as one clear message."""
+    try:
+        yield
+    except CheckpointException as error:  # torch's, around what a rank met while it wrote
+        known = (ConfigError, OSError, KeyboardInterrupt, SystemExit)
+        cause = next((e for e, _ in error.failures.values() if isinstance(e, known)), error)
+        raise (_as_config_error(cause, out) if isinstance(cause, OSError) else cause) from None
+    except OSError as error:
+        raise _as_config_error(error, out) from None
+
+
+def _as_config_error(error: OSError, out: Path) -> ConfigError:
+    reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return ConfigError(f"--out = {str(out)!r}: cannot be written ({reason}); choose another place")
 
 
 @contextmanager

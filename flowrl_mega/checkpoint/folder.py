@@ -61,6 +61,11 @@ def _sync(path: Path) -> None:
     os.close(descriptor)
 
 
+def is_megatron(path: str | Path) -> bool:
+    """Whether `path` is a Megatron checkpoint rather than a Hugging Face folder."""
+    return (Path(path) / "metadata.json").is_file()
+
+
 def step_of(path: Path) -> int:
     match = _STEP.fullmatch(path.name)
     assert match, f"{path} is not a checkpoint folder"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import queue
 import random
@@ -18,9 +19,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
 
-from flowrl_mega.checkpoint.convert import MegatronTensors, made_for, megatron_to_hf, write_side_files
-from flowrl_mega.checkpoint.folder import new_folder, remove_old, verify_checkpoint
+from flowrl_mega.checkpoint.convert import MegatronTensors, megatron_to_hf, write_side_files
+from flowrl_mega.checkpoint.folder import is_megatron, new_folder, remove_old, verify_checkpoint
 from flowrl_mega.config import ConfigError
 from flowrl_mega.model.architecture import Architecture
 from flowrl_mega.model.hf_folder import HfFolder
@@ -32,6 +34,9 @@ from flowrl_mega.parallel.optimizer import Optimizer
 
 # Its successor needs another package (nvidia-resiliency-ext) and says so at each save.
 logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
+
+# What a load of a checkpoint that does not fit raises: Megatron's own, torch's own, and what these let through.
+UNFIT = (CheckpointingException, CheckpointException, KeyError, RuntimeError)
 
 # Megatron keeps a manager process on each rank (250 MB, and seconds at the first save) for a queue to the process that
 # saves; we save in the rank itself, where a plain queue does.
@@ -58,7 +63,7 @@ def save_checkpoint(
         state = _state(policy, optimizer, is_loading=False)
         counts = {"updates": optimizer.updates, "skipped": optimizer.skipped, "world": layout.world}
         state["trainer"] = {**trainer, **counts}
-        state["made_for"] = made_for(policy.arch, policy.log_z_kind)
+        state["made_for"] = _made_for(policy.arch, policy.log_z_kind)
         state["random"] = _sharded_random(layout)
         dist_checkpointing.save(state, str(partial), async_strategy="mcore", verify_integrity=True)
         if layout.rank == 0:
@@ -93,9 +98,8 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer) -> dict[st
     try:
         with _quietly():
             state = dist_checkpointing.load(state, str(path))
-    except (CheckpointingException, KeyError, RuntimeError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise ConfigError(f"{path}: does not fit these settings ({first_line})") from None
+    except UNFIT as error:
+        raise ConfigError(f"{path}: does not fit these settings ({_reason(error)})") from None
     policy.load_state_dict(state["model"])
     adam = state["optimizer"].get(
         "optimizer", state["optimizer"]
@@ -110,6 +114,13 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer) -> dict[st
     return state["trainer"]
 
 
+def _reason(error: BaseException) -> str:
+    """The first line of it; torch wraps what went wrong on some rank."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(error).strip().split("\n")[0]
+
+
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Without what torch says of how Megatron calls it: nothing that a user of either could change."""
@@ -117,11 +128,6 @@ def _quietly() -> Iterator[None]:
         for message in ("torch.distributed is disabled", "The argument order of load", "Please use DTensor instead"):
             warnings.filterwarnings("ignore", message=message)
         yield
-
-
-def is_megatron(path: str | Path) -> bool:
-    """Whether `path` is a Megatron checkpoint rather than a Hugging Face folder."""
-    return (Path(path) / "metadata.json").is_file()
 
 
 def check_model(path: str | Path, arch: Architecture) -> None:
@@ -148,9 +154,8 @@ def load_megatron(policy: Policy, path: Path) -> None:
     try:
         with _quietly():
             loaded = dist_checkpointing.load({"model": state}, str(path))["model"]
-    except (CheckpointingException, KeyError, RuntimeError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise ConfigError(f"{path}: is not a checkpoint of this model ({first_line})") from None
+    except UNFIT as error:
+        raise ConfigError(f"{path}: is not a checkpoint of this model ({_reason(error)})") from None
     for name, parameter in policy.gpt.named_parameters():
         parameter.copy_(loaded[name])
 
@@ -175,7 +180,7 @@ def _check_fits(path: Path, arch: Architecture, log_z: Kind | None) -> dict[str,
     """The checkpoint's common part, which says what model it was made for."""
     with _quietly():
         common = dist_checkpointing.load_common_state_dict(str(path))
-    for name, wanted in made_for(arch, log_z).items():
+    for name, wanted in _made_for(arch, log_z).items():
         found = common["made_for"].get(name)
         if found != wanted:
             raise ConfigError(
@@ -183,6 +188,12 @@ def _check_fits(path: Path, arch: Architecture, log_z: Kind | None) -> dict[str,
                 "set model.path and objective as they were, or choose another run_dir"
             )
     return common
+
+
+def _made_for(arch: Architecture, log_z: Kind | None) -> dict[str, Any]:
+    """What must be the same when a checkpoint is loaded, in plain values."""
+    fields = {field.name: getattr(arch, field.name) for field in dataclasses.fields(arch)}
+    return {**fields, "inv_freq": [f"{x:.4g}" for x in arch.inv_freq.tolist()], "log_z": log_z}
 
 
 def _state(policy: Policy, optimizer: Optimizer, is_loading: bool) -> dict[str, Any]:

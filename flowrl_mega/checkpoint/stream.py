@@ -13,19 +13,22 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from flowrl_mega.config import ConfigError
 
@@ -93,6 +96,9 @@ class _Planner(dcp.DefaultSavePlanner):
         return chunk.read().contiguous().view(chunk.shape)
 
 
+ALIGN = 64  # bytes: torch.save aligns a tensor in its archive, so it is aligned in the file when the archive is
+
+
 class _Writer(dcp.FileSystemWriter):
     """torch's writer, which keeps a reference to the last tensor of each key until the end; this keeps none."""
 
@@ -100,11 +106,13 @@ class _Writer(dcp.FileSystemWriter):
         name, results = f"{plan.storage_data.prefix}0.distcp", []
         with open(Path(self.path) / name, "wb") as file:
             for item in plan.items:
-                start, data = file.tell(), planner.resolve_data(item)
+                data = planner.resolve_data(item)
+                file.write(bytes(-file.tell() % ALIGN))
+                start = file.tell()
                 if isinstance(data, io.BytesIO):
                     file.write(data.getbuffer())
                 else:
-                    torch.save(data, file)
+                    _save(data, file)
                 size = file.tell() - start
                 results.append(WriteResult(item.index, size, _StorageInfo(name, start, size)))
             file.flush()
@@ -114,12 +122,19 @@ class _Writer(dcp.FileSystemWriter):
         return future
 
 
-def extra_state_key(module: str, layer: int, layers: int) -> str:
-    """Every linear layer of Megatron has an extra state, FP8's scales; a load asks for it even where it is empty."""
-    return ShardedObject(f"decoder.layers.{module}._extra_state", None, (layers,), (layer,)).unique_key
+def _save(data: Tensor, file: BinaryIO) -> None:
+    try:
+        torch.save(data, file)
+    except RuntimeError as error:  # its archive is not whole, says torch, and hides why: a full disk, or a signal
+        raise (error.__context__ or error) from None
 
 
-COMMON_KEY = ShardedObject("common_state", None, (1,), (0,)).unique_key
+def object_key(key: str, index: int = 0, of: int = 1) -> str:
+    """Where Megatron looks for an object that is no tensor, one of `of` under the same key."""
+    return ShardedObject(key, None, (of,), (index,)).unique_key
+
+
+AGAIN = "the checkpoint is broken, make or copy it again"
 
 
 class Reader:
@@ -127,47 +142,60 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         try:
-            self._reader = dcp.FileSystemReader(folder)
-            self._metadata = self._reader.read_metadata()
-            self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+            self._metadata: Any = dcp.FileSystemReader(folder).read_metadata()
         except Exception as error:  # of a pickle, any
-            raise ConfigError(f"{folder}: its .metadata cannot be read ({error!r}); not a whole checkpoint") from None
-        self.folder = folder
+            raise ConfigError(f"{folder / '.metadata'}: cannot be read ({error!r}); {AGAIN}") from None
+        self.folder, self._fake = folder, FakeTensorMode()
+        self._check_files()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         for key, found in self._metadata.state_dict_metadata.items():
             if isinstance(found, dcp.metadata.TensorStorageMetadata):
                 self.shapes[key], self.dtypes[key] = tuple(found.size), found.properties.dtype
 
+    def _check_files(self) -> None:
+        """All that `.metadata` speaks of; of a file that is cut off torch says, and late, that an archive is broken."""
+        ends: dict[str, int] = {}
+        for stored in self._metadata.storage_data.values():
+            ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
+        for name, end in sorted(ends.items()):
+            file = self.folder / name
+            if not file.is_file():
+                raise ConfigError(f"{file}: is missing; {AGAIN}")
+            if (size := file.stat().st_size) < end:
+                raise ConfigError(f"{file}: is cut off, {size} bytes of {end}; {AGAIN}")
+
     def read(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """The rectangle at `offset` of the tensor `key`."""
-        metadata: Any = self._metadata.state_dict_metadata[key]
-        chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
-        target = torch.empty(shape, dtype=self.dtypes[key])
-        items = create_read_items_for_chunk_list(key, metadata, [chunk])
+        """The rectangle at `offset` of the tensor `key`: mapped from its file where one chunk holds all of it."""
+        metadata = self._metadata.state_dict_metadata[key]
+        wanted = ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
+        items = create_read_items_for_chunk_list(key, metadata, [wanted])
+        if sum(item.lengths.numel() for item in items) != wanted.sizes.numel():
+            raise ConfigError(f"{self.folder}: {key!r} is not whole; {AGAIN}")
         try:
-            self._reader.read_data(LoadPlan(items), _Into(target))
-        except (OSError, RuntimeError, KeyError, EOFError) as error:
-            first_line = str(error).split("\n")[0]
-            raise ConfigError(f"{self.folder}: {key} cannot be read ({first_line}); the checkpoint is broken") from None
-        read = sum(torch.Size(item.lengths).numel() for item in items)
-        if read != target.numel():
-            raise ConfigError(f"{self.folder}: {key} is not whole; the checkpoint is broken")
+            parts = [_narrow(self._chunk(item.storage_index), item.storage_offsets, item.lengths) for item in items]
+        except Exception as error:  # of broken bytes, any
+            reason = str(error).split("\n")[0].split(". ")[0]
+            raise ConfigError(f"{self.folder}: {key!r} cannot be read ({reason}); {AGAIN}") from None
+        if len(parts) == 1:
+            return parts[0]
+        target = torch.empty(shape, dtype=self.dtypes[key])
+        for item, part in zip(items, parts, strict=True):
+            _narrow(target, item.dest_offsets, item.lengths).copy_(part)
         return target
 
+    def _chunk(self, index: MetadataIndex) -> Tensor:
+        """A chunk as its file holds it. torch.load would read it into memory; under fake tensors it only says where."""
+        stored = self._metadata.storage_data[index]
+        with open(self.folder / stored.relative_path, "rb") as file, self._fake:
+            archive: Any = _create_file_view(file, stored.offset, stored.length)
+            told = torch.load(archive, weights_only=True)
+        storage = told.untyped_storage()
+        mapped = np.memmap(file.name, np.uint8, "c", stored.offset + storage._checkpoint_offset, (storage.nbytes(),))
+        return torch.from_numpy(mapped).view(told.dtype).as_strided(told.shape, told.stride(), told.storage_offset())
 
-class _Into(dcp.DefaultLoadPlanner):
-    """Puts what is read where it belongs in one tensor."""
 
-    def __init__(self, target: Tensor) -> None:
-        super().__init__()
-        self.target = target
-
-    def resolve_tensor(self, item: Any) -> Tensor:
-        into = self.target
-        for axis, (start, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
-            into = into.narrow(axis, start, length)
-        return into
-
-    def commit_tensor(self, item: Any, tensor: Tensor) -> None:
-        """Nothing is left to do."""
+def _narrow(tensor: Tensor, offsets: torch.Size, lengths: torch.Size) -> Tensor:
+    for axis, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(axis, start, length)
+    return tensor

@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from flowrl_mega.checkpoint.convert import MegatronTensors
+from flowrl_mega.checkpoint.convert import MegatronTensors, checkpoint_architecture
 from flowrl_mega.checkpoint.state import load_megatron
 from flowrl_mega.config import Config, ConfigError, validated
 from flowrl_mega.model.architecture import check_layout, read_architecture
 from flowrl_mega.model.hf_folder import HfFolder
 from flowrl_mega.model.layers import PackedRows
+from flowrl_mega.model.names import hf_shapes
 from flowrl_mega.model.policy import Policy
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.packing import Sequence, pack
@@ -38,7 +39,17 @@ def check_inputs(hf: Path, ckpt: Path, tp: int) -> None:
     """Refuse what cannot be compared, before any rank starts."""
     arch = read_architecture(hf, "--hf")
     HfFolder(hf).check(arch)
-    MegatronTensors(ckpt, read_architecture(ckpt, "--ckpt"))
+    stored = checkpoint_architecture(ckpt)
+    MegatronTensors(ckpt, stored)
+    ours, theirs = hf_shapes(stored), hf_shapes(arch)
+    if ours != theirs:
+        name = next(n for n in (*theirs, *ours) if theirs.get(n) != ours.get(n))
+        raise ConfigError(
+            f"--ckpt = {str(ckpt)!r}: is of another model than --hf = {str(hf)!r}: {name!r} is {ours.get(name)} in it, "
+            f"not {theirs.get(name)}; give the two of one model"
+        )
+    if tp < 1:
+        raise ConfigError(f"--tp = {tp}: no number of ranks; use 1 or more")
     check_layout(arch, tp, "--tp")
 
 

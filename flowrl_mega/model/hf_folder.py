@@ -68,7 +68,10 @@ class HfFolder:
     def read(self, name: str) -> Tensor:
         """The tensor, mapped from its file: the pages that are looked at count as memory until it is let go."""
         stored = self.tensors[name]
-        mapped = np.memmap(stored.file, np.uint8, "c", stored.offset, (stored.bytes,))
+        try:
+            mapped = np.memmap(stored.file, np.uint8, "c", stored.offset, (stored.bytes,))
+        except OSError as error:
+            raise ConfigError(f"{stored.file}: cannot be read ({error.strerror}); get the model folder again") from None
         return torch.from_numpy(mapped).view(stored.dtype).view(stored.shape)
 
     def check(self, arch: Architecture) -> None:
@@ -81,11 +84,6 @@ class HfFolder:
             if name not in found:
                 raise ConfigError(f"{self.path}: holds no tensor {name!r}; incomplete, or {config} is of another model")
             stored = found.pop(name)
-            if stored.code not in DTYPES:
-                supported = ", ".join(DTYPES)
-                raise ConfigError(
-                    f"{stored.file}: {name!r} is of type {stored.code}, not one of {supported}; save it unquantized"
-                )
             if stored.shape != shape:
                 raise ConfigError(f"{stored.file}: {name!r} {_disagreement(name, stored.shape, shape, config)}")
         if unexpected := sorted(n for n in found if not n.endswith("rotary_emb.inv_freq")):
@@ -121,9 +119,9 @@ def _weight_files(path: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            missing = [name for name in names if not (path / name).is_file()]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{index}: not an index of safetensors ({error!r}); get the model folder again") from None
-        missing = [name for name in names if not (path / name).is_file()]
         if missing:
             raise ConfigError(f"{path}: {missing[0]} is missing, which {INDEX} names; get the model folder again")
         return [path / name for name in names]
@@ -146,6 +144,12 @@ def _header(file: Path) -> dict[str, Stored]:
     except Exception as error:  # the Rust reader has an exception class of its own
         raise ConfigError(f"{file}: broken or cut off ({error}); get the model folder again") from None
     header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            supported = ", ".join(DTYPES)
+            raise ConfigError(
+                f"{file}: {name!r} is of type {entry['dtype']}, not one of {supported}; save it unquantized"
+            )
     return {
         name: Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
