@@ -15,7 +15,6 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-
 # Importing torch and megatron costs a process seconds: ranks are forked from a server that has done it once.
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["flowrl_mega.job"])

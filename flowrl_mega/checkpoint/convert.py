@@ -7,34 +7,35 @@ the trainer's checkpoints have them: either can be converted back, or trained fr
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from flowrl_mega.checkpoint import stream
-from flowrl_mega.checkpoint.folder import is_megatron, new_folder
-from flowrl_mega.checkpoint.progress import ByteProgress
+from flowrl_mega.checkpoint.output import check_target, written
+from flowrl_mega.checkpoint.policy_tensors import (
+    HEAD,
+    WEIGHT_MAP,
+    MegatronTensors,
+    checkpoint_architecture,
+    read_side_files,
+    write_side_files,
+)
+from flowrl_mega.checkpoint.progress import progress
 from flowrl_mega.checkpoint.stream import Chunk, Reader
 from flowrl_mega.config import ConfigError
 from flowrl_mega.model.architecture import Architecture, read_architecture
-from flowrl_mega.model.hf_folder import CODES, INDEX, SINGLE, HfFolder, ToWrite, side_files, write_safetensors
-from flowrl_mega.model.names import Place, hf_shapes, kind_of, places, to_named, to_whole
+from flowrl_mega.model.hf_folder import INDEX, SINGLE, HfFolder, ToWrite, side_files, write_safetensors
+from flowrl_mega.model.names import Place, joined_shape, kind_of, places, to_whole
 from flowrl_mega.model.partition import Kind
-from flowrl_mega.parallel.layout import together
+from flowrl_mega.parallel.layout import rank, together, world
 
-WEIGHT_MAP = "hf_weight_map.json"  # which file of the Hugging Face folder holds which tensor
 LOG_Z = "log_z"  # a folder of its own: inference servers load every *.safetensors that lies beside config.json
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def hf_to_megatron(hf: Path, out: Path, dtype: torch.dtype | None = None, show: bool = True) -> None:
@@ -47,9 +48,9 @@ def hf_to_megatron(hf: Path, out: Path, dtype: torch.dtype | None = None, show: 
         folder = HfFolder(hf)
         folder.check(arch)
         chunks, log_z, side = list(_model_chunks(folder, arch, dtype)), _log_z_chunks(hf), read_side_files(hf)
-        _check_target(out, sum(chunk.bytes for chunk in chunks + log_z))
-    first, mine = _rank() == 0, _share(chunks)
-    with _progress("hf2mcore", sum(chunk.bytes for chunk in mine), show) as done, _written(out) as folder_so_far:
+        check_target(out, sum(chunk.bytes for chunk in chunks + log_z))
+    first, mine = rank() == 0, _share(chunks)
+    with progress("hf2mcore", sum(chunk.bytes for chunk in mine), show) as done, written(out) as folder_so_far:
         stream.write(folder_so_far, mine + log_z if first else mine, _objects(arch) if first else {}, done)
         if first:
             write_side_files(side, folder_so_far)
@@ -64,102 +65,15 @@ def megatron_to_hf(ckpt: Path, out: Path, show: bool = True) -> None:
     with together():
         tensors = MegatronTensors(ckpt, checkpoint_architecture(ckpt))
         files = _files(ckpt, tensors)
-        _check_target(out, sum(tensors.bytes(name) for names in files.values() for name in names))
-    mine = dict(sorted(files.items())[_rank() :: _world()])
+        check_target(out, sum(tensors.bytes(name) for names in files.values() for name in names))
+    mine = dict(sorted(files.items())[rank() :: world()])
     total = sum(tensors.bytes(name) for names in mine.values() for name in names)
-    with _progress("mcore2hf", total, show) as done, _written(out) as folder:
+    with progress("mcore2hf", total, show) as done, written(out) as folder:
         for file, names in mine.items():
             described = [tensors.to_write(name) for name in names]
             write_safetensors(folder / file, described, partial(tensors.read, done=done))
-        if _rank() == 0:
+        if rank() == 0:
             _write_beside_weights(ckpt, folder, tensors, files)
-
-
-def checkpoint_architecture(ckpt: Path) -> Architecture:
-    """What the config.json in a Megatron checkpoint says; refuses a folder that is no checkpoint, or has none."""
-    fixes = {".metadata": "give a checkpoint that hf2mcore or the trainer made", "config.json": "put the model's there"}
-    for file, fix in fixes.items():
-        if not (ckpt / file).is_file():
-            raise ConfigError(f"--ckpt = {str(ckpt)!r}: holds no {file}; {fix}")
-    return read_architecture(ckpt, "--ckpt")
-
-
-class MegatronTensors:
-    """The Hugging Face tensors that a Megatron checkpoint holds, by name; refuses what its config.json does not fit."""
-
-    def __init__(self, ckpt: Path, arch: Architecture) -> None:
-        self.arch, self.reader = arch, Reader(ckpt)
-        self.shapes = hf_shapes(arch)
-        self.places = {name: place for place in places(arch) for name in place.hf}
-        if arch.tied:
-            self.places[HEAD], self.shapes[HEAD] = self.places[EMBEDDING], self.shapes[EMBEDDING]
-        self._last: tuple[Place, list[Tensor]] | None = None  # q, k and v come from one read
-        self._check()
-
-    def _check(self) -> None:
-        folder, found = self.reader.folder, self.reader.shapes
-        fix = f"{folder / 'config.json'} is of another model, put the right one there"
-        for place in dict.fromkeys(self.places.values()):
-            if place.key not in found:
-                raise ConfigError(f"{folder}: holds no tensor {place.key!r}; {fix}, or the checkpoint is no policy")
-            if (dtype := self.reader.dtypes[place.key]) not in CODES:
-                raise ConfigError(f"{folder}: {place.key!r} is of type {dtype}; save it as fp32, bf16 or fp16")
-            shape, wanted = found[place.key], self._total_shape(place)
-            if kind_of(place.name) == "vocab" and shape[1:] == wanted[1:] and shape[0] > wanted[0]:
-                continue  # padded for tensor parallelism
-            if shape != wanted:
-                raise ConfigError(f"{folder}: {place.key!r} has shape {shape} instead of {wanted}; {fix}")
-        known = {place.key for place in self.places.values()}
-        model = ("embedding.", "decoder.", "output_layer.")
-        if unexpected := sorted(key for key in found if key.startswith(model) and key not in known):
-            raise ConfigError(f"{folder}: unexpected tensor {unexpected[0]!r}; {fix}")
-
-    def _whole_shape(self, place: Place) -> tuple[int, ...]:
-        return _joined_shape([self.shapes[name] for name in place.hf])
-
-    def _total_shape(self, place: Place) -> tuple[int, ...]:
-        return (*(() if place.layer is None else (self.arch.layers,)), *self._whole_shape(place))
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.reader.dtypes[self.places[name].key]
-
-    def bytes(self, name: str) -> int:
-        return self.dtype(name).itemsize * torch.Size(self.shapes[name]).numel()
-
-    def to_write(self, name: str) -> ToWrite:
-        return ToWrite(name, self.dtype(name), self.shapes[name])
-
-    def read(self, name: str, done: Any = lambda size: None) -> Tensor:
-        """The tensor under its Hugging Face name."""
-        place = self.places[name]
-        if self._last is None or self._last[0] != place:
-            self._last = None  # let go of before the next is read
-            shape = self._whole_shape(place)
-            if place.layer is None:
-                whole = self.reader.read(place.key, (0,) * len(shape), shape)
-            else:
-                whole = self.reader.read(place.key, (place.layer, *(0,) * len(shape)), (1, *shape))[0]
-            self._last = (place, to_named(place.name, whole, self.arch))
-        done(self.bytes(name))
-        return self._last[1][place.hf.index(name) if name in place.hf else 0]
-
-
-def read_side_files(model: str | Path) -> dict[str, bytes]:
-    """What goes with the weights of a model folder (or of a checkpoint), by file name: read once, as it may go away."""
-    path = Path(model)
-    files = {file.name: file.read_bytes() for file in side_files(path)}
-    if (path / WEIGHT_MAP).is_file():
-        return {**files, WEIGHT_MAP: (path / WEIGHT_MAP).read_bytes()}
-    if is_megatron(path):  # that somebody else made
-        return files
-    names = HfFolder(path).weight_map
-    kept = {name: file for name, file in names.items() if not name.endswith("rotary_emb.inv_freq")}
-    return {**files, WEIGHT_MAP: json.dumps(kept, indent=1, sort_keys=True).encode()}
-
-
-def write_side_files(files: dict[str, bytes], folder: Path) -> None:
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
 
 
 def _objects(arch: Architecture) -> dict[str, Any]:
@@ -188,18 +102,18 @@ def _model_chunks(folder: HfFolder, arch: Architecture, dtype: torch.dtype | Non
                     f"{folder.tensors[name].file}: {name!r} is of another type than its like in other layers; "
                     "make them one with --dtype"
                 )
-        kind = first_of_key[place.key]
+        stored_as = first_of_key[place.key]
         if kind_of(place.name) == "gate_up":  # two rectangles of one tensor need not be joined
             for half, name in enumerate(place.hf):
-                yield _chunk(place, arch, folder, (name,), half, kind)
+                yield _chunk(place, arch, folder, (name,), half, stored_as)
         else:
-            yield _chunk(place, arch, folder, place.hf, None, kind)
+            yield _chunk(place, arch, folder, place.hf, None, stored_as)
 
 
 def _chunk(
     place: Place, arch: Architecture, folder: HfFolder, names: tuple[str, ...], half: int | None, dtype: torch.dtype
 ) -> Chunk:
-    shape = _joined_shape([folder.tensors[name].shape for name in names])
+    shape = joined_shape([folder.tensors[name].shape for name in names])
     offset, total = (0,) * len(shape), shape
     if half is not None:
         offset, total = (half * shape[0], *offset[1:]), (2 * shape[0], *shape[1:])
@@ -211,10 +125,6 @@ def _chunk(
         return parts[0] if half is not None else to_whole(place.name, parts, arch)
 
     return Chunk(place.key, offset, shape, total, dtype, read)
-
-
-def _joined_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def _log_z_chunks(hf: Path) -> list[Chunk]:
@@ -270,10 +180,10 @@ def _stored_map(path: Path, needed: set[str], known: set[str]) -> dict[str, str]
 def _write_beside_weights(ckpt: Path, folder: Path, tensors: MegatronTensors, files: dict[str, list[str]]) -> None:
     """config.json with the type of the weights, tokenizer and so on, the index of several files, and log Z."""
     side = {file.name: file.read_bytes() for file in side_files(ckpt)}
-    config, kinds = json.loads(side["config.json"]), {tensors.dtype(name) for name in tensors.shapes}
-    if len(kinds) == 1:
+    config, dtypes = json.loads(side["config.json"]), {tensors.dtype(name) for name in tensors.shapes}
+    if len(dtypes) == 1:
         field = "torch_dtype" if "torch_dtype" in config else "dtype"
-        if config.get(field) != (name := str(kinds.pop()).removeprefix("torch.")):
+        if config.get(field) != (name := str(dtypes.pop()).removeprefix("torch.")):
             side["config.json"] = json.dumps({**config, field: name}, indent=2).encode()
     write_side_files(side, folder)
     if list(files) != [SINGLE]:
@@ -301,87 +211,11 @@ def _write_log_z(reader: Reader, folder: Path) -> None:
     (folder / "log_z.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
-T = TypeVar("T")
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def _share(chunks: list[Chunk]) -> list[Chunk]:
     """This rank's: a run of neighbours, so that it reads its own files, of about equal bytes on every rank."""
     total, before, mine = sum(chunk.bytes for chunk in chunks), 0, []
     for chunk in chunks:
-        if int((before + chunk.bytes / 2) * _world() / total) == _rank():
+        if int((before + chunk.bytes / 2) * world() / total) == rank():
             mine.append(chunk)
         before += chunk.bytes
     return mine
-
-
-def _check_target(out: Path, needed: int) -> None:
-    """Refuse what exists, and a disk that cannot hold it, before a byte is written."""
-    with _disk(out):
-        if out.exists() or out.is_symlink():
-            raise ConfigError(f"--out = {str(out)!r}: exists already; remove it or choose another")
-        place = out.absolute().parent
-        while not (place.exists() or place.is_symlink()):
-            place = place.parent
-        if not place.is_dir() or out.name == "..":
-            raise ConfigError(f"--out = {str(out)!r}: {place} is no folder; choose another")
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise ConfigError(f"--out = {str(out)!r}: {place} cannot be written to; choose another")
-        free = shutil.disk_usage(place).free
-        if free < needed:
-            raise ConfigError(
-                f"--out = {str(out)!r}: needs {needed / 1e9:.2f} GB, and {place} has {free / 1e9:.2f} GB left; "
-                "free some or choose another disk"
-            )
-
-
-@contextmanager
-def _written(out: Path) -> Iterator[Path]:
-    """`new_folder`; where it fails, the folders on the way to it go as well. Collective."""
-    made = [folder for folder in out.absolute().parents if not folder.exists()]
-    try:
-        with _disk(out), new_folder(out) as folder, together(), _disk(out):
-            yield folder
-    except BaseException:
-        for folder in made if _rank() == 0 else []:
-            with suppress(OSError):
-                folder.rmdir()
-        raise
-
-
-@contextmanager
-def _disk(out: Path) -> Iterator[None]:
-    """A disk that fails as one clear message."""
-    try:
-        yield
-    except CheckpointException as error:  # torch's, around what a rank met while it wrote
-        known = (ConfigError, OSError, KeyboardInterrupt, SystemExit)
-        cause = next((e for e, _ in error.failures.values() if isinstance(e, known)), error)
-        raise (_as_config_error(cause, out) if isinstance(cause, OSError) else cause) from None
-    except OSError as error:
-        raise _as_config_error(error, out) from None
-
-
-def _as_config_error(error: OSError, out: Path) -> ConfigError:
-    reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return ConfigError(f"--out = {str(out)!r}: cannot be written ({reason}); choose another place")
-
-
-@contextmanager
-def _progress(label: str, total: int, show: bool) -> Iterator[Any]:
-    """Of rank 0, where it is wanted."""
-    if not show or _rank():
-        yield lambda size: None
-        return
-    bar = ByteProgress(label if _world() == 1 else f"{label}, rank 0 of {_world()}", total)
-    try:
-        yield bar
-    finally:
-        bar.close()

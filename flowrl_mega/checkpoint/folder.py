@@ -14,6 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from flowrl_mega.config import ConfigError
+from flowrl_mega.parallel.layout import rank
 
 _STEP = re.compile(r"step_(\d+)")
 
@@ -24,7 +25,7 @@ def new_folder(final: Path) -> Iterator[Path]:
 
     Collective: rank 0 makes, renames and removes it.
     """
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    first = rank() == 0
     partial = final.with_name(f".{final.name}")
     try:
         if first:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from flowrl_mega.parallel.layout import rank, world
 
 LINE_EVERY_S = 15.0
 
@@ -38,3 +42,16 @@ class ByteProgress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+@contextmanager
+def progress(label: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """What is to hear of every byte: rank 0's display, where one is wanted."""
+    if not show or rank():
+        yield lambda size: None
+        return
+    bar = ByteProgress(label if world() == 1 else f"{label}, rank 0 of {world()}", total)
+    try:
+        yield bar
+    finally:
+        bar.close()

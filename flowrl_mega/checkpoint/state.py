@@ -21,8 +21,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
-from flowrl_mega.checkpoint.convert import MegatronTensors, megatron_to_hf, write_side_files
+from flowrl_mega.checkpoint.convert import megatron_to_hf
 from flowrl_mega.checkpoint.folder import is_megatron, new_folder, remove_old, verify_checkpoint
+from flowrl_mega.checkpoint.policy_tensors import MegatronTensors, write_side_files
 from flowrl_mega.config import ConfigError
 from flowrl_mega.model.architecture import Architecture
 from flowrl_mega.model.hf_folder import HfFolder

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from flowrl_mega.config import ConfigError
+from flowrl_mega.parallel.layout import rank
 
 
 class Chunk(NamedTuple):
@@ -54,7 +55,7 @@ def write(folder: Path, chunks: Sequence[Chunk], objects: dict[str, Any], done: 
     with _without_checksums(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.save({}, storage_writer=_Writer(folder), planner=planner, no_dist=not dist.is_initialized())
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if rank() == 0:
         save_config(CheckpointingConfig("torch_dist"), str(folder))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from flowrl_mega.checkpoint.convert import MegatronTensors, checkpoint_architecture
+from flowrl_mega.checkpoint.policy_tensors import MegatronTensors, checkpoint_architecture
 from flowrl_mega.checkpoint.state import load_megatron
 from flowrl_mega.config import Config, ConfigError, validated
 from flowrl_mega.model.architecture import check_layout, read_architecture

@@ -9,7 +9,7 @@ Three layouts of one tensor:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -116,6 +116,11 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     }
     names = [name for place in places(arch) for name in place.hf]
     return {name: sizes.get(".".join(name.split(".")[-2:]), (hidden,)) for name in names}
+
+
+def joined_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of what `to_whole` makes of tensors of these shapes."""
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def to_whole(name: str, parts: list[Tensor], arch: Architecture) -> Tensor:

@@ -43,6 +43,16 @@ class Layout:
         return together()
 
 
+def rank() -> int:
+    """This process's place in the job; 0 where there is none."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes the job has."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """A ConfigError that one rank raises inside is raised by all, so that none is left waiting. Collective."""

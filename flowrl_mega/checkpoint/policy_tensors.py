@@ -1,0 +1,107 @@
+"""The policy in a Megatron checkpoint, as Hugging Face tensors; and the files that go with a model's weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowrl_mega.checkpoint.folder import is_megatron
+from flowrl_mega.checkpoint.stream import Reader
+from flowrl_mega.config import ConfigError
+from flowrl_mega.model.architecture import Architecture, read_architecture
+from flowrl_mega.model.hf_folder import CODES, HfFolder, ToWrite, side_files
+from flowrl_mega.model.names import Place, hf_shapes, joined_shape, kind_of, places, to_named
+
+WEIGHT_MAP = "hf_weight_map.json"  # which file of the Hugging Face folder holds which tensor
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def checkpoint_architecture(ckpt: Path) -> Architecture:
+    """What the config.json in a Megatron checkpoint says; refuses a folder that is no checkpoint, or has none."""
+    fixes = {".metadata": "give a checkpoint that hf2mcore or the trainer made", "config.json": "put the model's there"}
+    for file, fix in fixes.items():
+        if not (ckpt / file).is_file():
+            raise ConfigError(f"--ckpt = {str(ckpt)!r}: holds no {file}; {fix}")
+    return read_architecture(ckpt, "--ckpt")
+
+
+class MegatronTensors:
+    """The Hugging Face tensors that a Megatron checkpoint holds, by name; refuses what its config.json does not fit."""
+
+    def __init__(self, ckpt: Path, arch: Architecture) -> None:
+        self.arch, self.reader = arch, Reader(ckpt)
+        self.shapes = hf_shapes(arch)
+        self.places = {name: place for place in places(arch) for name in place.hf}
+        if arch.tied:
+            self.places[HEAD], self.shapes[HEAD] = self.places[EMBEDDING], self.shapes[EMBEDDING]
+        self._last: tuple[Place, list[Tensor]] | None = None  # q, k and v come from one read
+        self._check()
+
+    def _check(self) -> None:
+        folder, found = self.reader.folder, self.reader.shapes
+        fix = f"{folder / 'config.json'} is of another model, put the right one there"
+        for place in dict.fromkeys(self.places.values()):
+            if place.key not in found:
+                raise ConfigError(f"{folder}: holds no tensor {place.key!r}; {fix}, or the checkpoint is no policy")
+            if (dtype := self.reader.dtypes[place.key]) not in CODES:
+                raise ConfigError(f"{folder}: {place.key!r} is of type {dtype}; save it as fp32, bf16 or fp16")
+            shape, wanted = found[place.key], self._total_shape(place)
+            if kind_of(place.name) == "vocab" and shape[1:] == wanted[1:] and shape[0] > wanted[0]:
+                continue  # padded for tensor parallelism
+            if shape != wanted:
+                raise ConfigError(f"{folder}: {place.key!r} has shape {shape} instead of {wanted}; {fix}")
+        known = {place.key for place in self.places.values()}
+        model = ("embedding.", "decoder.", "output_layer.")
+        if unexpected := sorted(key for key in found if key.startswith(model) and key not in known):
+            raise ConfigError(f"{folder}: unexpected tensor {unexpected[0]!r}; {fix}")
+
+    def _whole_shape(self, place: Place) -> tuple[int, ...]:
+        return joined_shape([self.shapes[name] for name in place.hf])
+
+    def _total_shape(self, place: Place) -> tuple[int, ...]:
+        return (*(() if place.layer is None else (self.arch.layers,)), *self._whole_shape(place))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.reader.dtypes[self.places[name].key]
+
+    def bytes(self, name: str) -> int:
+        return self.dtype(name).itemsize * torch.Size(self.shapes[name]).numel()
+
+    def to_write(self, name: str) -> ToWrite:
+        return ToWrite(name, self.dtype(name), self.shapes[name])
+
+    def read(self, name: str, done: Any = lambda size: None) -> Tensor:
+        """The tensor under its Hugging Face name."""
+        place = self.places[name]
+        if self._last is None or self._last[0] != place:
+            self._last = None  # let go of before the next is read
+            shape = self._whole_shape(place)
+            if place.layer is None:
+                whole = self.reader.read(place.key, (0,) * len(shape), shape)
+            else:
+                whole = self.reader.read(place.key, (place.layer, *(0,) * len(shape)), (1, *shape))[0]
+            self._last = (place, to_named(place.name, whole, self.arch))
+        done(self.bytes(name))
+        return self._last[1][place.hf.index(name) if name in place.hf else 0]
+
+
+def read_side_files(model: str | Path) -> dict[str, bytes]:
+    """What goes with the weights of a model folder (or of a checkpoint), by file name: read once, as it may go away."""
+    path = Path(model)
+    files = {file.name: file.read_bytes() for file in side_files(path)}
+    if (path / WEIGHT_MAP).is_file():
+        return {**files, WEIGHT_MAP: (path / WEIGHT_MAP).read_bytes()}
+    if is_megatron(path):  # that somebody else made
+        return files
+    names = HfFolder(path).weight_map
+    kept = {name: file for name, file in names.items() if not name.endswith("rotary_emb.inv_freq")}
+    return {**files, WEIGHT_MAP: json.dumps(kept, indent=1, sort_keys=True).encode()}
+
+
+def write_side_files(files: dict[str, bytes], folder: Path) -> None:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
