@@ -16,6 +16,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from flowrl_mega.config import ConfigError
@@ -72,7 +73,7 @@ def convert(options: argparse.Namespace) -> int:
     from flowrl_mega.parallel.launch import started_by_launcher
 
     if started_by_launcher():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(days=1))  # the first to be done waits for the last
     if options.command == "hf2mcore":
         dtype = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
         checkpoint.hf_to_megatron(options.hf, options.out, dtype)
@@ -91,7 +92,7 @@ def verify(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     check.check_inputs(options.hf, options.ckpt, options.tp)
     if not started_by_launcher():
-        return launch([sys.executable, __file__, *arguments], options.tp)
+        return launch([sys.executable, __file__, *arguments], options.tp, agreed=(DIFFERENT, BAD_INPUT))
     logits = check.compare_logits(options.hf, options.ckpt, options.tp)
     count, tensor = check.compare_tensors(options.hf, options.ckpt)
     same = logits.size < check.TOLERANCE and not tensor.size

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,31 +23,44 @@ _STEP = re.compile(r"step_(\d+)")
 def new_folder(final: Path) -> Iterator[Path]:
     """A folder under a temporary name beside `final`. It gets that name when the block ends, and goes when it fails.
 
-    Collective: rank 0 makes, renames and removes it.
+    Collective: rank 0 makes, renames and removes it; its OSError is every rank's.
     """
-    first = rank() == 0
-    partial = final.with_name(f".{final.name}")
+    partial = final.with_name(f".{final.name}.partial")  # a name like .git or .cache may be somebody's
     try:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
-            partial.mkdir(parents=True)
-        _wait_for_all()
+        _by_first(lambda: _make(partial))
         yield partial
-        _wait_for_all()
-        if first:
-            _flush(partial)
-            os.rename(partial, final)
-            _sync(final.parent)
-        _wait_for_all()
+        if dist.is_initialized():
+            dist.barrier()
+        _by_first(lambda: _finish(partial, final))
     except BaseException:
-        if first:
+        if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _wait_for_all() -> None:
+def _by_first(act: Callable[[], None]) -> None:
+    """Rank 0 does it while the others wait, and where it fails, all fail."""
+    fault: list[OSError | None] = [None]
+    if rank() == 0:
+        try:
+            act()
+        except OSError as error:
+            fault = [error]
     if dist.is_initialized():
-        dist.barrier()
+        dist.broadcast_object_list(fault, src=0)
+    if fault[0]:
+        raise fault[0]
+
+
+def _make(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
+    folder.mkdir(parents=True)
+
+
+def _finish(partial: Path, final: Path) -> None:
+    _flush(partial)
+    os.rename(partial, final)
+    _sync(final.parent)
 
 
 def _flush(folder: Path) -> None:

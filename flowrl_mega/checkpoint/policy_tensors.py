@@ -77,16 +77,22 @@ class MegatronTensors:
     def read(self, name: str, done: Any = lambda size: None) -> Tensor:
         """The tensor under its Hugging Face name."""
         place = self.places[name]
+        done(self.bytes(name))
+        if kind_of(place.name) == "gate_up":  # each is a rectangle of its own
+            shape = self.shapes[name]
+            return self._rectangle(place, (place.hf.index(name) * shape[0], 0), shape)
         if self._last is None or self._last[0] != place:
             self._last = None  # let go of before the next is read
             shape = self._whole_shape(place)
-            if place.layer is None:
-                whole = self.reader.read(place.key, (0,) * len(shape), shape)
-            else:
-                whole = self.reader.read(place.key, (place.layer, *(0,) * len(shape)), (1, *shape))[0]
+            whole = self._rectangle(place, (0,) * len(shape), shape)
             self._last = (place, to_named(place.name, whole, self.arch))
-        done(self.bytes(name))
         return self._last[1][place.hf.index(name) if name in place.hf else 0]
+
+    def _rectangle(self, place: Place, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """Of the whole tensor at `place`."""
+        if place.layer is None:
+            return self.reader.read(place.key, offset, shape)
+        return self.reader.read(place.key, (place.layer, *offset), (1, *shape))[0]
 
 
 def read_side_files(model: str | Path) -> dict[str, bytes]:

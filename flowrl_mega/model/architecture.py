@@ -51,8 +51,8 @@ def read_architecture(path: str | Path, setting: str = "model.path") -> Architec
     if not file.is_file():
         raise ConfigError(f"{setting} = {str(path)!r}: holds no config.json; give a Hugging Face model folder")
     try:
-        model_type = json.loads(file.read_text()).get("model_type")
-    except ValueError as error:
+        model_type = dict(json.loads(file.read_text())).get("model_type")
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"{file}: not valid JSON ({error}); get the model folder again") from None
     if model_type not in SUPPORTED:
         raise ConfigError(f"{file}: model_type = {model_type!r} is not supported; one of {', '.join(SUPPORTED)} is")

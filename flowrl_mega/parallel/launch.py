@@ -68,13 +68,19 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(command: Sequence[str], world: int, timeout_s: float | None = None, grace_s: float = 30.0) -> int:
+def launch(
+    command: Sequence[str],
+    world: int,
+    timeout_s: float | None = None,
+    grace_s: float = 30.0,
+    agreed: Sequence[int] = AGREED,
+) -> int:
     """Run `command` once a rank; the exit code is the first failing rank's, 0 when all succeed.
 
     A rank that a signal ended counts as 128 + its number, as in a shell. When one fails, the others get a second to
-    say what they saw of it and are killed (`grace_s` where they are about to end by themselves). SIGTERM and SIGINT
-    are passed on to all ranks. Past `timeout_s` all are killed and the code is 124. Each rank writes to this process's
-    own output. Should this process be killed, the kernel ends its ranks.
+    say what they saw of it and are killed (`grace_s` where they are about to end by themselves: the codes `agreed`).
+    SIGTERM and SIGINT are passed on to all ranks. Past `timeout_s` all are killed and the code is 124. Each rank writes
+    to this process's own output. Should this process be killed, the kernel ends its ranks.
     """
     ranks: Ranks = []
 
@@ -89,8 +95,8 @@ def launch(command: Sequence[str], world: int, timeout_s: float | None = None, g
         for rank in range(world):
             environment = rank_environment(rank, world, port)
             ranks.append(subprocess.Popen(list(command), env=environment, preexec_fn=_end_with_parent))
-        code = _wait(ranks, timeout_s)
-        _end(ranks, grace_s if code in AGREED else 1.0)
+        code = _wait(ranks, timeout_s, agreed)
+        _end(ranks, grace_s if code in agreed else 1.0)
         return code
     finally:
         _end(ranks, grace_s=0)
@@ -98,7 +104,7 @@ def launch(command: Sequence[str], world: int, timeout_s: float | None = None, g
             signal.signal(number, handler)
 
 
-def _wait(ranks: Ranks, timeout_s: float | None) -> int:
+def _wait(ranks: Ranks, timeout_s: float | None, agreed: Sequence[int]) -> int:
     """Until all ranks have succeeded (0), one has failed (its exit code), or the time is over (124)."""
     deadline = time.monotonic() + timeout_s if timeout_s else float("inf")
     while True:
@@ -106,7 +112,7 @@ def _wait(ranks: Ranks, timeout_s: float | None) -> int:
         for rank, code in enumerate(codes):
             if code:
                 code = code if code > 0 else 128 - code
-                if code not in (*AGREED, INTERRUPTED):
+                if code not in (*agreed, INTERRUPTED):
                     print(f"rank {rank} failed with exit code {code}; ending the other ranks", file=sys.stderr)
                 return code
         if None not in codes:
