@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from flowrl_mega.checkpoint import stream
+from flowrl_mega.checkpoint.folder import sync
 from flowrl_mega.checkpoint.output import check_target, written
 from flowrl_mega.checkpoint.policy_tensors import (
     HEAD,
@@ -69,9 +71,14 @@ def megatron_to_hf(ckpt: Path, out: Path, show: bool = True) -> None:
     mine = dict(sorted(files.items())[rank() :: world()])
     total = sum(tensors.bytes(name) for names in mine.values() for name in names)
     with progress("mcore2hf", total, show) as done, written(out) as folder:
-        for file, names in mine.items():
-            described = [tensors.to_write(name) for name in names]
-            write_safetensors(folder / file, described, partial(tensors.read, done=done))
+        with ThreadPoolExecutor(1) as disk:  # waits for a file to be on it while the next one is written
+            waiting = []
+            for file, names in mine.items():
+                described = [tensors.to_write(name) for name in names]
+                write_safetensors(folder / file, described, partial(tensors.read, done=done))
+                waiting.append(disk.submit(sync, folder / file))
+            for finished in waiting:
+                finished.result()
         if rank() == 0:
             _write_beside_weights(ckpt, folder, tensors, files)
 

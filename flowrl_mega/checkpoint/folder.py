@@ -60,16 +60,17 @@ def _make(folder: Path) -> None:
 def _finish(partial: Path, final: Path) -> None:
     _flush(partial)
     os.rename(partial, final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _flush(folder: Path) -> None:
     """Bytes on disk before the name says that they are."""
     for path in (*folder.rglob("*"), folder):
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when this file's bytes, or this folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

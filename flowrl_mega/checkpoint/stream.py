@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from flowrl_mega.config import ConfigError
+from flowrl_mega.model.hf_folder import write_in_pieces
 from flowrl_mega.parallel.layout import rank
 
 
@@ -123,9 +124,21 @@ class _Writer(dcp.FileSystemWriter):
         return future
 
 
+class _InPieces(io.RawIOBase):
+    """The file that torch.save sees."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+
+    def write(self, data: Any) -> int:
+        write_in_pieces(self.file, memoryview(data))
+        return len(data)
+
+
 def _save(data: Tensor, file: BinaryIO) -> None:
+    pieces: Any = _InPieces(file)
     try:
-        torch.save(data, file)
+        torch.save(data, pieces)
     except RuntimeError as error:  # its archive is not whole, says torch, and hides why: a full disk, or a signal
         raise (error.__context__ or error) from None
 
