@@ -107,22 +107,28 @@ def peak_extra_bytes(work: Callable[[Case], Any], case: Case) -> int:
     """
     work(case.fresh())
     inputs = case.fresh()
-    gc.collect()
     if case.target.is_cuda:
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         kept = work(inputs)  # noqa: F841
         return torch.cuda.max_memory_allocated() - before
+    return resident_growth(lambda: work(inputs))
+
+
+def resident_growth(work: Callable[[], Any]) -> int:
+    """The most by which this process's resident set grows during one call (what it returns is counted)."""
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak resident set starts again at the present one
-    before = _status_bytes("VmRSS")
-    kept = work(inputs)  # noqa: F841
-    return max(0, _status_bytes("VmHWM") - before)
+    before = status_bytes("VmRSS")
+    kept = work()  # noqa: F841
+    return max(0, status_bytes("VmHWM") - before)
 
 
-def _status_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+def status_bytes(field: str, process: int | str = "self") -> int:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
