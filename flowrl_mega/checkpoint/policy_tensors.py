@@ -17,6 +17,7 @@ from flowrl_mega.model.hf_folder import CODES, HfFolder, ToWrite, side_files
 from flowrl_mega.model.names import Place, hf_shapes, joined_shape, kind_of, places, to_named
 
 WEIGHT_MAP = "hf_weight_map.json"  # which file of the Hugging Face folder holds which tensor
+MOST_PADDING = 128 * 64  # rows of the vocabulary: Megatron fills it up to a multiple of 128 tp
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -50,9 +51,8 @@ class MegatronTensors:
             if (dtype := self.reader.dtypes[place.key]) not in CODES:
                 raise ConfigError(f"{folder}: {place.key!r} is of type {dtype}; save it as fp32, bf16 or fp16")
             shape, wanted = found[place.key], self._total_shape(place)
-            if kind_of(place.name) == "vocab" and shape[1:] == wanted[1:] and shape[0] > wanted[0]:
-                continue  # padded for tensor parallelism
-            if shape != wanted:
+            padded = kind_of(place.name) == "vocab" and 0 < shape[0] - wanted[0] < MOST_PADDING
+            if shape != wanted and not (padded and shape[1:] == wanted[1:]):
                 raise ConfigError(f"{folder}: {place.key!r} has shape {shape} instead of {wanted}; {fix}")
         known = {place.key for place in self.places.values()}
         model = ("embedding.", "decoder.", "output_layer.")

@@ -1,4 +1,4 @@
-"""A tiny model with a tokenizer for the built-in task, and one whole run that many tests look at."""
+"""A tiny model with a tokenizer, one whole run, and one conversion, that many tests look at."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for crashes
+sys.path.insert(0, str(Path(__file__).parent))  # for crashes and convert_jobs
 
+from convert_jobs import Example  # noqa: E402
 from jobs import Job, write_config  # noqa: E402
 from tiny_models import make  # noqa: E402
 
@@ -32,3 +33,16 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No launcher's environment, also where the tests themselves run under one."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Example:
+    """A model and the checkpoint made of it. Not to be changed."""
+    return Example(tmp_path_factory.mktemp("example"))
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """Where nothing may be left of what fails; logs lie elsewhere."""
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"

@@ -116,7 +116,7 @@ def stored(key: str, new: Callable[[Tensor], Tensor]) -> Change:
 
 
 def rows(count: int) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: torch.cat([tensor, tensor])[:count]
+    return lambda tensor: tensor.repeat(-(-count // len(tensor)), 1)[:count]
 
 
 def tied_to(new: Callable[[Tensor], Tensor]) -> Change:
@@ -202,6 +202,7 @@ MEGATRON: dict[str, tuple[str, Change, list[str]]] = {
     "fewer layers": ("tied ckpt", config(num_hidden_layers=1), ["(2, 32) instead of (1, 32)", "config.json"]),
     "other size": ("tied ckpt", config(hidden_size=64), [STORED, "(101, 32) instead of (101, 64)", "config.json"]),
     "more rows": ("tied ckpt", config(vocab_size=102), [STORED, "(101, 32) instead of (102, 32)", "config.json"]),
+    "far fewer rows": ("tied ckpt", stored(STORED, rows(101 + 8192)), [STORED, "(8293, 32) instead of (101, 32)"]),
     "no head": ("tied ckpt", config(tie_word_embeddings=False), ["no tensor 'output_layer.weight'", "config.json"]),
     "a head": ("files ckpt", config(tie_word_embeddings=True), ["unexpected tensor 'output_layer", "config.json"]),
     "quantized": ("tied ckpt", stored(STORED, Tensor.char), [STORED, "type torch.int8", "fp32, bf16 or fp16"]),
@@ -225,11 +226,14 @@ def test_refused(command: str, case: str, copied: Callable[[str], Path], tmp_pat
     assert all(part in message for part in parts), message
 
 
-def test_padded_rows_are_cut_off(copied: Callable[[str], Path], folders: dict[str, Path], tmp_path: Path) -> None:
-    """Megatron stores the vocabulary as long as tensor parallelism made it: here 104 rows for 101 tokens."""
+@pytest.mark.parametrize("stored_rows", [104, 101 + 8191])
+def test_padded_rows_are_cut_off(
+    stored_rows: int, copied: Callable[[str], Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Megatron stores the vocabulary as long as tensor parallelism made it: a multiple of 128 tp rows at most."""
     folder = copied("tied ckpt")
-    stored(STORED, rows(104))(folder)
-    assert stream.Reader(folder).shapes[STORED] == (104, 32)
+    stored(STORED, rows(stored_rows))(folder)
+    assert stream.Reader(folder).shapes[STORED] == (stored_rows, 32)
     assert tool().main(["mcore2hf", "--ckpt", str(folder), "--out", str(tmp_path / "out")]) == 0
     found, wanted = load_file(tmp_path / "out" / SINGLE), load_file(folders["tied"] / SINGLE)
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -33,18 +33,6 @@ Patch = pytest.MonkeyPatch
 both = pytest.mark.parametrize("command", COMMANDS)
 
 
-@pytest.fixture(scope="module")
-def example(tmp_path_factory: pytest.TempPathFactory) -> Example:
-    return Example(tmp_path_factory.mktemp("example"))
-
-
-@pytest.fixture
-def work(tmp_path: Path) -> Path:
-    """Where nothing may be left of what fails; logs lie elsewhere."""
-    (tmp_path / "work").mkdir()
-    return tmp_path / "work"
-
-
 @both
 def test_ranks_share_the_work(command: str, example: Example, work: Path, tmp_path: Path) -> None:
     """Each file of weights is written by one of them, both write some, and the tensors are those of a single one."""

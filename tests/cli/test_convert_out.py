@@ -23,18 +23,6 @@ Patch = pytest.MonkeyPatch
 pytestmark = pytest.mark.parametrize("command", COMMANDS)
 
 
-@pytest.fixture(scope="module")
-def example(tmp_path_factory: pytest.TempPathFactory) -> Example:
-    return Example(tmp_path_factory.mktemp("example"))
-
-
-@pytest.fixture
-def work(tmp_path: Path) -> Path:
-    """Where nothing may be left; logs lie elsewhere."""
-    (tmp_path / "work").mkdir()
-    return tmp_path / "work"
-
-
 # what is there already, where to, what the message must contain
 OUT: dict[str, tuple[Callable[[], Any], str, list[str]]] = {
     "a folder": (lambda: Path("out").mkdir(), "out", ["--out = 'out': exists already", "remove it or choose another"]),
