@@ -78,7 +78,7 @@ def sync(path: Path) -> None:
 
 def is_megatron(path: str | Path) -> bool:
     """Whether `path` is a Megatron checkpoint rather than a Hugging Face folder."""
-    return (Path(path) / "metadata.json").is_file()
+    return (Path(path) / ".metadata").is_file()
 
 
 def step_of(path: Path) -> int:
