@@ -28,7 +28,7 @@ from flowrl_mega.model.policy import Policy, build_reference
 from flowrl_mega.monitor import Monitor
 from flowrl_mega.monitor.step_metrics import cost_metrics, merge_updates, reduce_reports
 from flowrl_mega.objectives.common import Sequences
-from flowrl_mega.parallel.layout import Layout
+from flowrl_mega.parallel.layout import Layout, together
 from flowrl_mega.parallel.optimizer import Optimizer, wrap
 from flowrl_mega.parallel.packing import PackedBatch, Sequence, plan
 from flowrl_mega.parallel.schedule import forward_backward
@@ -214,7 +214,7 @@ class Trainer:
     def _monitor(self) -> Monitor | None:
         """Rank 0's; the others log nothing."""
         config, m, monitor = self.config, self.config.monitor, None
-        with self.layout.together():
+        with together():
             if self.layout.rank == 0:
                 run_dir = Path(config.run_dir)
                 remove_unfinished(run_dir)

@@ -30,7 +30,7 @@ from flowrl_mega.model.hf_folder import HfFolder
 from flowrl_mega.model.partition import Kind
 from flowrl_mega.model.policy import Policy
 from flowrl_mega.model.weights import load_hf
-from flowrl_mega.parallel.layout import Layout
+from flowrl_mega.parallel.layout import Layout, together
 from flowrl_mega.parallel.optimizer import Optimizer
 
 # Its successor needs another package (nvidia-resiliency-ext) and says so at each save.
@@ -90,7 +90,7 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer) -> dict[st
     Random states are restored where the number of ranks is the same; nothing in a step draws from them unless a
     reward function does.
     """
-    with policy.layout.together():  # each rank reads a share of the files
+    with together():  # each rank reads a share of the files
         verify_checkpoint(path, policy.layout.rank, policy.layout.world)
     world = _check_fits(path, policy.arch, policy.log_z_kind)["trainer"]["world"]
     state = _state(policy, optimizer, is_loading=True)

@@ -21,7 +21,7 @@ from flowrl_mega.model.layers import PackedRows
 from flowrl_mega.model.names import hf_shapes
 from flowrl_mega.model.policy import Policy
 from flowrl_mega.parallel import layout as layouts
-from flowrl_mega.parallel.packing import Sequence, pack
+from flowrl_mega.parallel.packing import PackedBatch, Sequence, pack
 
 TOLERANCE = 1e-5  # of the largest logit: fp32 rounding through 30 layers is a tenth of it, one weight off by 1e-2 more
 LENGTHS = (1, 7, 32, 128)  # tokens of the fixed prompts
@@ -101,24 +101,27 @@ def prompts(vocab: int) -> list[Sequence]:
 
 
 def _our_logits(ckpt: Path, config: Config, layout: layouts.Layout) -> list[Tensor]:
-    """[rows, V] of each prompt on the CPU, gathered over the vocabulary's shards."""
     arch = read_architecture(ckpt, "--ckpt")
     policy = Policy(arch, config, layout, log_z=None)
     load_megatron(policy, ckpt)
     policy.eval()
-    batch = pack(prompts(arch.vocab), device=layout.device)
-    with torch.no_grad():
-        mine = policy.gpt(
-            input_ids=batch.tokens[None],
-            position_ids=batch.position_ids[None],
-            attention_mask=None,
-            packed_seq_params=PackedRows.of(batch),
-        )[0].contiguous()
-    shards = [torch.empty_like(mine) for _ in range(layout.tp)]
-    dist.all_gather(shards, mine, group=layout.tp_group)
-    logits = torch.cat([shard.cpu() for shard in shards], -1)[:, : arch.vocab]
-    of_prompt = dict(zip(batch.index.tolist(), logits.split(batch.cu_seqlens.diff().tolist()), strict=True))
-    return [of_prompt[i] for i in range(len(LENGTHS))]
+    return whole_logits(policy, pack(prompts(arch.vocab), device=layout.device))
+
+
+@torch.no_grad()
+def whole_logits(policy: Policy, batch: PackedBatch) -> list[Tensor]:
+    """[rows, V] of each sequence by its index, on the CPU, gathered over the vocabulary's shards. Collective."""
+    mine = policy.gpt(
+        input_ids=batch.tokens[None],
+        position_ids=batch.position_ids[None],
+        attention_mask=None,
+        packed_seq_params=PackedRows.of(batch),
+    )[0].contiguous()
+    shards = [torch.empty_like(mine) for _ in range(policy.layout.tp)]
+    dist.all_gather(shards, mine, group=policy.layout.tp_group)
+    logits = torch.cat([shard.cpu() for shard in shards], -1)[:, : policy.arch.vocab]
+    by_sequence = logits.split(batch.cu_seqlens.diff().tolist())[: batch.size]  # the rest is tail padding
+    return [by_sequence[i].clone() for i in batch.index.argsort().tolist()]
 
 
 def _their_logits(hf: Path, ckpt: Path) -> list[Tensor]:

@@ -39,9 +39,6 @@ class Layout:
         dist.all_gather_object(items, item)
         return items
 
-    def together(self) -> contextlib.AbstractContextManager[None]:
-        return together()
-
 
 def rank() -> int:
     """This process's place in the job; 0 where there is none."""

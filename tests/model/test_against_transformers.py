@@ -7,10 +7,9 @@ from typing import Any
 import on_ranks
 import pytest
 import torch
-import torch.distributed as dist
 from tiny_models import KINDS, in_float64, random_sequences, response_logits
 
-from flowrl_mega.model.layers import PackedRows
+from flowrl_mega.checkpoint.verify import whole_logits
 
 TOLERANCE = 2e-6  # of the largest logit
 LENGTHS = [(3, 5), (1, 1), (10, 20), (4, 9), (8, 7), (40, 60)]
@@ -20,19 +19,7 @@ LAYOUTS = {"tp1": {}, "tp2": {"tp": 2}, "tp2+sp": {"tp": 2, "sequence_parallel":
 def logits_of_rows(path, sequences, **sections: Any) -> list[torch.Tensor]:
     """[rows, V] of every sequence, gathered over the vocabulary's shards."""
     policy = on_ranks.build(path, **sections)
-    batch = on_ranks.packed(policy, sequences)
-    with torch.no_grad():
-        mine = policy.gpt(
-            input_ids=batch.tokens[None],
-            position_ids=batch.position_ids[None],
-            attention_mask=None,
-            packed_seq_params=PackedRows.of(batch),
-        )[0].contiguous()
-    shards = [torch.empty_like(mine) for _ in range(policy.layout.tp)]
-    dist.all_gather(shards, mine, group=policy.layout.tp_group)
-    logits = torch.cat(shards, -1)[:, : policy.arch.vocab]
-    by_sequence = dict(zip(batch.index.tolist(), logits.split(batch.cu_seqlens.diff().tolist()), strict=False))
-    return [by_sequence[i].clone() for i in range(len(sequences))]
+    return whole_logits(policy, on_ranks.packed(policy, sequences))
 
 
 @pytest.fixture(scope="module")
