@@ -14,7 +14,8 @@ def reduce_reports(reports: Sequence[Mapping[str, Tensor]], group: dist.ProcessG
     """Means over all sequences of an update, the same on every rank of the data-parallel group.
 
     A report holds, for one micro-batch, a vector a metric and its number of sequences under "count"; each metric is
-    summed and divided by the number of sequences ("max_..." metrics: their maximum).
+    summed and divided by the number of sequences ("max_..." metrics: their maximum). "is_weight" and "is_weight_sq",
+    each sequence's importance weight and its square, become "effective_sample_size".
     """
     names = sorted(reports[0])
     sums = torch.stack([torch.cat([r[name] for r in reports]).double().sum() for name in names])
@@ -24,7 +25,20 @@ def reduce_reports(reports: Sequence[Mapping[str, Tensor]], group: dist.ProcessG
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     count = float(sums[names.index("count")])
     pairs = zip(names, sums.tolist(), largest.tolist(), strict=True)
-    return {n: top if n.startswith("max_") else total / count for n, total, top in pairs if n != "count"}
+    metrics = {n: top if n.startswith("max_") else total / count for n, total, top in pairs if n != "count"}
+    if "is_weight" in metrics:
+        mean, mean_square = metrics.pop("is_weight"), metrics.pop("is_weight_sq")
+        metrics["effective_sample_size"] = effective_sample_size(mean, mean_square)
+    return metrics
+
+
+def effective_sample_size(mean: float, mean_square: float) -> float:
+    """Of sequences with importance weights of this mean and mean square, the share, in (0, 1], that equal weights would
+    need for estimates as certain: 1 where all weigh the same, 1/n where one of n outweighs the others. (Kish, 1965.)
+
+    It needs the sums over all sequences: the mean of the micro-batches' own sizes is nearer to 1.
+    """
+    return mean * mean / mean_square
 
 
 def merge_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from flowrl_mega.config import Settings
@@ -19,14 +20,15 @@ from flowrl_mega.config import Settings
 LogZ = Literal["mlp", "zero", "constant"]
 
 STD_EPS = 1e-6  # added to a group's standard deviation, as the authors' code does
+LARGEST_LOG_WEIGHT = 300.0  # of a trajectory: the sum over a step of e^(2 * 300) is still a float64
 
 
 @dataclass(frozen=True)
 class Sequences:
     """One micro-batch of B responses, packed: T response tokens in all, prompts left out.
 
-    All log-probs are of the rollout distribution, log_softmax(logits / temperature), and scored by the trainer:
-    `old_logp` never comes from the rollout engine.
+    All log-probs are of the rollout distribution, log_softmax(logits / temperature), and scored by the trainer, but
+    for `rollout_logp`: the engine that sampled the tokens may hold rounded weights, or those of an earlier step.
     """
 
     logp: Tensor  # [T] log pi_theta(y_t), with gradient
@@ -35,6 +37,7 @@ class Sequences:
     log_z: Tensor | None  # [B] log Z_phi(x), with gradient; None when there is no partition function or log Z = 0
     cu_seqlens: Tensor  # [B + 1] int64, starts at 0 and ends at T
     credit: Tensor  # [B] what `Objective.credit` gave these responses
+    rollout_logp: Tensor | None = None  # [T] log-probs of the sampled tokens that the engine reported
 
     def __post_init__(self) -> None:
         tokens, batch = self.logp.shape, self.credit.shape
@@ -42,6 +45,7 @@ class Sequences:
         assert self.old_logp.shape == tokens, f"old_logp {tuple(self.old_logp.shape)} is not [T] {tuple(tokens)}"
         assert self.ref_logp is None or self.ref_logp.shape == tokens, "ref_logp is not [T]"
         assert self.log_z is None or self.log_z.shape == batch, "log_z is not [B]"
+        assert self.rollout_logp is None or self.rollout_logp.shape == tokens, "rollout_logp is not [T]"
         assert self.cu_seqlens.shape == (batch[0] + 1,), "cu_seqlens is not [B + 1]"
         ends = self.cu_seqlens.tolist()
         assert ends[0] == 0 and ends[-1] == tokens[0], f"cu_seqlens spans {ends[0]}..{ends[-1]}, not 0..{tokens[0]}"
@@ -61,6 +65,13 @@ class Sequences:
         """Per-sequence token means, [T] -> [B] float64."""
         return self.sum(values) / self.length
 
+    def max(self, values: Tensor) -> Tensor:
+        """Per-sequence maxima, [T] -> [B] float64."""
+        row_of_token = self.per_token(torch.arange(len(self.credit), device=values.device))
+        return values.new_zeros(len(self.credit), dtype=torch.float64).scatter_reduce(
+            0, row_of_token, values.double(), "amax", include_self=False
+        )
+
     def per_token(self, values: Tensor) -> Tensor:
         """Each sequence's value at each of its tokens, [B] -> [T]."""
         return values.repeat_interleave(self.length, output_size=self.logp.numel())
@@ -68,6 +79,12 @@ class Sequences:
     def log_ratio(self) -> Tensor:
         """d_t = log pi_theta(y_t) - log pi_old(y_t), [T] float64, with gradient."""
         return self.logp.double() - self.old_logp.double()
+
+    def mismatch(self) -> Tensor:
+        """log pi_old(y_t) - log pi_rollout(y_t), [T] float64, without gradient: what the trainer gives the tokens more
+        than the engine that sampled them."""
+        assert self.rollout_logp is not None, "the engine's log-probs (rollout_logp) are missing"
+        return self.old_logp.detach().double() - self.rollout_logp.detach().double()
 
 
 @dataclass(frozen=True)
@@ -83,6 +100,11 @@ class Objective(Settings):
     """Base of all objectives: settings, plus two pure functions. No Megatron and no torch.distributed in here."""
 
     name: str
+    # An objective whose loss has no tokens narrows this to the first three.
+    tis: Literal["none", "sum", "mean", "token"] = Field(
+        "none", description="weight pi_old / pi_rollout: of the answer, of its mean token, or each token's own"
+    )
+    tis_cap: float = Field(2.0, gt=0, description="the most that the weight of tis can be")
 
     @property
     @abstractmethod
@@ -102,7 +124,53 @@ class Objective(Settings):
 
     @abstractmethod
     def loss(self, s: Sequences) -> LossOutput:
-        """The loss of one micro-batch, summed over its sequences."""
+        """The loss of one micro-batch, summed over its sequences. Its metrics include `mismatch_metrics`."""
+
+    def tis_weight(self, s: Sequences) -> tuple[Tensor, dict[str, Tensor]]:
+        """Truncated importance sampling: min(pi_old / pi_rollout, tis_cap), float64 without gradient, and its metrics.
+
+        Source: "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025. The weight is [B] with
+        the ratio exp(sum or mean over the answer's tokens of log pi_old - log pi_rollout), [T] for "token", and 1 for
+        "none". Metrics, [B] each: the weight and where the cap was used (of "token" means over the tokens).
+        """
+        if self.tis == "none":
+            return torch.ones_like(s.credit, dtype=torch.float64), {}
+        mismatch = s.mismatch()
+        by_token = self.tis == "token"
+        ratio = (mismatch if by_token else s.sum(mismatch) if self.tis == "sum" else s.mean(mismatch)).exp()
+        weight, clipped = ratio.clamp(max=self.tis_cap), (ratio > self.tis_cap).double()
+        if by_token:
+            return weight, {"tis_weight": s.mean(weight), "tis_clipped": s.mean(clipped)}
+        return weight, {"tis_weight": weight, "tis_clipped": clipped}
+
+
+def mismatch_metrics(s: Sequences) -> dict[str, Tensor]:
+    """How far the engine's log-probs are from the trainer's, [B] float64 each; nothing where none were given.
+
+    mismatch_abs_logp: |old - rollout| in nats, the token mean of each answer (so the step logs a mean over answers, in
+    which a short one counts as much as a long one).  max_mismatch: its largest token.  mismatch_kl: KL(engine ||
+    trainer) a token, estimated (k3).  is_weight, is_weight_sq: pi_old(y|x) / pi_rollout(y|x) and its square, not
+    truncated; the monitor makes `effective_sample_size` of them.
+    """
+    if s.rollout_logp is None:
+        return {}
+    mismatch = s.mismatch()
+    log_weight = s.sum(mismatch).clamp(-LARGEST_LOG_WEIGHT, LARGEST_LOG_WEIGHT)
+    return {
+        "mismatch_abs_logp": s.mean(mismatch.abs()),
+        "max_mismatch": s.max(mismatch.abs()),
+        "mismatch_kl": s.mean(k3(mismatch)),
+        "is_weight": log_weight.exp(),
+        "is_weight_sq": (2 * log_weight).exp(),
+    }
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """KL(p || q) per token [T] from log q - log p [T]: >= 0, unbiased for tokens drawn from p.
+
+    Source: "DeepSeekMath", arXiv 2402.03300, Eq. 4.
+    """
+    return torch.expm1(log_ratio) - log_ratio
 
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flowrl_mega.objectives.common import LogZ, LossOutput, Objective, Sequences, group_normalise
+from flowrl_mega.objectives.common import LogZ, LossOutput, Objective, Sequences, group_normalise, mismatch_metrics
 
 Weight = Literal["paper", "max10", "none"]
 
@@ -79,6 +79,10 @@ class FlowRL(Objective):
     # The paper gives no eps; 0.2 is the clip_ratio of the released scripts.
     eps: float = Field(0.2, ge=0, lt=1, description="clip of the weight 'paper'")
     length_norm: bool = Field(True, description="token means in the residual; false: sums over the response")
+    # w is the weight of a whole answer, and so is what multiplies it: L = mean of tis w delta^2.
+    tis: Literal["none", "sum", "mean"] = Field(
+        "none", description="weight pi_old / pi_rollout of the answer, or of its mean token"
+    )
     reward_norm: Literal["group", "none"] = Field("group", description="credit: r_hat of the group, or the raw reward")
 
     @property
@@ -110,6 +114,7 @@ class FlowRL(Objective):
             eps=self.eps,
             length_norm=self.length_norm,
         )
+        tis_weight, tis_metrics = self.tis_weight(s)
         metrics = {
             "residual": terms.delta,
             "delta_sq": terms.delta.square(),
@@ -119,5 +124,12 @@ class FlowRL(Objective):
             "mean_logp": sum_logp / s.length,
             "mean_logratio": (sum_logp - sum_ref_logp) / s.length,
             "max_abs_sum_d": sum_d.abs(),
+            **tis_metrics,
+            **mismatch_metrics(s),
         }
-        return LossOutput(terms.loss.sum(), len(s.credit), {k: v.detach() for k, v in metrics.items()})
+        if s.rollout_logp is not None:
+            # delta with the engine's log-probs is delta - shift: what its drift alone does to the squared residual.
+            shift = s.sum(s.mismatch()) / (s.length if self.length_norm else 1)
+            metrics["mismatch_delta_sq"] = shift * (shift - 2 * terms.delta)
+        loss = tis_weight * terms.loss
+        return LossOutput(loss.sum(), len(s.credit), {k: v.detach() for k, v in metrics.items()})

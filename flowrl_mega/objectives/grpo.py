@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flowrl_mega.objectives.common import LossOutput, Objective, Sequences, group_normalise
+from flowrl_mega.objectives.common import LossOutput, Objective, Sequences, group_normalise, k3, mismatch_metrics
 
 
 class SurrogateTerms(NamedTuple):
@@ -32,12 +32,6 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip_eps: float, cli
     free = ratio * advantage
     bound = ratio.clamp(1 - clip_eps, 1 + clip_eps_high) * advantage
     return SurrogateTerms(-torch.minimum(free, bound), ratio, (bound < free).to(ratio.dtype))
-
-
-def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """KL(pi_theta || pi_ref) per token [T], >= 0, unbiased for tokens drawn from pi_theta (Eq. 4)."""
-    log_ratio = ref_logp - logp
-    return torch.expm1(log_ratio) - log_ratio
 
 
 class GRPO(Objective):
@@ -67,17 +61,21 @@ class GRPO(Objective):
         high = self.clip_eps if self.clip_eps_high is None else self.clip_eps_high
         log_ratio = s.log_ratio()
         terms = clipped_surrogate(log_ratio, s.per_token(advantage), self.clip_eps, high)
-        loss = s.mean(terms.loss)
+        # tis weighs the surrogate alone: the KL term stays the pull to the reference that kl_coef names.
+        tis_weight, tis_metrics = self.tis_weight(s)
+        loss = s.mean(terms.loss * (tis_weight if self.tis == "token" else s.per_token(tis_weight)))
         metrics = {
             "advantage": advantage,
             "ratio": s.mean(terms.ratio),
             "clip_fraction": s.mean(terms.clipped),
             "mean_logp": s.mean(s.logp),
             "max_abs_sum_d": s.sum(log_ratio).abs(),
+            **tis_metrics,
+            **mismatch_metrics(s),
         }
         if self.kl_coef > 0:
             assert s.ref_logp is not None, "GRPO with kl_coef > 0 needs the reference's log-probs"
-            kl = s.mean(k3(s.logp.double(), s.ref_logp.double()))
+            kl = s.mean(k3(s.ref_logp.double() - s.logp.double()))
             loss = loss + self.kl_coef * kl
             metrics["kl"] = kl
         return LossOutput(loss.sum(), len(advantage), {k: v.detach() for k, v in metrics.items()})
