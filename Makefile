@@ -19,7 +19,7 @@ echo 'setup: no Python 3.11 or 3.12 found (tried: $(CANDIDATES)).' >&2; \
 echo 'Install one, or name it: make setup PYTHON=/path/to/python3.12' >&2; exit 1
 endef
 
-.PHONY: help setup setup-example build build-cuda-check quickstart compare example-smollm2 test test-integration
+.PHONY: help setup setup-example setup-sglang build build-cuda-check quickstart compare example-smollm2 test test-integration
 .PHONY: verify-exact lint format
 
 help:  ## this list
@@ -33,6 +33,9 @@ setup:  ## .venv with the pinned dependencies and flowrl-mega; does nothing when
 setup-example: EXTRA := --extra example
 setup-example:
 	$(SETUP)
+
+setup-sglang: setup  ## SGLang in an environment of its own, .venv-sglang, kept in a cache outside the clone
+	@$(PY) tools/setup_sglang.py
 
 build: setup  ## csrc compiled ahead of first use, for the CPU and, where torch and nvcc have it, for CUDA
 	@$(PY) -m flowrl_mega.ops
@@ -52,7 +55,7 @@ example-smollm2: setup-example  ## train a real pretrained model, SmolLM2-135M-I
 test: setup  ## every fast test
 	@$(PYTEST) tests --ignore tests/integration -m "not integration and not exact" $(if $(DATA),--data $(DATA)) $(ARGS)
 
-test-integration: setup-example  ## tests with a real model
+test-integration: setup-example setup-sglang  ## tests with a real model and a real SGLang server
 	@$(PYTEST) tests/integration tests/data/test_reasoning_gym.py $(ARGS)
 
 verify-exact: setup  ## the trainer against exact answers on a space small enough to enumerate

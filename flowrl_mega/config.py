@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -15,6 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 class ConfigError(ValueError):
     """The input or the settings are wrong; the command line shows the message and exits with 2."""
+
+
+class RunError(RuntimeError):
+    """A run cannot go on, and the reason is not in the code; the command line shows the message and exits with 70."""
 
 
 class Settings(BaseModel):
@@ -54,8 +59,30 @@ class DataSettings(Settings):
     max_prompt_tokens: int = Field(1024, ge=1)
 
 
+class SyncSettings(Settings):
+    transfer: Literal["disk", "tensor", "distributed"] | None = Field(
+        None, description="weights to the servers; null: tensor (same host) where colocated, else distributed"
+    )
+    bucket_mb: int = Field(256, ge=1, description="weights gathered and sent at a time")
+    dtype: Literal["bf16", "fp8"] | None = Field(None, description="sent as; null: as they are")
+    checksum_every: int = Field(
+        10, ge=0, description="what servers hold is compared at the first and every N-th sync; 0: never"
+    )
+    pause: Literal["retract", "in_place", "wait"] = Field(
+        "retract",
+        description="answers under way: go on with keys and values made anew, with the old ones, or are waited for",
+    )
+    folder: str | None = Field(None, description="transfer disk: where all servers can read; null: run_dir/weights")
+    timeout_s: float = Field(600.0, gt=0, description="for one sync")
+
+
+class MismatchSettings(Settings):
+    budget: float | None = Field(None, gt=0, description="mean |engine - trainer| log-prob a token, nats; null: none")
+    action: Literal["warn", "stop"] = Field("warn", description="beyond the budget")
+
+
 class RolloutSettings(Settings):
-    engine: Literal["embedded"] = "embedded"
+    engine: Literal["embedded", "sglang"] = "embedded"
     prompts_per_step: int = Field(16, ge=1)
     group_size: int = Field(8, ge=1, description="answers a prompt (G)")
     max_tokens: int = Field(64, ge=1, description="longest answer, the end token included")
@@ -64,6 +91,22 @@ class RolloutSettings(Settings):
     top_k: int = Field(0, ge=0, description="0: off")
     ignore_eos: bool = Field(False, description="answers go on to max_tokens (for benchmarks)")
     allow_truncated_sampling: bool = Field(False, description="train although top_p or top_k cut the distribution")
+    ahead: Literal[0, 1] = Field(0, description="1: the next batch is generated while this one trains")
+    partial_tokens: int | None = Field(None, ge=1, description="longer answers go on in the next step; null: never")
+    oversample: float = Field(1.0, ge=1, le=16, description="prompts started a step, as a multiple of prompts_per_step")
+    drop_uniform: bool = Field(False, description="leave out groups whose rewards are all equal (FlowRL uses them)")
+    mismatch: MismatchSettings = MismatchSettings()
+    # what follows is read by engine sglang only
+    servers: Annotated[int, Field(ge=1)] | list[str] = Field(1, description="how many to start, or the URLs of others'")
+    python: str | None = Field(None, description="interpreter that has sglang; null: this one")
+    server_args: dict[str, Any] = Field(default_factory=dict, description="SGLang's own flags, passed on")
+    colocated: bool = Field(False, description="servers on the trainer's GPUs, memory released while it trains")
+    api_key_file: str | None = Field(None, description="file with the key that the servers ask for")
+    concurrency: int = Field(1024, ge=1, description="prompts under way at a server")
+    request_timeout_s: float = Field(1800.0, gt=0, description="a prompt without answer in this time ends the job")
+    hang_s: float = Field(60.0, gt=0, description="a server silent for so long is asked whether it lives")
+    start_timeout_s: float = Field(900.0, gt=0, description="for servers to be ready")
+    sync: SyncSettings = SyncSettings()
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -275,8 +318,39 @@ def _check_together(config: Config) -> None:
             f"optimizer.warmup_steps = {config.optimizer.warmup_steps}: leaves none of the {updates} updates to "
             f"optimizer.decay = {config.optimizer.decay}; take fewer"
         )
+    _check_rollout(rollout)
     if (rollout.top_p < 1 or rollout.top_k) and not rollout.allow_truncated_sampling:
         raise ConfigError(
             f"rollout.top_p = {rollout.top_p}, rollout.top_k = {rollout.top_k}: answers would be drawn from another "
             "distribution than the one scored; use 1.0 and 0, or set rollout.allow_truncated_sampling=true"
         )
+
+
+def _check_rollout(rollout: RolloutSettings) -> None:
+    """What does not go together in the rollout section."""
+    if rollout.engine == "embedded":
+        used = {name: getattr(rollout, name) for name in ("ahead", "partial_tokens", "colocated")}
+        for name, value in used.items():
+            if value:
+                raise ConfigError(f"rollout.{name} = {value}: needs servers; set rollout.engine=sglang")
+    if rollout.partial_tokens is not None and rollout.partial_tokens >= rollout.max_tokens:
+        raise ConfigError(
+            f"rollout.partial_tokens = {rollout.partial_tokens}: no answer is longer than rollout.max_tokens = "
+            f"{rollout.max_tokens}; take fewer, or leave it out"
+        )
+    attached = isinstance(rollout.servers, list)
+    if rollout.servers == []:
+        raise ConfigError("rollout.servers = []: give at least one URL, or how many servers to start")
+    for url in rollout.servers if isinstance(rollout.servers, list) else []:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"rollout.servers: {url!r} is no URL; write it as http://HOST:PORT")
+        if rollout.sync.transfer == "tensor" and urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"):
+            raise ConfigError(
+                f"rollout.sync.transfer = tensor: shares memory, and {url} is another host; take distributed or disk"
+            )
+    if rollout.colocated and rollout.ahead:
+        raise ConfigError("rollout.ahead = 1: servers that share the trainer's GPUs sleep while it trains; set ahead=0")
+    if rollout.colocated and attached:
+        raise ConfigError("rollout.colocated = True: only for servers that are started here; give rollout.servers=1")
+    if rollout.api_key_file is not None and not Path(rollout.api_key_file).is_file():
+        raise ConfigError(f"rollout.api_key_file = {rollout.api_key_file!r}: no such file; give one that holds the key")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-for folder in ("", "distributed"):  # tests import their helpers (rank_pool, tiny_models, on_ranks) by name
+# Tests import their helpers (rank_pool, tiny_models, on_ranks, stand_in) by name.
+for folder in ("", "distributed", "rollout", "integration"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
 
 from rank_pool import RankPool  # noqa: E402

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 
 Ranks = list[subprocess.Popen[bytes]]
-AGREED = (2, 75)  # wrong input, stopped on request: all ranks are about to end so by themselves
+AGREED = (2, 70, 75)  # wrong input, cannot go on, stopped on request: all ranks are about to end so by themselves
 INTERRUPTED = 130
 
 
@@ -34,6 +34,8 @@ def started_by_launcher() -> bool:
     env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = (
         env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"], env["SLURM_LOCALID"]
     )  # fmt: skip
+    # Tasks by node, as in "4(x2),3"; should nodes differ, the first is where rank 0 starts its servers.
+    env["LOCAL_WORLD_SIZE"] = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
     env.setdefault("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"]))
     step = 64 * int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])  # jobs that share a node need ports of their own
     env.setdefault("MASTER_PORT", str(15000 + step % 15000))
@@ -56,6 +58,7 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world),
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

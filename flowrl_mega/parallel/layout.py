@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from flowrl_mega.config import ConfigError, ParallelSettings
+from flowrl_mega.config import ConfigError, ParallelSettings, RunError
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,22 @@ class Layout:
     device: torch.device
     sequence_parallel: bool
 
+    def from_first(self, item: Any) -> Any:
+        """Rank 0's `item`, on every rank."""
+        items = [item]
+        dist.broadcast_object_list(items, src=0)
+        return items[0]
+
     def gather_objects(self, item: Any) -> list[Any]:
         """Every rank's `item`, by rank."""
         items: list[Any] = [None] * self.world
         dist.all_gather_object(items, item)
         return items
+
+
+def ranks_on_host() -> int:
+    """How many of the job's processes this host has, by torchrun's name for it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def rank() -> int:
@@ -52,19 +63,19 @@ def world() -> int:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """A ConfigError that one rank raises inside is raised by all, so that none is left waiting. Collective."""
-    fault = None
+    """A ConfigError or RunError that one rank raises inside is raised by all: none is left waiting. Collective."""
+    fault: ConfigError | RunError | None = None
     try:
         yield
-    except ConfigError as error:
-        fault = str(error)
-    faults = [fault]
+    except (ConfigError, RunError) as error:
+        fault = error
+    faults: list[Any] = [fault]
     if dist.is_initialized():
         faults = [None] * dist.get_world_size()
         dist.all_gather_object(faults, fault)
     for found in faults:
         if found:
-            raise ConfigError(found)
+            raise found
 
 
 def world_size(settings: ParallelSettings) -> int:

@@ -122,6 +122,7 @@ def test_cores_are_shared_out_but_the_users_own_word_counts(monkeypatch: pytest.
 SRUN = {
     "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9",
     "SLURM_LOCALID": "1", "SLURM_NTASKS": "16", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
 }  # fmt: skip
 
 
@@ -148,6 +149,7 @@ def test_srun(nodes: str, first: str, clean: pytest.MonkeyPatch) -> None:
     assert started_by_launcher()
     found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
     assert found == {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": first}
+    assert os.environ["LOCAL_WORLD_SIZE"] == "8"
     assert 1024 < int(os.environ["MASTER_PORT"]) < 32768, "below the ports that the system hands out"
 
 

@@ -1,0 +1,296 @@
+"""Servers are started, watched and ended as processes. What runs here is a fake that misbehaves on demand; the real
+server is tests/integration/test_sglang_servers.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from flowrl_mega.config import ConfigError, RolloutSettings
+from flowrl_mega.rollout import servers
+from flowrl_mega.rollout.processes import is_free
+from flowrl_mega.rollout.servers import Fleet, check_servers, command, placement, supervise
+
+sys.path.insert(0, str(Path(__file__).parent))
+import fake_server  # noqa: E402
+
+Make = Callable[..., Fleet]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    """Makes fleets of fake servers with this behaviour; all are closed at the end."""
+    made: list[Fleet] = []
+
+    def fleet(mode: str = "serves", count: int = 1, **settings: Any) -> Fleet:
+        python = fake_server.make(tmp_path)
+        chosen = RolloutSettings(servers=count, python=python, server_args={"fake": mode}, **settings)
+        made.append(Fleet(chosen, tmp_path, tmp_path / "servers", "fp32", trainer_gpus=0))
+        return made[-1]
+
+    yield fleet
+    for each in made:
+        each.close()
+
+
+def info(fleet: Fleet, at: int = 0) -> dict[str, Any]:
+    """What the fake server says of itself."""
+    with urllib.request.urlopen(f"{fleet.urls[at]}/model_info", timeout=10) as answer:
+        return json.load(answer)
+
+
+def gone(*pids: int) -> bool:
+    """Whether these processes end (a zombie has ended), given time to."""
+    alive = []
+    for pid in pids:
+        try:
+            alive.append(psutil.Process(pid))
+        except psutil.NoSuchProcess:
+            continue
+    for _ in range(1000):
+        alive = [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        if not alive:
+            return True
+        time.sleep(0.01)  # psutil's own wait would take the exit code away from Popen
+    return False
+
+
+def test_a_command_line_says_what_the_settings_say(tmp_path: Path):
+    """Flags reach SGLang under its own names, in the forms that its parser reads; a user's flag beats ours."""
+    given = {
+        "mem_fraction_static": 0.8,
+        "enable_x": True,
+        "y": False,
+        "z": [1, 2],
+        "j": {"a": 1},
+        "log_level_http": "info",
+    }
+    words = command(RolloutSettings(python="py", server_args=given), tmp_path, "bf16", 21000, "dummy")
+    assert words[0] == "py"
+    text = " ".join(words[1:])
+    assert '--mem-fraction-static 0.8 --enable-x --z 1 2 --j {"a": 1}' in text
+    assert f"--model-path {tmp_path} --host 127.0.0.1 --port 21000 --dtype bfloat16 --load-format dummy" in text
+    assert "--y" not in words
+    assert [words[at + 1] for at, word in enumerate(words) if word == "--log-level-http"] == ["info"]
+
+
+def test_what_only_we_can_know_is_refused(tmp_path: Path):
+    """Two servers on one port, or on another model than the trainer's, would fail late or not at all."""
+    for name in ("host", "port", "model_path", "model-path", "--port", "nnodes"):
+        settings = RolloutSettings(python=fake_server.make(tmp_path), server_args={name: 1})
+        with pytest.raises(ConfigError, match=f"rollout.server_args.{name} = 1: set for each server.*rollout.servers"):
+            check_servers(settings)
+
+
+def test_an_interpreter_without_sglang_is_named(tmp_path: Path):
+    """Before anything starts, with the way out."""
+    for python, why in ((sys.executable, "has no sglang"), (str(tmp_path / "none"), "cannot be run")):
+        with pytest.raises(ConfigError) as error:
+            check_servers(RolloutSettings(python=python))
+        assert f"rollout.python = {python!r}" in str(error.value) and why in str(error.value)
+        assert "make setup-sglang" in str(error.value)
+
+
+def test_words_for_a_dry_run(tmp_path: Path):
+    """They name the version, and say so when it is not the one that was tested."""
+    settings = RolloutSettings(python=fake_server.make(tmp_path), servers=2)
+    assert check_servers(settings) == "2 servers of SGLang 0.5.23, on CPU"
+    other = tmp_path / "other"
+    other.write_text("#!/bin/sh\necho 0.6.0\n")
+    other.chmod(0o755)
+    assert "0.6.0 (tested with 0.5.23)" in check_servers(RolloutSettings(python=str(other)))
+
+
+def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch):
+    """Servers take the GPUs after the trainer's, or the trainer's own, and of those only what this job was given."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def placed(trainer: int = 4, **settings: Any) -> list[list[str]]:
+        return placement(RolloutSettings(**settings), trainer)
+
+    assert placed(servers=2, server_args={"tp_size": 2}) == [["4", "5"], ["6", "7"]]
+    assert placed(servers=4) == [["4"], ["5"], ["6"], ["7"]]
+    assert placed(servers=1, server_args={"tp": 2, "dp-size": 2}) == [["4", "5", "6", "7"]]
+    assert placed(servers=1, server_args={"tp": 2, "dp-size": 2, "enable_dp_attention": True}) == [["4", "5"]]
+    assert placed(servers=2, colocated=True, server_args={"tp_size": 4}) == [list("0123"), list("4567")]
+    assert placed(servers=3, server_args={"device": "cpu"}) == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "8,9,10,11,12,13,14,15")
+    assert placed(servers=2, server_args={"tp_size": 2}) == [["12", "13"], ["14", "15"]]
+    with pytest.raises(ConfigError, match="rollout.servers = 3: 6 GPUs .2 a server. beside the trainer's 4.*has 8"):
+        placed(servers=3, server_args={"tp_size": 2})
+
+
+def test_servers_start_together_and_end_with_their_children(make: Make):
+    """All that they started is gone after close(), which may be called again; so is what a key protects ready."""
+    fleet = make(count=2)
+    fleet.start()
+    first, second = info(fleet, 0), info(fleet, 1)
+    assert first["pid"] != second["pid"] and all(map(fleet.is_alive, fleet.urls))
+    fleet.close()
+    fleet.close()
+    assert gone(first["pid"], first["child"], second["pid"], second["child"])
+    assert not any(map(fleet.is_alive, fleet.urls))
+    locked = make("locked")
+    locked.start()
+    assert locked.is_alive(locked.urls[0])
+
+
+def test_a_server_that_ignores_sigterm_is_killed(make: Make, monkeypatch: pytest.MonkeyPatch):
+    """SGLang waits on SIGTERM for the answers under way, which may be for ever."""
+    monkeypatch.setattr(servers, "GRACE_S", 0.2)
+    fleet = make("stubborn")
+    fleet.start()
+    said = info(fleet)
+    fleet.close()
+    assert gone(said["pid"], said["child"])
+
+
+def test_a_server_does_not_take_itself_for_a_rank(make: Make, monkeypatch: pytest.MonkeyPatch):
+    """torch in the server would read the trainer's rendezvous from its environment."""
+    for name in servers.OF_THE_JOB:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("KEPT", "1")
+    fleet = make()
+    fleet.start()
+    environment = info(fleet)["environment"]
+    assert environment["KEPT"] == "1"
+    assert not {*servers.OF_THE_JOB, "TORCHELASTIC_RUN_ID"} & set(environment)
+
+
+def test_a_port_in_use_is_refused(make: Make, tmp_path: Path):
+    """Who listens there answers as a server does, and would be taken for ours."""
+    other = make()
+    other.start()
+    port = int(other.urls[0].rsplit(":", 1)[1])
+    with pytest.raises(ConfigError, match=f"port {port} of 127.0.0.1.*in use"):
+        Fleet(RolloutSettings(servers=2), tmp_path, tmp_path, "fp32", 0, first_port=port - 1)
+
+
+def test_one_that_dies_early_ends_the_start(make: Make):
+    """The message has the end of its log and where the log is; the other servers do not stay behind."""
+    fleet = make("dies")
+    with pytest.raises(ConfigError) as error:
+        fleet.start()
+    message = str(error.value)
+    assert fleet.urls[0] in message and "exit code 3" in message and str(fleet.log(fleet.urls[0])) in message
+    assert "error: the disk is on fire" in message and "rollout.server_args" in message
+
+
+def test_the_others_end_when_one_dies_early(make: Make, monkeypatch: pytest.MonkeyPatch):
+    """A job that fails at the start must not leave servers that hold memory."""
+    pids: list[int] = []
+    popen = servers.popen
+
+    def remember(*args: Any) -> Any:
+        process = popen(*args)
+        pids.append(process.pid)
+        return process
+
+    monkeypatch.setattr(servers, "popen", remember)
+    port = next(
+        port for port in range(20000, 32000, 2) if is_free("127.0.0.1", port) and is_free("127.0.0.1", port + 1)
+    )
+    monkeypatch.setattr(servers, "free_ports", lambda count: [port, port + 1])
+    with pytest.raises(ConfigError, match="on fire"):
+        make("dies at odd ports", count=2).start()
+    assert len(pids) == 2 and gone(*pids)
+
+
+def test_one_that_never_listens_ends_the_start(make: Make, capfd: pytest.CaptureFixture[str], monkeypatch: Any):
+    """With the setting that would give it longer; meanwhile a line says that something is waited for."""
+    monkeypatch.setattr(servers, "PROGRESS_S", 0.5)
+    fleet = make("deaf", start_timeout_s=1.5)
+    with pytest.raises(ConfigError) as error:
+        fleet.start()
+    assert "rollout.start_timeout_s = 1.5" in str(error.value) and fleet.urls[0] in str(error.value)
+    assert f"server {fleet.urls[0]} starting for" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP"])
+def test_a_dead_or_hanging_server_is_started_again(make: Make, fault: str, capfd: pytest.CaptureFixture[str]):
+    """At the same address, by a thread that ends: the kernel counts that thread as the parent whose end kills."""
+    fleet = make()
+    fleet.start()
+    url, before = fleet.urls[0], info(fleet)
+    os.kill(before["pid"], getattr(signal, fault))
+    if fault == "SIGKILL":
+        assert gone(before["pid"])
+        assert not fleet.is_alive(url)
+    else:
+        assert fleet.is_alive(url)
+    thread = threading.Thread(target=fleet.restart, args=(url,))
+    thread.start()
+    thread.join(60)
+    after = info(fleet)
+    assert gone(before["pid"], before["child"]) and after["pid"] != before["pid"]
+    assert not gone_now(after["pid"]) and fleet.is_alive(url)
+    said = "ended (signal SIGKILL)" if fault == "SIGKILL" else "does not do its work"
+    assert said in capfd.readouterr().err and said in fleet.log(url).read_text()
+    assert fleet.log(url).read_text().count("waiting") == 2, "the log of the first start is kept"
+
+
+def gone_now(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_closed_fleet_starts_nothing(make: Make):
+    """A thread that restarts a server while the job ends must not leave one behind."""
+    fleet = make()
+    fleet.start()
+    fleet.close()
+    with pytest.raises(ConfigError, match="the job is ending"):
+        fleet.restart(fleet.urls[0])
+    assert not fleet.is_alive(fleet.urls[0])
+
+
+def test_servers_die_with_a_killed_trainer(tmp_path: Path):
+    """kill -9 leaves no time to clean up: the kernel does."""
+    program = f"""
+import sys, time
+from pathlib import Path
+from flowrl_mega.config import RolloutSettings
+from flowrl_mega.rollout.servers import Fleet
+settings = RolloutSettings(python={fake_server.make(tmp_path)!r})
+fleet = Fleet(settings, Path({str(tmp_path)!r}), Path({str(tmp_path)!r}), "fp32", 0)
+fleet.start()
+print(fleet.urls[0], flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as trainer:
+        try:
+            url = trainer.stdout.readline().strip()
+            with urllib.request.urlopen(f"{url}/model_info", timeout=10) as answer:
+                server = json.load(answer)
+        finally:
+            trainer.kill()
+    try:
+        assert gone(server["pid"])
+    finally:
+        os.kill(server["child"], signal.SIGKILL)  # SGLang's own children ask the kernel for the same; the fake's do not
+
+
+def test_supervision_restarts_until_it_is_stopped(make: Make):
+    """`flowrl-mega serve` has nobody else who would notice."""
+    fleet = make()
+    fleet.start()
+    before = info(fleet)["pid"]
+    os.kill(before, signal.SIGKILL)
+    assert gone(before)
+    supervise(fleet, stop=lambda: fleet.is_alive(fleet.urls[0]))
+    assert info(fleet)["pid"] != before

@@ -1,0 +1,120 @@
+"""Make the virtual environment that SGLang's servers run in, or find the one made before: `make setup-sglang`.
+
+It is not .venv, as SGLang pins another torch and transformers. It takes 3 GB and minutes, so all clones of one user
+share it: it lies in the cache folder, under a key of what it was made from, and .venv-sglang in the clone is a link to
+it. `rollout.python` is to name the interpreter that this prints. Needs the standard library only.
+
+Without a GPU, requirements/sglang.txt pins everything. With one, SGLang's own requirements choose its kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import setup as venv_tool
+from setup import ROOT, SetupError, phase, pip
+
+LINK = ROOT / ".venv-sglang"
+PINS = ROOT / "requirements" / "sglang.txt"
+FOR_GPU = ("sglang", "sglang-router")  # what is asked for by name where there is a GPU, at the versions in PINS
+
+
+def main() -> None:
+    argparse.ArgumentParser(description="Make .venv-sglang, which SGLang's servers run in.").parse_args()
+    try:
+        folder = set_up("cuda" if venv_tool.has_gpu() else "cpu")
+        link(folder)
+    except SetupError as error:
+        log = f"\nAll output: {venv_tool.LOG}" if venv_tool.LOG.exists() else ""
+        sys.exit(f"setup-sglang: {error}{log}")
+    print(LINK / "bin" / "python")
+
+
+def set_up(kind: str) -> Path:
+    """The folder of a complete environment for `kind` (cpu or cuda), made where there is none."""
+    folder = cache() / f"sglang-{key(kind)}"
+    with locked(folder.with_suffix(".lock")):
+        # From here on setup.py's helpers work on this environment.
+        venv_tool.VENV, venv_tool.PYTHON, venv_tool.LOG = folder, folder / "bin" / "python", folder / "setup.log"
+        stamp = folder / "setup.json"
+        if stamp.exists() and venv_tool.PYTHON.exists():  # the interpreter under it may have been removed since
+            print(f"SGLang is up to date in {folder}")
+            return folder
+        with phase(f"new {folder.name}: Python {'.'.join(map(str, sys.version_info[:2]))}, for {kind}"):
+            venv_tool.make_venv(system_site=False)
+        install(kind)
+        with phase("bytecode"):
+            compile_all()
+        stamp.write_text(json.dumps({"kind": kind, "sglang": pinned()["sglang"]}) + "\n")
+    return folder
+
+
+def install(kind: str) -> None:
+    if kind == "cuda":
+        with phase("sglang and what it asks for"):
+            pip(*(f"{name}=={pinned()[name]}" for name in FOR_GPU))
+        return
+    with phase("torch (cpu)"):
+        venv_tool.install_torch("cpu")
+    with phase("sglang packages"):
+        pip("--no-deps", "-r", str(PINS))  # which lists torch too: the build that is there satisfies it
+
+
+def compile_all() -> None:
+    """Or each of a server's three processes would, at each start, where Python is told not to keep what it compiled."""
+    command = [str(venv_tool.PYTHON), "-m", "compileall", "-q", "-j", "0", str(venv_tool.VENV / "lib")]
+    with contextlib.suppress(SetupError):  # packages ship files that are no Python, for tests of theirs
+        venv_tool.run(*command)
+
+
+def pinned() -> dict[str, str]:
+    lines = PINS.read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def key(kind: str) -> str:
+    """Of all that decides what is installed."""
+    parts = (PINS.read_text(), kind, sys.version, sys.platform)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def cache() -> Path:
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowrl-mega"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        raise SetupError(f"no folder for it: {error}; XDG_CACHE_HOME names another cache folder") from None
+    return folder
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One set-up at a time, for all clones."""
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("waiting for another set-up of SGLang ...", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def link(folder: Path) -> None:
+    """Point the clone's .venv-sglang at it, in one step."""
+    if LINK.exists() and not LINK.is_symlink():
+        raise SetupError(f"{LINK} is a folder of its own, not a link; move it away")
+    new = LINK.with_name(f"{LINK.name}.{os.getpid()}")
+    new.symlink_to(folder)
+    os.replace(new, LINK)
+
+
+if __name__ == "__main__":
+    main()
