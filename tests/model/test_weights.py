@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import KINDS
 
 from flowrl_mega.config import ConfigError
-from flowrl_mega.model.weights import named_tensors
+from flowrl_mega.model.weights import bucket_count, named_buckets, named_tensors
 
 
 def loaded_and_named(path, **sections) -> dict[str, torch.Tensor]:
@@ -94,3 +94,57 @@ def test_several_files_are_one_model(tiny_model, tmp_path, ranks1):
     (found,) = ranks1.run(loaded_and_named, copy)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def in_buckets(path, bucket_bytes, dtype=None, **sections) -> list[list[tuple[str, torch.Tensor]]]:
+    policy = on_ranks.build(path, log_z="mlp", **sections)
+    buckets = [[(name, t.clone()) for name, t in bucket] for bucket in named_buckets(policy, bucket_bytes, dtype)]
+    assert len(buckets) == bucket_count(policy, bucket_bytes, dtype)
+    return buckets
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_buckets_hold_the_files_tensors_once(kind, tp, tiny_model, ranks1, ranks2):
+    """Bit for bit what the safetensors hold, on the first rank only; neither the partition function nor a tied head."""
+    stored = load_file(tiny_model(kind) / "model.safetensors")
+    first, *others = (ranks1 if tp == 1 else ranks2).run(in_buckets, tiny_model(kind), 10_000, parallel={"tp": tp})
+    assert all(bucket == [] for buckets in others for bucket in buckets)
+    assert all(len(buckets) == len(first) for buckets in others)
+    names = [name for bucket in first for name, _ in bucket]
+    assert sorted(names) == sorted(stored)
+    for bucket in first:
+        for name, tensor in bucket:
+            assert torch.equal(tensor, stored[name]) and tensor.dtype == stored[name].dtype, name
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("tp", [1, 2])
+def test_buckets_are_as_large_as_asked(tp, tiny_model, ranks1, ranks2):
+    """Memory is what they are for. A receiver can load q, k and v, or gate and up, of one bucket in one piece."""
+    ranks, path = (ranks1 if tp == 1 else ranks2), tiny_model("llama-untied-rope")
+    padding = (tp - 1) * 2 * 32 * 4  # of the vocabulary counts too
+    for limit in (1, 15_000, 1 << 30):
+        first, *_ = ranks.run(in_buckets, path, limit, parallel={"tp": tp})
+        sizes = [sum(tensor.nbytes for _, tensor in bucket) for bucket in first]
+        assert limit > 1 or len(first) == 3 + 6 * 2  # each parameter is larger than that, so alone
+        assert limit != 15_000 or (max(sizes) <= limit and sum(sizes) + padding > (len(sizes) - 1) * limit / 2)
+        assert limit < 1 << 30 or len(first) == 1
+        for bucket in first:
+            names = {name for name, _ in bucket}
+            for one, other in (("q_proj", "v_proj"), ("q_proj", "k_proj"), ("gate_proj", "up_proj")):
+                assert all(name.replace(one, other) in names for name in names if one in name)
+
+
+@pytest.mark.ranks
+def test_buckets_of_another_type(tiny_model, ranks2):
+    """Cast before they travel; twice as many fit."""
+    path = tiny_model("llama")
+    stored = load_file(path / "model.safetensors")
+    first, _ = ranks2.run(in_buckets, path, 15_000, torch.bfloat16, parallel={"tp": 2})
+    whole, _ = ranks2.run(in_buckets, path, 15_000, parallel={"tp": 2})
+    assert len(first) < len(whole)
+    for bucket in first:
+        assert sum(tensor.nbytes for _, tensor in bucket) <= 15_000
+        assert all(torch.equal(tensor, stored[name].bfloat16()) for name, tensor in bucket)

@@ -79,7 +79,7 @@ def run_rank(options: argparse.Namespace) -> None:
     from flowrl_mega.model.policy import Policy
     from flowrl_mega.model.weights import load_hf
     from flowrl_mega.parallel import layout as layouts
-    from flowrl_mega.rollout import EmbeddedEngine
+    from flowrl_mega.rollout import EmbeddedEngine, generate
 
     layout = layouts.init(ParallelSettings(), seed=0)
     tree: dict[str, Any] = {"run_dir": "-", "steps": 1, "model": {"path": options.model}, "data": {"task": "sums"}}
@@ -89,7 +89,7 @@ def run_rank(options: argparse.Namespace) -> None:
     engine.sync(policy, version=0)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts(options.batch[0])]
-    seconds = _seconds(lambda: engine.generate(ids, 1, Sampling(options.tokens), seed=0))
+    seconds = _seconds(lambda: generate(engine, ids, 1, Sampling(options.tokens), seed=0))
     (Path(options.out) / f"{layout.rank}.json").write_text(json.dumps(seconds))
     layouts.shutdown()
 

@@ -1,0 +1,45 @@
+"""What ranks run to give servers weights; module-level, so that it can be sent to them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import on_ranks
+import torch
+
+from flowrl_mega.config import SyncSettings
+from flowrl_mega.model.weights import named_tensors
+from flowrl_mega.rollout.api import Api, LoopThread
+from flowrl_mega.rollout.sync import WeightSync
+
+KEPT: dict[str, tuple[WeightSync, LoopThread | None]] = {}  # a group of servers lives from one push to the next
+
+
+def push(
+    path: Path, urls: list[str], version: int, folder: Path, amount: float = 0.0, tp: int = 1, check: bool = False,
+    keep: bool = False, **settings: Any,
+) -> tuple[dict[str, str], dict[str, torch.Tensor], dict[str, float]]:  # fmt: skip
+    """The model, every parameter changed by its own factor, to the servers. What failed; what the policy is."""
+    policy = on_ranks.build(path, log_z="mlp", parallel={"tp": tp})
+    with torch.no_grad():
+        for place, parameter in enumerate(policy.gpt.parameters()):
+            parameter.mul_(1 + amount * (1 + place % 5))
+    key = json.dumps([tp, settings])
+    if key not in KEPT:
+        side_files = {"config.json": (path / "config.json").read_bytes()}
+        loop = LoopThread() if policy.layout.rank == 0 else None
+        options = SyncSettings(bucket_mb=1, **settings)
+        KEPT[key] = WeightSync(options, False, policy.layout, policy.arch, side_files, folder, loop), loop
+    sync, loop = KEPT[key]
+    apis = [Api(url) for url in urls] if loop else []
+    failures = sync.push(policy, apis, version, check)
+    for api in apis:
+        loop.call(api.close())
+    if not keep:
+        KEPT.pop(key)
+        sync.close()
+        if loop:
+            loop.close()
+    return failures, {name: tensor.clone() for name, tensor in named_tensors(policy)}, sync.metrics
