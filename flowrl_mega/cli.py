@@ -1,7 +1,7 @@
-"""The command line: `flowrl-mega train CONFIG.yaml [--section.field=value ...]`.
+"""The command line: `flowrl-mega train | serve CONFIG.yaml [--section.field=value ...]`.
 
-Exit codes: 0 done; 2 the input or the settings are wrong (one message, no traceback); 75 stopped on request with a
-checkpoint saved; 130 interrupted (Ctrl-C); anything else is a fault.
+Exit codes: 0 done; 2 the input or the settings are wrong (one message, no traceback); 70 the run cannot go on (one
+message); 75 stopped on request with a checkpoint saved; 130 interrupted (Ctrl-C); anything else is a fault.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from flowrl_mega.config import ConfigError, load_config
+from flowrl_mega.config import ConfigError, RunError, load_config
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, CANNOT_GO_ON, INTERRUPTED = 2, 70, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,11 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(options.config, overrides)
         from flowrl_mega import job  # torch and megatron take seconds: only now, so that a wrong YAML is told at once
 
+        if options.command == "serve":
+            return job.serve(config, options.host, options.port, stop)
         return job.train(config, arguments, options.resume, options.dry_run, options.checked, stop)
-    except ConfigError as error:
+    except (ConfigError, RunError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"flowrl-mega: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return BAD_INPUT if isinstance(error, ConfigError) else CANNOT_GO_ON
     except KeyboardInterrupt:
         return INTERRUPTED
     finally:
@@ -41,7 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flowrl-mega", description="FlowRL on Megatron-core.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train from a YAML file of settings", allow_abbrev=False)
-    train.add_argument("config", help="YAML file of settings; --section.field=value changes one of them")
+    serve = commands.add_parser("serve", help="start the servers of rollout.* alone", allow_abbrev=False)
+    for command in (train, serve):
+        command.add_argument("config", help="YAML file of settings; --section.field=value changes one of them")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: for trainers elsewhere too")
+    serve.add_argument("--port", type=int, help="the first server's; the others have those after it")
     train.add_argument("--resume", default="auto", help="auto (the run folder's newest checkpoint), never, or a folder")
     train.add_argument("--dry-run", action="store_true", help="check everything, say what would run, and stop")
     train.add_argument("--checked", action="store_true", help=argparse.SUPPRESS)  # said to ranks that we start

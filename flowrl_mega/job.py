@@ -14,7 +14,7 @@ from flowrl_mega import objectives, ops
 from flowrl_mega.checkpoint import check_checkpoint, check_model, find_checkpoint, is_megatron, step_of
 from flowrl_mega.config import Config, ConfigError
 from flowrl_mega.data.inputs import load_prompts
-from flowrl_mega.model.architecture import check_layout, check_megatron, read_architecture
+from flowrl_mega.model.architecture import Architecture, check_layout, check_megatron, read_architecture
 from flowrl_mega.monitor import check_wandb
 from flowrl_mega.monitor.run_folder import METRICS
 from flowrl_mega.parallel import layout as layouts
@@ -58,7 +58,11 @@ def run_rank(config: Config, checkpoint: Path | None, stop_requested: Callable[[
     if "RANK" not in os.environ:
         os.environ.update(rank_environment(0, 1, free_port()))
     layout = layouts.init(config.parallel, config.seed)
-    finished = Trainer(config, layout, checkpoint).run(stop_requested)
+    trainer = Trainer(config, layout, checkpoint)
+    try:
+        finished = trainer.run(stop_requested)
+    finally:
+        trainer.engine.close()
     layouts.shutdown()
     return DONE if finished else STOPPED
 
@@ -80,6 +84,8 @@ def check(config: Config, world: int, resume: str, checkpoint: Path | None, one_
     load_prompts(config)
     check_wandb(config.monitor.wandb)
     _check_sequences(config, world // config.parallel.tp)
+    if not one_of_many:
+        check_engine(config, arch, world)
     _check_run_dir(Path(config.run_dir), resume, checkpoint)
     if checkpoint and not one_of_many:
         check_checkpoint(checkpoint, arch, objective.log_z)
@@ -91,6 +97,46 @@ def check_ops(backend: Literal["auto", "native", "torch", "liger"]) -> str:
         return ops.describe(backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     except ops.BuildError as error:
         raise ConfigError(f"ops.backend = {backend}: {error}") from None
+
+
+def check_engine(config: Config, arch: Architecture, world: int) -> str:
+    """What will write the answers, in words; refuses servers that cannot be started, or are not of this model."""
+    if config.rollout.engine == "embedded":
+        return "embedded: the policy's own weights, in the trainer's processes"
+    from flowrl_mega.rollout.servers import check_servers
+    from flowrl_mega.rollout.sglang import check_attached
+
+    if isinstance(config.rollout.servers, int):
+        return check_servers(config.rollout, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    store, held_out, _, _ = load_prompts(config)
+    prompts = [*store.prompts, *(held_out.prompts if held_out else [])]
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    return check_attached(config.rollout, arch, longest + config.rollout.max_tokens)
+
+
+def serve(config: Config, host: str, port: int | None, stop_requested: Callable[[], bool]) -> int:
+    """The `serve` command: the fleet alone, with the weights of model.path, until it is told to stop."""
+    from flowrl_mega.rollout.servers import Fleet, check_servers, supervise
+
+    rollout = config.rollout
+    if not isinstance(rollout.servers, int):
+        raise ConfigError(f"rollout.servers = {rollout.servers}: says where servers run; to start some, give how many")
+    if is_megatron(config.model.path):
+        raise ConfigError(
+            f"model.path = {config.model.path!r}: a Megatron checkpoint, which servers cannot read; convert it first: "
+            "python tools/convert_ckpt.py mcore2hf --ckpt ... --out ..."
+        )
+    read_architecture(config.model.path)
+    print(check_servers(rollout), flush=True)
+    model, folder = Path(config.model.path), Path(config.run_dir) / "servers"
+    fleet = Fleet(rollout, model, folder, config.model.dtype, 0, load_format="auto", host=host, first_port=port)
+    try:
+        fleet.start(stop_requested)
+        print(f"ready; to train with them: --rollout.servers='[{', '.join(fleet.urls)}]'", flush=True)
+        supervise(fleet, stop_requested)
+    finally:
+        fleet.close()
+    return DONE
 
 
 def _check_sequences(config: Config, dp: int) -> None:
@@ -137,6 +183,7 @@ def describe(config: Config, world: int, checkpoint: Path | None) -> str:
         "ranks": f"{world} = tp {tp} x dp {world // tp}{sequence_parallel}, on {device}",
         "layers": "Megatron-core local spec, packed attention through scaled_dot_product_attention",
         "log-probs": check_ops(config.ops.backend),
+        "engine": check_engine(config, arch, world),
         "objective": f"{config.objective['name']} ({settings})",
         "log Z": objective.log_z or "none",
         "reference": "frozen copy of model.path" if objective.needs_reference else "not needed",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -10,14 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from flowrl_mega import objectives, ops
 from flowrl_mega.checkpoint import load_checkpoint, load_model, read_side_files, save_checkpoint
 from flowrl_mega.checkpoint.folder import remove_unfinished
-from flowrl_mega.config import Config
+from flowrl_mega.config import Config, RunError
 from flowrl_mega.data.inputs import load_prompts
 from flowrl_mega.data.prompts import Prompt
 from flowrl_mega.evaluation.exact import exact_metrics, right_answer_probabilities
@@ -34,7 +34,8 @@ from flowrl_mega.parallel.packing import PackedBatch, Sequence, plan
 from flowrl_mega.parallel.schedule import forward_backward
 from flowrl_mega.rewards.registry import Score, load_reward
 from flowrl_mega.rewards.shared import score_shared
-from flowrl_mega.rollout import EmbeddedEngine, Engine, Rollout
+from flowrl_mega.rollout import Engine, Rollout, build_engine, generate
+from flowrl_mega.rollout.batches import Batches, Group, derive_seed
 
 
 class Trainer:
@@ -55,50 +56,88 @@ class Trainer:
         self.model = wrap(self.policy)
         updates = config.steps * config.updates_per_step
         self.optimizer = Optimizer(self.model, config.optimizer, config.model.dtype == "bf16", updates)
-        self.engine: Engine = EmbeddedEngine(layout)
+        self.side_files = read_side_files(config.model.path)
+        self.engine: Engine = build_engine(config, layout, arch, self.side_files)
         rollout = config.rollout
         stop_ids = () if rollout.ignore_eos else stop_ids
         self.sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k, stop_ids)
-        self.step_done = load_checkpoint(resume, self.policy, self.optimizer)["step"] if resume else 0
+        self.batches = Batches(self.engine, lambda i: self._prompt(i).token_ids, rollout, self.sampling, config.seed)
+        self.step_done = self._resume(resume) if resume else 0
         self.engine.sync(self.policy, version=self.step_done)
-        self.side_files = read_side_files(config.model.path)
         self.seconds: dict[str, float] = defaultdict(float)
+
+    def _resume(self, checkpoint: Path) -> int:
+        """Fill all from the checkpoint; returns its step. Checkpoints without a rollout state took prompts in order."""
+        trainer = load_checkpoint(checkpoint, self.policy, self.optimizer)
+        cursor = trainer["step"] * self.config.rollout.prompts_per_step
+        self.batches.load(trainer.get("rollout", {"cursor": cursor, "groups": []}))
+        return trainer["step"]
+
+    def _prompt(self, place: int) -> Prompt:
+        """The prompt at a place of the endless stream."""
+        return self.prompts.take(place, 1, self.config.seed)[0]
 
     def step(self, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Train on one batch of prompts; returns the step's metrics and some readable samples."""
-        rollout = self.config.rollout
         self.seconds.clear()
-        prompts = self.prompts.take((step - 1) * rollout.prompts_per_step, rollout.prompts_per_step, self.config.seed)
-        with self.timed("generate"):
-            rollouts = self.generate(prompts, rollout.group_size, step)
-        rows = [prompt.row for prompt in prompts for _ in range(rollout.group_size)]
-        with self.timed("reward"):
-            texts, scores = self.score(rows, rollouts)
+        groups, counts = self.rollouts(step)
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        scores = [score for group in groups for score in group.scores]
         with self.timed("score"):
-            sequences = as_sequences(prompts, rollouts)
-            mini_batches = self.batch(sequences, scores)
+            sequences = as_sequences([group.prompt for group in groups], rollouts)
+            mini_batches = self.batch(sequences, rollouts, scores)
         with self.timed("update"):
             updates = [self.update(mini_batch) for mini_batch in mini_batches]
         with self.timed("sync"):
-            self.engine.sync(self.policy, version=step)
+            counts |= self.engine.sync(self.policy, version=step)
         self.step_done = step
-        shown = range(min(self.config.monitor.samples_per_step, len(rows)))
-        samples = [{"prompt": rows[i]["prompt"], "response": texts[i], **vars(scores[i])} for i in shown]
-        return self.metrics(sequences, rollouts, scores, updates), samples
+        counts |= staleness(rollouts, step - 1) | self.engine.metrics()
+        return counts | self.metrics(sequences, rollouts, scores, updates), self.samples(groups)
 
-    def generate(self, prompts: list[Prompt], answers: int, step: int) -> list[Rollout]:
-        """`answers` answers to each prompt, prompt by prompt; step and seed decide them."""
-        return self.engine.generate(
-            [prompt.token_ids for prompt in prompts], answers, self.sampling, derive_seed(self.config.seed, step)
-        )
+    def rollouts(self, step: int) -> tuple[list[Group], dict[str, float]]:
+        """The step's groups, answered and scored; with `rollout.ahead` the next step's first round is begun."""
+        while not self.batches.has_enough:
+            with self.timed("generate"):
+                groups = self.batches.answer(step)
+            with self.timed("reward"):
+                self.score_groups(groups)
+            self.batches.keep(groups)
+        taken = self.batches.take()
+        if self.config.rollout.ahead and step < self.config.steps:
+            self.batches.start(step + 1)
+        self.engine.release()
+        return taken
+
+    def generate(self, prompts: list[Prompt], answers: int) -> list[Rollout]:
+        """`answers` answers to each prompt, prompt by prompt, always from the same seed."""
+        ids, seed = [prompt.token_ids for prompt in prompts], derive_seed(self.config.seed, 0)
+        return [rollout for group in generate(self.engine, ids, answers, self.sampling, seed) for rollout in group]
+
+    def score_groups(self, groups: list[Group]) -> None:
+        """Texts and scores of complete groups; collective, and the same on all ranks."""
+        rows = [self._prompt(group.place).row for group in groups for _ in group.rollouts]
+        texts, scores = self.score(rows, [rollout for group in groups for rollout in group.rollouts])
+        for group in groups:
+            n = len(group.rollouts)
+            group.texts, texts = texts[:n], texts[n:]
+            group.scores, scores = scores[:n], scores[n:]
+
+    def samples(self, groups: list[Group]) -> list[dict[str, Any]]:
+        """The first few answers, to be read by people."""
+        rows = [
+            {"prompt": self._prompt(group.place).row["prompt"], "response": text, **vars(score)}
+            for group in groups
+            for text, score in zip(group.texts, group.scores, strict=True)
+        ]
+        return rows[: self.config.monitor.samples_per_step]
 
     def score(self, rows: list[dict[str, Any]], rollouts: list[Rollout]) -> tuple[list[str], list[Score]]:
         """Texts and rewards of all answers."""
         texts = self.tokenizer.batch_decode([r.response for r in rollouts], skip_special_tokens=True)
         return texts, score_shared(self.reward, rows, texts, self.layout)
 
-    def batch(self, sequences: list[Sequence], scores: list[Score]) -> list[list[PackedBatch]]:
-        """This rank's micro-batches of every update, with credit and the log-probs of old policy and reference.
+    def batch(self, sequences: list[Sequence], rollouts: list[Rollout], scores: list[Score]) -> list[list[PackedBatch]]:
+        """This rank's micro-batches of every update, with credit and the log-probs of engine, old policy and reference.
 
         The old policy is scored here, before the first update, with the update's own micro-batches: then w = 1 exactly
         on the first. A step of one update has pi_old = pi_theta, and the update's own forward will do.
@@ -110,6 +149,8 @@ class Trainer:
         mini_batches = plan(sequences, per_update, self.layout, config.batch.tokens_per_microbatch)
         for batch in (batch for mini_batch in mini_batches for batch in mini_batch):
             batch.scores["credit"] = credit.to(self.layout.device)[batch.index]
+            engine_logp = [logp for i in batch.index.tolist() for logp in rollouts[i].logp]
+            batch.scores["rollout_logp"] = torch.tensor(engine_logp, device=self.layout.device)
             if len(mini_batches) > 1:
                 batch.scores["old_logp"] = self.policy.score(batch, temperature).logp
             if self.reference is not None:
@@ -130,6 +171,7 @@ class Trainer:
             logp=output.logp,
             old_logp=batch.scores.get("old_logp", output.logp.detach()),
             ref_logp=batch.scores.get("ref_logp"),
+            rollout_logp=batch.scores.get("rollout_logp"),
             log_z=output.log_z,
             cu_seqlens=batch.response_cu_seqlens,
             credit=batch.scores["credit"],
@@ -162,7 +204,7 @@ class Trainer:
         where every prompt lists its right answers."""
         assert self.held_out is not None
         k, prompts = self.config.evaluation.samples, self.held_out.prompts
-        texts, scores = self.score([p.row for p in prompts for _ in range(k)], self.generate(prompts, k, step=0))
+        texts, scores = self.score([p.row for p in prompts for _ in range(k)], self.generate(prompts, k))
         metrics = held_out_metrics(texts, [score.reward for score in scores], k)
         if all("right_answers" in prompt.row for prompt in prompts):
             metrics |= exact_metrics(self.right_answers(prompts), self.config.evaluation.distinct_at)
@@ -195,8 +237,11 @@ class Trainer:
             self._evaluate_when_due(monitor)
             last, every = step == config.steps, config.checkpoint.every
             stop = self._any_rank(stop_requested())
-            if stop or (every and step % every == 0) or (last and config.checkpoint.at_end):
+            drifted = self._drifted(metrics)
+            if stop or drifted or (every and step % every == 0) or (last and config.checkpoint.at_end):
                 self.save(step)
+            if drifted:
+                raise RunError(drifted)
             if stop:
                 break
         if monitor:
@@ -208,8 +253,31 @@ class Trainer:
         config = self.config.checkpoint
         with_model = (self.side_files, config.export_hf)
         save_checkpoint(
-            Path(self.config.run_dir), self.policy, self.optimizer, {"step": step}, config.keep_last, *with_model
+            Path(self.config.run_dir),
+            self.policy,
+            self.optimizer,
+            {"step": step, "rollout": self.batches.state()},
+            config.keep_last,
+            *with_model,
         )
+
+    def _drifted(self, metrics: dict[str, float]) -> str | None:
+        """Says so when the engine's log-probs are too far from the trainer's; the message that ends the run, if any."""
+        settings, found = self.config.rollout.mismatch, metrics["mismatch_abs_logp"]
+        if settings.budget is None or found <= settings.budget:
+            return None
+        message = (
+            f"step {self.step_done}: mean |engine - trainer| log-prob {found:.3g} nats a token is beyond "
+            f"rollout.mismatch.budget = {settings.budget:g}"
+        )
+        if settings.action == "stop":
+            return (
+                f"{message}; the run ends with a checkpoint of this step. Look for a server of another precision or "
+                "of stale weights, correct with objective.tis, or raise the budget"
+            )
+        if self.layout.rank == 0:
+            print(f"flowrl-mega: {message}", file=sys.stderr)
+        return None
 
     def _monitor(self) -> Monitor | None:
         """Rank 0's; the others log nothing."""
@@ -245,12 +313,15 @@ class Trainer:
         self.seconds[phase] += time.perf_counter() - start
 
 
-def as_sequences(prompts: list[Prompt], rollouts: list[Rollout]) -> list[Sequence]:
+def as_sequences(prompts: list[list[int]], rollouts: list[Rollout]) -> list[Sequence]:
     """Prompts and their answers (prompt by prompt, equally many each) as sequences to pack."""
     answers = len(rollouts) // len(prompts)
-    return [Sequence(i, prompts[i // answers].token_ids, r.response) for i, r in enumerate(rollouts)]
+    return [Sequence(i, prompts[i // answers], r.response) for i, r in enumerate(rollouts)]
 
 
-def derive_seed(seed: int, step: int) -> int:
-    """An own seed for each step, so that nothing random has to be remembered between steps."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+def staleness(rollouts: list[Rollout], version: int) -> dict[str, float]:
+    """How many updates the weights that made the tokens are behind `version`: mean over tokens, and the largest."""
+    spans = [(version - made_by, n) for rollout in rollouts for made_by, n in rollout.versions]
+    tokens = sum(n for _, n in spans)
+    mean = sum(behind * n for behind, n in spans) / tokens
+    return {"staleness": mean, "max_staleness": float(max(behind for behind, _ in spans))}

@@ -37,7 +37,7 @@ def measure(trainer: Trainer, reference: Policy) -> dict[str, float]:
     figures = exact_metrics(trainer.right_answers(prompts), K)
     held_out = exact_metrics(trainer.right_answers(trainer.held_out.prompts), K)
     figures |= {f"held_out_{name}": held_out[name] for name in ("pass_rate", "distinct")}
-    drawn = as_sequences(prompts, trainer.generate(prompts, SPREAD_ANSWERS, step=0))
+    drawn = as_sequences([prompt.token_ids for prompt in prompts], trainer.generate(prompts, SPREAD_ANSWERS))
     spread = spread_metrics(trainer.policy, reference, drawn, trainer.sampling.temperature)
     return figures | spread
 

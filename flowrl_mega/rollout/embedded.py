@@ -7,6 +7,8 @@ share of the prompts. At tp = 2 a small model's decode step is all latency of al
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,21 @@ from flowrl_mega.model.policy import Policy
 from flowrl_mega.model.weights import WholeWeights
 from flowrl_mega.parallel.cuda_is_cpu import paused
 from flowrl_mega.parallel.layout import Layout
-from flowrl_mega.rollout.engine import Rollout
+from flowrl_mega.rollout.engine import Request, Rollout
+
+
+@dataclass(frozen=True)
+class _Job:
+    requests: list[Request]
+    sampling: Sampling
+    seed: int
 
 
 class EmbeddedEngine:
-    """`Engine` on a batched key-value-cache decoder; `sequences_at_once` bounds its memory."""
+    """`Engine` on a batched key-value-cache decoder; `sequences_at_once` bounds its memory.
+
+    The work of a job is done by `finish`. All its requests ask for as many answers of the same largest length.
+    """
 
     def __init__(self, layout: Layout, sequences_at_once: int = 512) -> None:
         self.layout, self.sequences_at_once = layout, sequences_at_once
@@ -27,15 +39,21 @@ class EmbeddedEngine:
         self.decoder: Decoder | None = None
         self.version = -1
 
-    def sync(self, policy: Policy, version: int) -> None:
+    def sync(self, policy: Policy, version: int) -> dict[str, float]:
         if self.weights is None or self.weights.policy is not policy:
             self.weights = WholeWeights(policy)
         self.decoder = Decoder(policy.arch, self.weights.gather())
         self.version = version
+        return {}
 
-    def generate(self, prompts: list[list[int]], answers: int, sampling: Sampling, seed: int) -> list[Rollout]:
+    def start(self, requests: list[Request], sampling: Sampling, seed: int) -> _Job:
+        assert len({(request.answers, request.max_tokens) for request in requests}) == 1, "equal requests"
+        return _Job(requests, replace(sampling, max_tokens=requests[0].max_tokens), seed)
+
+    def finish(self, job: _Job) -> list[list[Rollout]]:
         assert self.decoder is not None, "sync() comes first"
-        noise = uniform(len(prompts) * answers, sampling.max_tokens, seed).view(len(prompts), answers, -1)
+        prompts, answers, sampling = [r.prompt for r in job.requests], job.requests[0].answers, job.sampling
+        noise = uniform(len(prompts) * answers, sampling.max_tokens, job.seed).view(len(prompts), answers, -1)
         mine = range(self.layout.rank, len(prompts), self.layout.world)
         at_once = max(1, self.sequences_at_once // answers)
         done: dict[int, list[Rollout]] = {}
@@ -48,13 +66,22 @@ class EmbeddedEngine:
         everyone: dict[int, list[Rollout]] = {}
         for part in self.layout.gather_objects(done):
             everyone.update(part)
-        return [rollout for place in range(len(prompts)) for rollout in everyone[place]]
+        return [everyone[place] for place in range(len(prompts))]
+
+    def release(self) -> None:
+        """Nothing: at tp = 1 the weights are the policy's own, and the cache goes with each batch."""
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        self.weights = self.decoder = None
 
     def _rollouts(self, generated: Generated, answers: int) -> list[list[Rollout]]:
         tokens, logp = generated.tokens.tolist(), generated.logp.tolist()
         ends = zip(generated.lengths.tolist(), generated.stopped.tolist(), strict=True)
         rollouts = [
-            Rollout(tokens[i][:n], logp[i][:n], "stop" if stopped else "length", self.version)
+            Rollout(tokens[i][:n], logp[i][:n], "stop" if stopped else "length", [(self.version, n)])
             for i, (n, stopped) in enumerate(ends)
         ]
         return [rollouts[i : i + answers] for i in range(0, len(rollouts), answers)]

@@ -52,6 +52,35 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
         ["--steps=5", "--optimizer.warmup_steps=5", "--optimizer.decay=linear", "--batch.mini_batch=null"],
         ["optimizer.warmup_steps = 5", "none of the 5 updates", "optimizer.decay = linear", "take fewer"],
     ),
+    "ahead of nothing": (["--rollout.ahead=1"], ["rollout.ahead = 1", "needs servers", "rollout.engine=sglang"]),
+    "partial alone": (["--rollout.partial_tokens=4"], ["rollout.partial_tokens = 4", "needs servers"]),
+    "partial of nothing": (
+        ["--rollout.engine=sglang", "--rollout.partial_tokens=8"],
+        ["rollout.partial_tokens = 8", "rollout.max_tokens = 8", "take fewer"],
+    ),
+    "no servers": (["--rollout.engine=sglang", "--rollout.servers=[]"], ["rollout.servers = []", "at least one URL"]),
+    "less than one": (["--rollout.servers=0"], ["rollout.servers = 0", "greater than or equal to 1"]),
+    "no URL": (
+        ["--rollout.engine=sglang", "--rollout.servers=[gpu7:30000]"],
+        ["rollout.servers: 'gpu7:30000' is no URL", "http://HOST:PORT"],
+    ),
+    "colocated and ahead": (
+        ["--rollout.engine=sglang", "--rollout.colocated=true", "--rollout.ahead=1"],
+        ["rollout.ahead = 1", "share the trainer's GPUs", "ahead=0"],
+    ),
+    "colocated elsewhere": (
+        ["--rollout.engine=sglang", "--rollout.colocated=true", "--rollout.servers=[http://gpu7:30000]"],
+        ["rollout.colocated = True", "rollout.servers=1"],
+    ),
+    "tensors to another host": (
+        ["--rollout.engine=sglang", "--rollout.sync.transfer=tensor", "--rollout.servers=[http://gpu7:30000]"],
+        ["rollout.sync.transfer = tensor", "http://gpu7:30000", "distributed"],
+    ),
+    "no key file": (
+        ["--rollout.engine=sglang", "--rollout.api_key_file=no.key"],
+        ["rollout.api_key_file = 'no.key'", "no such file"],
+    ),
+    "no such transfer": (["--rollout.sync.transfer=ftp"], ["rollout.sync.transfer = 'ftp'", "'disk', 'tensor'"]),
     "no such kernels": (["--ops.backend=triton"], ["ops.backend = 'triton'", "'native'", "'torch'"]),
     "no such choice": (["--model.dtype=fp16"], ["model.dtype = 'fp16'", "'fp32' or 'bf16'"]),
     "two faults": (["--steps=0", "--seed=-1"], ["steps = 0", "seed = -1"]),

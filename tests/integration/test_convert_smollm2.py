@@ -25,7 +25,7 @@ from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.generation import Sampling
 from flowrl_mega.model.policy import Policy
 from flowrl_mega.parallel import layout as layouts
-from flowrl_mega.rollout import EmbeddedEngine
+from flowrl_mega.rollout import EmbeddedEngine, generate
 
 ROOT = Path(__file__).parents[2]
 # The example with fewer and shorter answers (of twelve, one is right); a run ends in a checkpoint and its export.
@@ -117,7 +117,7 @@ def answers_of_policy(path: Path, prompts: list[list[int]], tokens: int, end: in
     load_model(policy, path)
     engine = EmbeddedEngine(layout)
     engine.sync(policy, version=0)
-    return [r.response for r in engine.generate(prompts, 1, Sampling(tokens, 0.0, stop_ids=(end,)), seed=0)]
+    return [r.response for (r,) in generate(engine, prompts, 1, Sampling(tokens, 0.0, stop_ids=(end,)), seed=0)]
 
 
 def test_the_same_greedy_text_as_from_transformers(hf: Path, megatron: Path, ranks1: RankPool) -> None:

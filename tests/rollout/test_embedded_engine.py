@@ -15,7 +15,7 @@ from flowrl_mega.model import generation
 from flowrl_mega.model.generation import Decoder, Sampling
 from flowrl_mega.model.weights import WholeWeights
 from flowrl_mega.parallel.packing import Sequence
-from flowrl_mega.rollout import EmbeddedEngine, Rollout
+from flowrl_mega.rollout import EmbeddedEngine, Rollout, generate
 
 PROMPTS = [s.prompt for s in random_sequences([(n, 1) for n in (3, 1, 12, 5, 8)], seed=7)]  # ragged
 STOPS = (1, 17, 40, 41, 42, 77)  # enough of 101 ids for most answers to stop before the limit
@@ -27,7 +27,7 @@ def answers_of(path, prompts, answers, sampling, seed=0, at_once=512, **sections
     policy = on_ranks.build(path, **sections)
     engine = EmbeddedEngine(policy.layout, at_once)
     engine.sync(policy, version=3)
-    rollouts = engine.generate(prompts, answers, sampling, seed)
+    rollouts = [r for group in generate(engine, prompts, answers, sampling, seed) for r in group]
     return rollouts, teacher_forced(policy, prompts, answers, rollouts, sampling.temperature)
 
 
@@ -57,7 +57,7 @@ def test_logprobs_equal_teacher_forced_ones(kind, temperature, tiny_model, ranks
     assert len({len(r.response) for r in rollouts}) > 5
     for r in rollouts:
         assert len(r.logp) == len(r.response) <= 24
-        assert r.weight_version == 3
+        assert r.versions == [(3, len(r.response))]
         assert not set(r.response[:-1]) & set(STOPS), "an answer goes on after its stop token"
         assert (r.finish_reason == "stop") == (r.response[-1] in STOPS)
         assert r.finish_reason == "stop" or len(r.response) == 24
@@ -176,7 +176,7 @@ def generate_around_a_step(path, **sections: Any) -> list[tuple[list[Rollout], f
     job = on_ranks.trainer(path, optimizer={"lr": 1e-2, "warmup_steps": 0}, objective={"name": "flowrl"}, **sections)
     prompts, answers, found = [[2, 3, 4], [5, 6]], 4, []
     for step in (1, 2):
-        rollouts = job.engine.generate(prompts, answers, job.sampling, seed=0)
+        rollouts = [r for group in generate(job.engine, prompts, answers, job.sampling, seed=0) for r in group]
         forced = teacher_forced(job.policy, prompts, answers, rollouts, job.sampling.temperature)
         found.append((rollouts, (logp_of(rollouts) - forced).abs().max().item()))
         job.step(step)
@@ -190,8 +190,8 @@ def test_after_a_step_the_engine_uses_the_new_weights(parallel, tiny_model, rank
     pool = ranks2 if parallel else ranks1
     model = tiny_model("llama", vocab=14)
     for (before, error_before), (after, error_after) in pool.run(generate_around_a_step, model, parallel=parallel):
-        assert {r.weight_version for r in before} == {0}
-        assert {r.weight_version for r in after} == {1}
+        assert {version for r in before for version, _ in r.versions} == {0}
+        assert {version for r in after for version, _ in r.versions} == {1}
         assert max(error_before, error_after) < 2e-5
         assert [r.logp for r in before] != [r.logp for r in after]
         assert abs(before[0].logp[0] - after[0].logp[0]) > 1e-3, "the same first row, another policy"

@@ -1,0 +1,159 @@
+"""Which prompts are answered when: ahead of time, in parts, or more of them than a step needs.
+
+A step takes groups (a prompt and its answers) that are complete and kept, the oldest first. With `ahead` its first
+round is under way while the step before trains. With `partial_tokens` an answer writes at most so many tokens a round
+and goes on in the next one, later steps included; with `oversample` a round has more groups than a step takes, so that
+few wait for long answers. What is answered and not yet taken is carried to the next step, and is in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from flowrl_mega.config import RolloutSettings, RunError
+from flowrl_mega.model.generation import Sampling
+from flowrl_mega.rollout.engine import Engine, Request, Rollout
+
+MOST_ROUNDS = 64  # in one step; more means that no prompt gives what is asked for
+
+
+@dataclass
+class Group:
+    """A prompt and its answers; `place` is that of the prompt in the endless stream of prompts."""
+
+    place: int
+    prompt: list[int]
+    rollouts: list[Rollout] = field(default_factory=list)  # empty before the first round
+    texts: list[str] = field(default_factory=list)
+    scores: list[Any] = field(default_factory=list)  # the trainer's, of a complete group
+
+    @property
+    def is_uniform(self) -> bool:
+        return len({score.reward for score in self.scores}) == 1
+
+
+@dataclass
+class _Round:
+    """What the engine is working on."""
+
+    job: Any
+    groups: list[Group]
+    asked: list[tuple[Group, int | None]]  # by request: the answer that goes on, or None for all of a new group
+    cursor: int  # the first prompt after this round's
+
+
+class Batches:
+    """Groups for each step. All methods are collective; `prompt_at` gives the token ids of the prompt at a place."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt_at: Callable[[int], list[int]],
+        settings: RolloutSettings,
+        sampling: Sampling,
+        seed: int,
+    ) -> None:
+        self.engine, self.prompt_at, self.settings = engine, prompt_at, settings
+        self.sampling, self.seed = sampling, seed
+        self.cursor = 0  # the next prompt of the stream
+        self.ready: list[Group] = []  # complete, scored and kept
+        self.unfinished: list[Group] = []  # with answers that go on, or complete but not scored
+        self.rounds = 0  # of the step that is being filled
+        self.dropped = 0
+        self.pending: _Round | None = None
+
+    @property
+    def has_enough(self) -> bool:
+        return len(self.ready) >= self.settings.prompts_per_step
+
+    def start(self, step: int) -> None:
+        """Let the engine begin the next round for `step`; nothing is remembered of it before `answer`."""
+        wanted = math.ceil(self.settings.prompts_per_step * self.settings.oversample)
+        new = max(0, wanted - len(self.ready) - len(self.unfinished))
+        fresh = [Group(place, self.prompt_at(place)) for place in range(self.cursor, self.cursor + new)]
+        groups = [*self.unfinished, *fresh]
+        asked = [(group, i) for group in groups for i in self._open(group)]
+        requests = [self._request(group, i) for group, i in asked]
+        # A round's seed is its own, so that a resumed run draws what the uninterrupted one would have drawn.
+        seed = derive_seed(self.seed, step, *([self.rounds] if self.rounds else []))
+        job = self.engine.start(requests, self.sampling, seed) if requests else None
+        self.pending = _Round(job, groups, asked, self.cursor + new)
+
+    def answer(self, step: int) -> list[Group]:
+        """Finish a round: the groups that are complete now, for the trainer to score and to give to `keep`."""
+        if self.rounds >= MOST_ROUNDS:
+            raise RunError(
+                f"rollout.drop_uniform: step {step} has {len(self.ready)} of {self.settings.prompts_per_step} groups "
+                f"after {self.rounds} rounds, {self.dropped} were uniform; the prompts are too easy or too hard for "
+                "this policy: take others, or set rollout.drop_uniform=false"
+            )
+        if self.pending is None:
+            self.start(step)
+        assert self.pending is not None
+        pending, self.pending = self.pending, None
+        answered = self.engine.finish(pending.job) if pending.asked else []
+        self.rounds += 1
+        self.cursor = pending.cursor
+        for (group, i), rollouts in zip(pending.asked, answered, strict=True):
+            if i is None:
+                group.rollouts = rollouts
+            else:
+                group.rollouts[i] = group.rollouts[i].followed_by(rollouts[0])
+        self.unfinished = [group for group in pending.groups if self._open(group)]
+        return [group for group in pending.groups if not self._open(group)]
+
+    def keep(self, groups: list[Group]) -> None:
+        """Scored groups: those that `drop_uniform` does not leave out may be trained on."""
+        kept = [group for group in groups if not (self.settings.drop_uniform and group.is_uniform)]
+        self.dropped += len(groups) - len(kept)
+        self.ready = sorted([*self.ready, *kept], key=lambda group: group.place)
+
+    def take(self) -> tuple[list[Group], dict[str, float]]:
+        """The step's groups, and what they cost."""
+        n = self.settings.prompts_per_step
+        taken, self.ready = self.ready[:n], self.ready[n:]
+        carried = len(self.ready) + len(self.unfinished)
+        counts = {"rounds": self.rounds, "carried_groups": carried, "uniform_dropped": self.dropped}
+        self.rounds = self.dropped = 0
+        return taken, {f"rollout/{name}": float(value) for name, value in counts.items()}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold; a round under way is not in it and will be asked for again."""
+        groups = sorted([*self.ready, *self.unfinished], key=lambda group: group.place)
+        carried = [{"place": g.place, "rollouts": [asdict(rollout) for rollout in g.rollouts]} for g in groups]
+        return {"cursor": self.cursor, "groups": carried}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state()`. Complete groups come back with the next round, to be scored again."""
+        self.cursor = state["cursor"]
+        self.unfinished = [
+            Group(saved["place"], self.prompt_at(saved["place"]), [Rollout(**rollout) for rollout in saved["rollouts"]])
+            for saved in state["groups"]
+        ]
+
+    def _open(self, group: Group) -> list[int | None]:
+        """The answers that go on; [None] for a group that has none yet."""
+        if not group.rollouts:
+            return [None]
+        return [
+            i
+            for i, rollout in enumerate(group.rollouts)
+            if rollout.finish_reason == "length" and len(rollout.response) < self.sampling.max_tokens
+        ]
+
+    def _request(self, group: Group, i: int | None) -> Request:
+        most = self.settings.partial_tokens or self.sampling.max_tokens
+        if i is None:
+            return Request(group.prompt, self.settings.group_size, min(most, self.sampling.max_tokens))
+        so_far = group.rollouts[i].response
+        return Request([*group.prompt, *so_far], 1, min(most, self.sampling.max_tokens - len(so_far)))
+
+
+def derive_seed(*numbers: int) -> int:
+    """An own seed for each step, so that nothing random has to be remembered between steps."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

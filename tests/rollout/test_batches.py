@@ -1,0 +1,162 @@
+"""Which prompts are answered when. The engine here is scripted, so that every case can be told to the token; the same
+settings with the real server are in tests/integration/test_sglang_training.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from flowrl_mega.config import RolloutSettings, RunError
+from flowrl_mega.model.generation import Sampling
+from flowrl_mega.rollout.batches import Batches, Group, derive_seed
+from flowrl_mega.rollout.engine import Request, Rollout
+
+
+@dataclass
+class Score:
+    reward: float
+
+
+@dataclass
+class Scripted:
+    """An engine that knows how long each answer of each prompt is; a token says prompt, answer and position."""
+
+    lengths: dict[int, list[int]]  # by place of the prompt
+    version: int = 0
+    jobs: list[tuple[list[Request], int]] = field(default_factory=list)
+
+    def start(self, requests: list[Request], sampling: Sampling, seed: int) -> list[list[Rollout]]:
+        self.jobs.append((requests, seed))
+        return [[self._write(request, i) for i in range(request.answers)] for request in requests]
+
+    def _write(self, request: Request, i: int) -> Rollout:
+        place, *so_far = request.prompt
+        if so_far:
+            i = so_far[0] // 100
+        whole = [100 * i + t for t in range(self.lengths[place][i])]
+        tokens = whole[len(so_far) : len(so_far) + request.max_tokens]
+        ended = len(so_far) + len(tokens) == len(whole)
+        return Rollout(tokens, [-0.5] * len(tokens), "stop" if ended else "length", [(self.version, len(tokens))])
+
+    def finish(self, job: list[list[Rollout]]) -> list[list[Rollout]]:
+        return job
+
+
+def make(lengths: dict[int, list[int]], **settings: Any) -> tuple[Batches, Scripted]:
+    engine = Scripted(lengths)
+    rollout = RolloutSettings(
+        **{"engine": "sglang", "prompts_per_step": 2, "group_size": 2, "max_tokens": 10, **settings}
+    )
+    return Batches(engine, lambda place: [place], rollout, Sampling(10), seed=7), engine  # type: ignore[arg-type]
+
+
+def fill(batches: Batches, step: int, rewards: dict[int, list[float]] | None = None) -> list[Group]:
+    """What the trainer does for a step."""
+    while not batches.has_enough:
+        groups = batches.answer(step)
+        for group in groups:
+            group.scores = [Score(r) for r in (rewards or {}).get(group.place, [0.0, 1.0])]
+        batches.keep(groups)
+    return batches.take()[0]
+
+
+def places(groups: list[Group]) -> list[int]:
+    return [group.place for group in groups]
+
+
+def test_every_prompt_is_taken_once_and_in_order() -> None:
+    """Without any of the options a step is one round of the next prompts, with the seed of its step: what the trainer
+    always did, so earlier runs reproduce."""
+    batches, engine = make({i: [3, 5] for i in range(6)})
+    assert [places(fill(batches, step)) for step in (1, 2, 3)] == [[0, 1], [2, 3], [4, 5]]
+    assert [seed for _, seed in engine.jobs] == [derive_seed(7, step) for step in (1, 2, 3)]
+    assert engine.jobs[0][0] == [Request([0], 2, 10), Request([1], 2, 10)]
+
+
+def test_a_long_answer_goes_on_in_the_next_step_and_keeps_its_old_tokens() -> None:
+    """Partial rollouts: the tokens of the first part, their log-probs and their version stay as they were; the second
+    part is asked for with the first at the end of the prompt, and only of the answer that needs it."""
+    batches, engine = make({0: [9, 2], 1: [3, 3], 2: [4, 4], 3: [1, 1], 4: [1, 1]}, partial_tokens=4, oversample=1.5)
+    assert places(fill(batches, 1)) == [1, 2]
+    engine.version = 1
+    assert places(fill(batches, 2)) == [3, 4]
+    assert engine.jobs[1][0] == [Request([0, 0, 1, 2, 3], 1, 4), Request([3], 2, 4), Request([4], 2, 4)]
+    engine.version = 2
+    (group, _) = fill(make_more(batches, engine), 3)
+    assert group.place == 0
+    assert group.rollouts[0].response == list(range(9))
+    assert group.rollouts[0].versions == [(0, 4), (1, 4), (2, 1)]
+    assert group.rollouts[0].finish_reason == "stop"
+    assert group.rollouts[1].versions == [(0, 2)]
+
+
+def make_more(batches: Batches, engine: Scripted) -> Batches:
+    engine.lengths |= {i: [1, 1] for i in range(5, 9)}
+    return batches
+
+
+def test_an_answer_cut_at_max_tokens_is_complete() -> None:
+    """Its finish reason is the same, "length"; were it asked to go on, it would never end."""
+    batches, engine = make({0: [50, 2], 1: [50, 50]}, partial_tokens=4)
+    groups = fill(batches, 1)
+    assert places(groups) == [0, 1]
+    assert [len(r.response) for g in groups for r in g.rollouts] == [10, 2, 10, 10]
+    assert len(engine.jobs) == 3  # 4 + 4 + 2 tokens
+    assert [request.max_tokens for request in engine.jobs[2][0]] == [2, 2, 2]
+    assert len({seed for _, seed in engine.jobs}) == 3  # or the second part would draw the first one's numbers again
+
+
+def test_ahead_does_not_change_what_a_step_trains_on() -> None:
+    """The round that is begun early has the same requests and seed: only the version of the weights differs."""
+    lengths = {i: [i % 4 + 1, 3] for i in range(8)}
+    (plain, engine), (ahead, early) = make(lengths), make(lengths, ahead=1)
+    for step in (1, 2, 3):
+        expected, found = fill(plain, step), fill(ahead, step)
+        assert [g.rollouts for g in found] == [g.rollouts for g in expected]
+        ahead.start(step + 1)
+    assert early.jobs[:3] == engine.jobs[:3]
+
+
+def test_oversampled_groups_are_carried_not_lost() -> None:
+    """What was answered beyond a step's need is trained on next, so no prompt is skipped and short answers are not
+    favoured over the run."""
+    batches, engine = make({i: [2, 2] for i in range(9)}, oversample=1.5)
+    taken = [places(fill(batches, step)) for step in (1, 2, 3)]
+    assert taken == [[0, 1], [2, 3], [4, 5]]
+    assert [len(requests) for requests, _ in engine.jobs] == [3, 2, 2]  # one is left over from each step before
+
+
+def test_uniform_groups_are_replaced() -> None:
+    """drop_uniform: other prompts take their places, with another seed in each round of the step."""
+    batches, engine = make({i: [2, 2] for i in range(9)}, drop_uniform=True)
+    rewards = {0: [1.0, 1.0], 2: [0.0, 0.0]}
+    assert places(fill(batches, 1, rewards)) == [1, 3]
+    assert [len(requests) for requests, _ in engine.jobs] == [2, 1, 1]
+    assert len({seed for _, seed in engine.jobs}) == 3
+
+
+def test_prompts_that_never_differ_end_in_words_not_in_a_hang() -> None:
+    """A filter that nothing passes would generate for ever."""
+    batches, _ = make({i: [2, 2] for i in range(200)}, drop_uniform=True)
+    with pytest.raises(RunError, match=r"rollout.drop_uniform: step 1 has 0 of 2 groups after 64 rounds"):
+        fill(batches, 1, {i: [1.0, 1.0] for i in range(200)})
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_resumed_run_goes_on_as_the_uninterrupted_one(ahead: bool) -> None:
+    """The checkpoint holds what is carried, the half-written answers included; a round under way is asked for again."""
+    lengths = {i: [9 if i % 3 == 0 else 3, 2] for i in range(20)}
+    options = {"partial_tokens": 4, "oversample": 2.0}
+    whole, engine = make(lengths, **options)
+    fill(whole, 1)
+    state = whole.state()
+    if ahead:
+        whole.start(2)
+        assert whole.state() == state
+    expected = [[(g.place, g.rollouts) for g in fill(whole, step)] for step in (2, 3)]
+    resumed, again = make(lengths, **options)
+    resumed.load(state)
+    assert [[(g.place, g.rollouts) for g in fill(resumed, step)] for step in (2, 3)] == expected
+    assert again.jobs == engine.jobs[1:]
