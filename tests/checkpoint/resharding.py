@@ -15,6 +15,7 @@ from flowrl_mega.model.names import from_shards, to_named
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.packing import Sequence
 from flowrl_mega.rewards.registry import Score
+from flowrl_mega.rollout import Rollout
 from flowrl_mega.train import Trainer
 
 
@@ -55,7 +56,9 @@ def _trainer(path: Path, checkpoint: Path | None, sections: Any) -> Trainer:
 
 
 def _update(job: Trainer, sequences: list[Sequence], rewards: list[float]) -> dict[str, float]:
-    (batches,) = job.batch(sequences, [Score(reward, "", failed=False) for reward in rewards])
+    sizes = [len(s.response) for s in sequences]
+    rollouts = [Rollout(s.response, [0.0] * n, "stop", [(0, n)]) for s, n in zip(sequences, sizes, strict=True)]
+    (batches,) = job.batch(sequences, rollouts, [Score(reward, "", failed=False) for reward in rewards])
     return job.update(batches)
 
 
