@@ -43,7 +43,8 @@ class Broadcast:
         self.buffers: Buffers | None = None
 
     async def begin(self, servers: list[Server], version: int, deadline: Deadline) -> Failures:
-        self.buffers, self.broken = Buffers(self._empty), False
+        if self.broken or not self.buffers:  # a thread that did not come back may still read the old ones
+            self.buffers, self.broken = Buffers(self._empty), False
         unsuited = {
             server.url: f"has {name} = {server.about[name]}, which rollout.sync.transfer = distributed cannot reach; "
             "take disk"
@@ -84,7 +85,8 @@ class Broadcast:
         return failures
 
     async def end(self) -> None:
-        self.buffers = None  # the trainer needs the memory
+        if self.device.type == "cuda":
+            self.buffers = None  # memory for the trainer; on CPU new pages cost as much as what is copied there
 
     async def close(self) -> None:
         await self._leave()

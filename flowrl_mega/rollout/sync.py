@@ -75,7 +75,7 @@ class WeightSync:
             if push:
                 failures |= push.failures
                 left = [server.api for server in push.live] if push.transfer.broken else []
-            if not self._from_first(bool(push and left)):
+            if not self._from_first(bool(left)):
                 break
         if push:
             self.metrics = {"sync_seconds": time.monotonic() - start, "sync_gb": push.bytes / 1e9}

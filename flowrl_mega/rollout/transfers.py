@@ -206,7 +206,7 @@ class SharedMemory:
         self.buffers: Buffers | None = None
 
     async def begin(self, servers: list[Server], version: int, deadline: Deadline) -> Failures:
-        self.buffers = Buffers(self._shared)
+        self.buffers = self.buffers or Buffers(self._shared)
         return {}
 
     def pack(self, named: Named) -> Packed:
@@ -222,9 +222,11 @@ class SharedMemory:
         return await each(servers, ask)
 
     async def end(self) -> None:
-        self.buffers = None  # the trainer needs the memory
+        if self.device.type == "cuda":
+            self.buffers = None  # memory for the trainer; on CPU new pages cost as much as what is copied there
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        self.buffers = None
 
     def _shared(self, size: int) -> Tensor:
         buffer = torch.empty(size, dtype=torch.uint8, device=self.device)

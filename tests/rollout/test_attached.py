@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,6 @@ from flowrl_mega.config import ConfigError, RolloutSettings
 from flowrl_mega.model.architecture import Architecture, read_architecture
 from flowrl_mega.parallel.launch import free_port
 from flowrl_mega.rollout.sglang import check_attached
-
-
-@pytest.fixture
-def stand_in() -> Iterator[Callable[..., StandIn]]:
-    servers: list[StandIn] = []
-
-    def make(**options: Any) -> StandIn:
-        servers.append(StandIn(**options))
-        return servers[-1]
-
-    yield make
-    for server in servers:
-        server.close()
 
 
 @pytest.fixture(scope="module")

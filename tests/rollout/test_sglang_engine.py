@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import on_ranks
 import pytest
 import torch.distributed as dist
+from driving import content, expected
 from rank_pool import RankFailed
-from stand_in import StandIn
-from test_dispatch import content, expected
 
 from flowrl_mega.config import ConfigError
 from flowrl_mega.model.generation import Sampling
@@ -26,19 +24,6 @@ STOPS = (1, 17, 40, 41, 42, 77)
 SAMPLING = Sampling(12, stop_ids=STOPS)
 REQUESTS = [Request([place + 2, 3, 4], 3, 12) for place in range(20)]
 LAYOUTS = {"tp2": {"tp": 2}, "dp2": {"dp": 2}}
-
-
-@pytest.fixture
-def stand_in() -> Iterator[Callable[..., StandIn]]:
-    servers: list[StandIn] = []
-
-    def make(**options: Any) -> StandIn:
-        servers.append(StandIn(**options))
-        return servers[-1]
-
-    yield make
-    for server in servers:
-        server.close()
 
 
 def engine_for(path: Path, folder: Path, urls: list[str], parallel: dict[str, int], **rollout: Any):

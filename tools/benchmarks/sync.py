@@ -4,10 +4,11 @@
         [--transfers NAME ...] [--folder DIR] [--json FILE]
 
 A random bf16 Qwen2, a policy of one rank and a server on this machine. A round: `broadcast` is what two processes that
-do nothing else take to broadcast buffers of the buckets' sizes; the others are a whole `WeightSync.push`, from the
-pause to the version that the server then says, without checksums. Each round begins with the next. The figures are
-medians over the rounds; lowest and highest stand beside them. One push of each before the first round is not counted:
-it makes the group, and what the server then holds is compared with what was sent.
+do nothing else take to broadcast buffers of the buckets' sizes, `with copies` the same where the sender first copies a
+bucket together and the receiver takes it into new memory and copies it out, as SGLang does. The others are a whole
+`WeightSync.push`, from the pause to the version that the server then says, without checksums. Each round begins with
+the next. The figures are medians over the rounds; lowest and highest stand beside them. One push of each before the
+first round is not counted: it makes the group, and what the server then holds is compared with what was sent.
 """
 
 from __future__ import annotations
@@ -91,11 +92,12 @@ def measure(options: argparse.Namespace, folder: Path, url: str) -> tuple[dict[s
     policy = build(folder / "model")
     buckets = named_buckets(policy, options.bucket_mb << 20)
     sizes = [sum(tensor.nbytes for _, tensor in bucket) for bucket in buckets]
-    loop, bare = LoopThread(), Pair(sizes)
+    loop, bare, loading = LoopThread(), Pair(sizes), Pair(sizes, load=True)
     syncs = {name: sync(name, options.bucket_mb, policy, folder, loop) for name in options.transfers}
-    works: dict[str, Callable[[], float]] = {"broadcast": bare.seconds}
+    works: dict[str, Callable[[], float]] = {"broadcast": bare.seconds, "with copies": loading.seconds}
+    server = Api(url)
     for name, pushes in syncs.items():
-        works[name] = Pushes(pushes, policy, Api(url), loop)
+        works[name] = Pushes(pushes, policy, server)
     try:
         for work in works.values():
             work()
@@ -106,8 +108,10 @@ def measure(options: argparse.Namespace, folder: Path, url: str) -> tuple[dict[s
                 seconds[name].append(works[name]())
     finally:
         bare.close()
+        loading.close()
         for pushes in syncs.values():
             pushes.close()
+        loop.call(server.close())
     return seconds, sizes
 
 
@@ -136,8 +140,8 @@ def sync(transfer: Any, bucket_mb: int, policy: Policy, folder: Path, loop: Loop
 class Pushes:
     """Calling it is one push, in seconds; the first one is checked."""
 
-    def __init__(self, sync: WeightSync, policy: Policy, server: Api, loop: LoopThread) -> None:
-        self.sync, self.policy, self.server, self.loop = sync, policy, server, loop
+    def __init__(self, sync: WeightSync, policy: Policy, server: Api) -> None:
+        self.sync, self.policy, self.server = sync, policy, server
         self.checked = False
 
     def __call__(self) -> float:
@@ -151,15 +155,15 @@ class Pushes:
 
 
 class Pair:
-    """Two processes that broadcast buffers of these sizes when asked to."""
+    """Two processes that broadcast buffers of these sizes when asked to; `load`: from and to other memory."""
 
-    def __init__(self, sizes: list[int]) -> None:
+    def __init__(self, sizes: list[int], load: bool = False) -> None:
         context, port = multiprocessing.get_context("spawn"), free_port()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(2):
             ours, theirs = context.Pipe()
-            process = context.Process(target=broadcasts, args=(rank, port, sizes, theirs), daemon=True)
+            process = context.Process(target=broadcasts, args=(rank, port, sizes, load, theirs), daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -176,10 +180,11 @@ class Pair:
             process.join()
 
 
-def broadcasts(rank: int, port: int, sizes: list[int], pipe: Connection) -> None:
+def broadcasts(rank: int, port: int, sizes: list[int], load: bool, pipe: Connection) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    buffers = [torch.full((size,), rank, dtype=torch.uint8) for size in sizes]
+    weights = [torch.full((size,), rank, dtype=torch.uint8) for size in sizes]
+    buffer = torch.ones(max(sizes), dtype=torch.uint8)
     while True:
         try:
             pipe.recv()
@@ -187,8 +192,15 @@ def broadcasts(rank: int, port: int, sizes: list[int], pipe: Connection) -> None
             return
         dist.barrier()
         start = time.perf_counter()
-        for buffer in buffers:
-            dist.broadcast(buffer, 0)
+        for weight in weights:
+            if not load:
+                dist.broadcast(weight, 0)
+            elif rank == 0:
+                part = buffer[: len(weight)]
+                dist.broadcast(part.copy_(weight), 0)
+            else:
+                dist.broadcast(received := torch.empty_like(weight), 0)
+                weight.copy_(received)
         pipe.send(time.perf_counter() - start)
 
 

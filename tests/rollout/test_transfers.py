@@ -1,0 +1,90 @@
+"""What a bucket looks like on its way, without servers."""
+
+from __future__ import annotations
+
+import base64
+import socket
+
+import pytest
+import torch
+
+from flowrl_mega.rollout import broadcast, transfers
+from flowrl_mega.rollout.api import Api
+from flowrl_mega.rollout.transfers import Buffers, Server
+
+
+def test_tensors_of_several_types_are_packed_end_to_end():
+    """Without gaps, as the other end unpacks them, and each at a multiple of its size, which SGLang insists on."""
+    named = [
+        ("odd", torch.arange(3).to(torch.float8_e4m3fn)),
+        ("half", torch.arange(5).bfloat16()),
+        ("single", torch.ones(2)),
+    ]
+    packed = Buffers(lambda size: torch.empty(size, dtype=torch.uint8)).pack(named)
+    assert [name for name, _ in packed.named] == ["single", "half", "odd"]
+    assert packed.flat.numel() == 8 + 10 + 3
+    raw = b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for _, tensor in packed.named)
+    assert packed.flat.numpy().tobytes() == raw
+    assert all(torch.equal(dict(packed.named)[name].float(), tensor.float()) for name, tensor in named)
+
+
+def test_the_last_bucket_is_safe_while_the_next_is_filled():
+    """One is under way; the one before it is not."""
+    buffers = Buffers(lambda size: torch.empty(size, dtype=torch.uint8))
+    first = buffers.pack([("a", torch.ones(4))])
+    second = buffers.pack([("a", torch.zeros(3))])
+    assert first.flat.view(torch.float32).tolist() == [1, 1, 1, 1]
+    third = buffers.pack([("a", torch.full((4,), 2.0))])
+    assert second.flat.view(torch.float32).tolist() == [0, 0, 0] and third.flat.data_ptr() == first.flat.data_ptr()
+
+
+def test_shared_memory_is_passed_on_by_name():
+    """A server is no child of ours: torch's default, which hands over an open file, ends it. Ours stays as it was."""
+    before = torch.multiprocessing.get_sharing_strategy()
+    assert before == "file_descriptor"
+    memory = transfers.SharedMemory(torch.device("cpu"))
+    payload = base64.b64decode(transfers._pickled([("a", memory._shared(64).view(torch.float32))]))
+    assert b"rebuild_storage_filename" in payload and b"DupFd" not in payload
+    assert torch.multiprocessing.get_sharing_strategy() == before
+
+
+def test_a_gpu_goes_by_its_own_name(monkeypatch):
+    """A server may see other numbers than we do. (Without a GPU: what torch would hand over is put in its place.)"""
+    arguments = (torch.Tensor, (2,), (1,), 0, object, torch.float32, 3, b"handle", 8, 0, False, b"", 0, b"", True)
+    monkeypatch.setattr(transfers, "reduce_tensor", lambda tensor: ("rebuild", arguments))
+    properties = {3: type("Properties", (), {"uuid": "GPU-abc"})}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
+    found = transfers._Handle(type("Tensor", (), {"is_cuda": True})).__reduce__()  # type: ignore[arg-type]
+    assert found == ("rebuild", (*arguments[:6], "GPU-abc", *arguments[7:]))
+
+
+@pytest.mark.parametrize(
+    ("urls", "found"), [(["http://127.0.0.1:1"], "127.0.0.1"), (["http://localhost:1"], ("127.0.0.1", "::1"))]
+)
+def test_the_address_that_servers_of_this_host_are_given(urls, found):
+    """What they can reach without leaving it."""
+    assert broadcast._own_address([Server(Api(url), {}) for url in urls]) in found
+
+
+def test_the_address_that_other_hosts_are_given(monkeypatch):
+    """One server elsewhere, and all have to come by the way that it comes."""
+
+    class Probe:
+        def __init__(self, *args):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        def connect(self, place):
+            self.name = {"10.0.0.7": "10.0.0.1"}.get(place[0], place[0])
+
+        def getsockname(self):
+            return (self.name, 1)
+
+    monkeypatch.setattr(socket, "socket", Probe)
+    servers = [Server(Api(url), {}) for url in ("http://127.0.0.1:1", "http://10.0.0.7:1")]
+    assert broadcast._own_address(servers) == "10.0.0.1"
