@@ -73,7 +73,7 @@ class SyncSettings(Settings):
         description="answers under way: go on with keys and values made anew, with the old ones, or are waited for",
     )
     folder: str | None = Field(None, description="transfer disk: where all servers can read; null: run_dir/weights")
-    timeout_s: float = Field(600.0, gt=0, description="for one sync")
+    timeout_s: float = Field(300.0, gt=0, description="for one sync; less than parallel.timeout_s: other ranks wait")
 
 
 class MismatchSettings(Settings):

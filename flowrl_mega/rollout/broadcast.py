@@ -128,7 +128,6 @@ class Broadcast:
             self.name, self.group, self.store, self.servers, self.members = "", None, None, [], {}
 
     async def _destroy(self, name: str, servers: list[Server]) -> None:
-        self.store = None
         path, body = "/destroy_weights_update_group", {"group_name": name}
         await each(servers, lambda server: server.api.post(path, body, GRACE_S / 2))  # some may never have had it
 
