@@ -53,10 +53,10 @@ example-smollm2: setup-example  ## train a real pretrained model, SmolLM2-135M-I
 	@$(PY) -m examples.smollm2.run
 
 test: setup  ## every fast test
-	@$(PYTEST) tests --ignore tests/integration -m "not integration and not exact" $(if $(DATA),--data $(DATA)) $(ARGS)
+	@$(PYTEST) tests -m "not integration and not exact" $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test-integration: setup-example setup-sglang  ## tests with a real model and a real SGLang server
-	@$(PYTEST) tests/integration tests/data/test_reasoning_gym.py $(ARGS)
+	@$(PYTEST) tests -m integration $(ARGS)
 
 verify-exact: setup  ## the trainer against exact answers on a space small enough to enumerate
 	@$(PYTEST) tests -m exact $(ARGS)

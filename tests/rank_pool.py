@@ -17,7 +17,7 @@ from typing import Any
 
 # Importing torch and megatron costs a process seconds: ranks are forked from a server that has done it once.
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["flowrl_mega.job"])
+FORKSERVER.set_forkserver_preload(["flowrl_mega.job", "aiohttp.web"])
 
 
 class RankFailed(AssertionError):

@@ -11,6 +11,7 @@ from flowrl_mega.config import ConfigError  # noqa: E402
 from flowrl_mega.data.reasoning_gym import make_rows, write_jsonl  # noqa: E402
 from flowrl_mega.rewards.reasoning_gym import extract, score  # noqa: E402
 
+pytestmark = pytest.mark.integration
 PRODUCTS = {"min_digits": 1, "max_digits": 1}
 
 

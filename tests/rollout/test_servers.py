@@ -6,26 +6,25 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import fake_server
 import psutil
 import pytest
 import torch
+from rank_pool import FORKSERVER
 
 from flowrl_mega.config import ConfigError, RolloutSettings
 from flowrl_mega.rollout import servers
 from flowrl_mega.rollout.processes import is_free
 from flowrl_mega.rollout.servers import Fleet, check_servers, command, placement, supervise
-
-sys.path.insert(0, str(Path(__file__).parent))
-import fake_server  # noqa: E402
 
 Make = Callable[..., Fleet]
 
@@ -259,26 +258,24 @@ def test_a_closed_fleet_starts_nothing(make: Make):
     assert not fleet.is_alive(fleet.urls[0])
 
 
+def serve_and_sleep(python: str, folder: Path, pipe: Connection) -> None:
+    """A trainer's process: its servers, and nothing that would end them."""
+    fleet = Fleet(RolloutSettings(python=python), folder, folder, "fp32", 0)
+    fleet.start()
+    pipe.send(info(fleet))
+    time.sleep(600)
+
+
 def test_servers_die_with_a_killed_trainer(tmp_path: Path):
     """kill -9 leaves no time to clean up: the kernel does."""
-    program = f"""
-import sys, time
-from pathlib import Path
-from flowrl_mega.config import RolloutSettings
-from flowrl_mega.rollout.servers import Fleet
-settings = RolloutSettings(python={fake_server.make(tmp_path)!r})
-fleet = Fleet(settings, Path({str(tmp_path)!r}), Path({str(tmp_path)!r}), "fp32", 0)
-fleet.start()
-print(fleet.urls[0], flush=True)
-time.sleep(600)
-"""
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as trainer:
-        try:
-            url = trainer.stdout.readline().strip()
-            with urllib.request.urlopen(f"{url}/model_info", timeout=10) as answer:
-                server = json.load(answer)
-        finally:
-            trainer.kill()
+    ours, theirs = FORKSERVER.Pipe()
+    trainer = FORKSERVER.Process(target=serve_and_sleep, args=(fake_server.make(tmp_path), tmp_path, theirs))
+    trainer.start()
+    try:
+        assert ours.poll(60)
+        server = ours.recv()
+    finally:
+        trainer.kill()
     try:
         assert gone(server["pid"])
     finally:

@@ -121,6 +121,7 @@ def test_a_server_may_fail_at_any_point(path, fault, model, takers, ranks1, tmp_
     assert_same(good.held(), wanted)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("transfer", ["tensor", "distributed"])
 def test_a_server_that_hangs_costs_the_time_out_and_no_more(transfer, model, takers, ranks1, tmp_path):
     """Stopped, it neither answers nor closes its connections."""
