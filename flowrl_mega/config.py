@@ -46,8 +46,16 @@ class OpsSettings(Settings):
 class ParallelSettings(Settings):
     tp: int = Field(1, ge=1, description="tensor-parallel ranks")
     sequence_parallel: bool = Field(False, description="shard activations over the tensor-parallel ranks too")
+    pp: int = Field(1, ge=1, description="pipeline stages: runs of layers on ranks of their own")
+    vpp: int = Field(1, ge=1, description="pieces of the model on each pipeline rank (interleaved schedule)")
+    cp: int = Field(1, ge=1, description="context-parallel ranks: each sequence is shared out over them")
     dp: int | None = Field(None, ge=1, description="data-parallel replicas; null: the ranks that are left (1 alone)")
     timeout_s: int = Field(600, ge=10, description="a collective that takes longer ends the job")
+
+    @property
+    def model_ranks(self) -> int:
+        """The ranks that work on one data-parallel replica's share."""
+        return self.tp * self.pp * self.cp
 
 
 class DataSettings(Settings):

@@ -14,7 +14,14 @@ from flowrl_mega import objectives, ops
 from flowrl_mega.checkpoint import check_checkpoint, check_model, find_checkpoint, is_megatron, step_of
 from flowrl_mega.config import Config, ConfigError
 from flowrl_mega.data.inputs import load_prompts
-from flowrl_mega.model.architecture import Architecture, check_layout, check_megatron, read_architecture
+from flowrl_mega.model.architecture import (
+    Architecture,
+    check_context_parallel,
+    check_layout,
+    check_megatron,
+    check_pipeline,
+    read_architecture,
+)
 from flowrl_mega.monitor import check_wandb
 from flowrl_mega.monitor.run_folder import METRICS
 from flowrl_mega.parallel import layout as layouts
@@ -79,11 +86,13 @@ def check(config: Config, world: int, resume: str, checkpoint: Path | None, one_
     layouts.check_world(config.parallel, world)
     arch = read_architecture(config.model.path)
     check_layout(arch, config.parallel.tp)
+    check_pipeline(arch, config.parallel.pp, config.parallel.vpp)
+    check_context_parallel(config.parallel.cp)
     check_megatron(config.megatron)
     check_model(config.model.path, arch)
     load_prompts(config)
     check_wandb(config.monitor.wandb)
-    _check_sequences(config, world // config.parallel.tp)
+    _check_sequences(config, world // config.parallel.model_ranks)
     if not one_of_many:
         check_engine(config, arch, world)
     _check_run_dir(Path(config.run_dir), resume, checkpoint)
@@ -140,10 +149,12 @@ def serve(config: Config, host: str, port: int | None, stop_requested: Callable[
 
 
 def _check_sequences(config: Config, dp: int) -> None:
-    sequences = config.batch.mini_batch or config.sequences_per_step
-    if sequences < dp:
+    sequences, parallel = config.batch.mini_batch or config.sequences_per_step, config.parallel
+    least = parallel.pp if parallel.vpp > 1 else 1
+    if sequences < dp * least:
+        each = f" x {least} that an interleaved pipeline (parallel.vpp) needs" if least > 1 else ""
         raise ConfigError(
-            f"batch.mini_batch = {sequences}: fewer sequences than the {dp} data-parallel ranks; "
+            f"batch.mini_batch = {sequences}: fewer sequences than the {dp} data-parallel ranks{each}; "
             "take more sequences or fewer ranks"
         )
 
@@ -172,15 +183,18 @@ def describe(config: Config, world: int, checkpoint: Path | None) -> str:
     """What would run where."""
     arch, objective = read_architecture(config.model.path), objectives.build(config.objective)
     store, held_out, _, stop_ids = load_prompts(config)
-    tp, rollout = config.parallel.tp, config.rollout
+    rollout, parallel = config.rollout, config.parallel
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU (gloo)"
-    sequence_parallel = ", sequence parallel" if config.parallel.sequence_parallel else ""
+    sizes = {name: getattr(parallel, name) for name in ("tp", "pp", "cp")} | {"dp": world // parallel.model_ranks}
+    ranks = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name in ("tp", "dp"))
+    ranks += f", {parallel.vpp} pieces of the model each" if parallel.vpp > 1 else ""
+    ranks += ", sequence parallel" if parallel.sequence_parallel else ""
     settings = ", ".join(f"{name}={value}" for name, value in objective.model_dump().items() if name != "name")
     size = f"{arch.layers} layers of {arch.hidden}, vocabulary {arch.vocab}"
     kind = "Megatron checkpoint" if is_megatron(config.model.path) else "Hugging Face folder"
     lines = {
         "model": f"{config.model.path} ({kind}): {arch.model_type}, {size}",
-        "ranks": f"{world} = tp {tp} x dp {world // tp}{sequence_parallel}, on {device}",
+        "ranks": f"{world} = {ranks}, on {device}",
         "layers": "Megatron-core local spec, packed attention through scaled_dot_product_attention",
         "log-probs": check_ops(config.ops.backend),
         "engine": check_engine(config, arch, world),

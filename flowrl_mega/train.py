@@ -24,13 +24,13 @@ from flowrl_mega.evaluation.exact import exact_metrics, right_answer_probabiliti
 from flowrl_mega.evaluation.held_out import held_out_metrics
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.generation import Sampling
-from flowrl_mega.model.policy import Policy, build_reference
+from flowrl_mega.model.policy import Policy, PolicyOutput, build_reference
 from flowrl_mega.monitor import Monitor
 from flowrl_mega.monitor.step_metrics import cost_metrics, merge_updates, reduce_reports
 from flowrl_mega.objectives.common import Sequences
 from flowrl_mega.parallel.layout import Layout, together
 from flowrl_mega.parallel.optimizer import Optimizer, wrap
-from flowrl_mega.parallel.packing import PackedBatch, Sequence, plan
+from flowrl_mega.parallel.packing import PackedBatch, Sequence, efficiency, plan
 from flowrl_mega.parallel.schedule import forward_backward
 from flowrl_mega.rewards.registry import Score, load_reward
 from flowrl_mega.rewards.shared import score_shared
@@ -53,7 +53,7 @@ class Trainer:
         if self.objective.needs_reference:
             self.reference = build_reference(arch, config, layout)
             load_model(self.reference, config.model.path)
-        self.model = wrap(self.policy)
+        self.model = wrap(self.policy.stages)
         updates = config.steps * config.updates_per_step
         self.optimizer = Optimizer(self.model, config.optimizer, config.model.dtype == "bf16", updates)
         self.side_files = read_side_files(config.model.path)
@@ -147,26 +147,32 @@ class Trainer:
         credit = self.objective.credit(rewards, torch.arange(len(rewards)) // config.rollout.group_size)
         per_update = config.batch.mini_batch or len(sequences)
         mini_batches = plan(sequences, per_update, self.layout, config.batch.tokens_per_microbatch)
-        for batch in (batch for mini_batch in mini_batches for batch in mini_batch):
+        batches = [batch for mini_batch in mini_batches for batch in mini_batch]
+        for batch in batches:
             batch.scores["credit"] = credit.to(self.layout.device)[batch.index]
             engine_logp = [logp for i in batch.index.tolist() for logp in rollouts[i].logp]
             batch.scores["rollout_logp"] = torch.tensor(engine_logp, device=self.layout.device)
-            if len(mini_batches) > 1:
-                batch.scores["old_logp"] = self.policy.score(batch, temperature).logp
-            if self.reference is not None:
-                batch.scores["ref_logp"] = self.reference.score(batch, temperature).logp
+        if len(mini_batches) > 1:
+            keep_logp("old_logp", batches, self.policy.score(batches, temperature))
+        if self.reference is not None:
+            keep_logp("ref_logp", batches, self.reference.score(batches, temperature))
         return mini_batches
 
     def update(self, mini_batch: list[PackedBatch]) -> dict[str, float]:
         """One optimizer step on the mean loss over the mini-batch's sequences, on all ranks together."""
         self.optimizer.zero_grad()
-        metrics = reduce_reports(forward_backward(self.model, mini_batch, self.loss), self.layout.dp_group)
+        reports = forward_backward(self.model, mini_batch, self.forward, self.loss)
+        # Losses are the last pipeline stage's, and all stages must take or refuse the update together.
+        metrics = self.layout.from_last_stage(reports and reduce_reports(reports, self.layout.dp_group))
         ops.raise_if_flagged()  # the metrics have waited for the device already
         return metrics | self.optimizer.step(loss_is_finite=math.isfinite(metrics["loss"]))
 
-    def loss(self, model: Any, batch: PackedBatch) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
+    def forward(self, stage: Any, batch: PackedBatch) -> PolicyOutput | torch.Tensor:
+        """A pipeline stage's work on one micro-batch."""
+        return stage(batch, self.config.rollout.temperature)
+
+    def loss(self, output: PolicyOutput, batch: PackedBatch) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
         """The objective on one micro-batch: the sum over its sequences, their number, and what to report."""
-        output = model(batch, self.config.rollout.temperature)
         sequences = Sequences(
             logp=output.logp,
             old_logp=batch.scores.get("old_logp", output.logp.detach()),
@@ -196,6 +202,7 @@ class Trainer:
             "response_length": sum(lengths) / len(lengths),
             "stopped": sum(r.finish_reason == "stop" for r in rollouts) / len(rollouts),
             **merge_updates(updates),
+            "packing_efficiency": efficiency(sequences, self.config.batch.mini_batch or len(sequences), self.layout),
             **cost_metrics(self.seconds, sum(s.rows + 1 for s in sequences), sum(lengths)),
         }
 
@@ -311,6 +318,12 @@ class Trainer:
         if self.layout.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds[phase] += time.perf_counter() - start
+
+
+def keep_logp(name: str, batches: list[PackedBatch], outputs: list[PolicyOutput]) -> None:
+    """Beside each micro-batch what the objective reads; only the last pipeline stage has it, and needs it."""
+    for batch, output in zip(batches, outputs, strict=False):
+        batch.scores[name] = output.logp
 
 
 def as_sequences(prompts: list[list[int]], rollouts: list[Rollout]) -> list[Sequence]:

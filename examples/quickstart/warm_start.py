@@ -17,7 +17,7 @@ from flowrl_mega.data.inputs import load_prompts
 from flowrl_mega.data.tokenizer import char_tokenizer
 from flowrl_mega.evaluation.exact import exact_metrics, right_answer_probabilities
 from flowrl_mega.model.architecture import read_architecture
-from flowrl_mega.model.policy import Policy
+from flowrl_mega.model.policy import Policy, PolicyOutput
 from flowrl_mega.model.weights import load_hf, named_tensors
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.parallel.optimizer import Optimizer, wrap
@@ -58,7 +58,7 @@ def warm_start(config: Config, layout: Layout) -> int:
     arch = read_architecture(folder)
     policy = Policy(arch, config, layout, log_z=None)
     load_hf(policy, folder)
-    model = wrap(policy)
+    model = wrap(policy.stages)
     optimizer = Optimizer(model, OPTIMIZER, bf16=False, total_updates=MOST_STEPS)
     draw = random.Random(config.seed)
     step, passed = 0, 0.0
@@ -66,7 +66,8 @@ def warm_start(config: Config, layout: Layout) -> int:
         chosen = [draw.randrange(len(prompts)) for _ in range(SEQUENCES)]
         sequences = [Sequence(i, prompts[c], draw.choice(answers[c])) for i, c in enumerate(chosen)]
         optimizer.zero_grad()
-        forward_backward(model, [pack(sequences, device=layout.device)], _negative_log_likelihood)
+        batch = pack(sequences, device=layout.device)
+        forward_backward(model, [batch], lambda stage, batch: stage(batch), _negative_log_likelihood)
         optimizer.step(loss_is_finite=True)
         step += 1
         if step % CHECK_EVERY == 0:
@@ -75,8 +76,8 @@ def warm_start(config: Config, layout: Layout) -> int:
     return step
 
 
-def _negative_log_likelihood(model: Policy, batch: PackedBatch) -> tuple[torch.Tensor, int, None]:
-    return -model(batch).logp.sum(), batch.target.numel(), None
+def _negative_log_likelihood(output: PolicyOutput, batch: PackedBatch) -> tuple[torch.Tensor, int, None]:
+    return -output.logp.sum(), batch.target.numel(), None
 
 
 def _export(policy: Policy, folder: Path) -> None:

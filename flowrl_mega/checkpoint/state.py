@@ -151,14 +151,18 @@ def load_model(policy: Policy, path: str | Path) -> None:
 def load_megatron(policy: Policy, path: Path) -> None:
     """Fill the policy's shards from a Megatron checkpoint of whatever layout and layer spec. Collective."""
     # The extra states are FP8's scales: another spec has others, and a new run starts with fresh ones.
-    state = {key: part for key, part in policy.gpt.sharded_state_dict().items() if not key.endswith("_extra_state")}
+    state = {
+        str(piece): {k: part for k, part in stage.gpt.sharded_state_dict().items() if not k.endswith("_extra_state")}
+        for piece, stage in enumerate(policy.stages)
+    }
     try:
         with _quietly():
             loaded = dist_checkpointing.load({"model": state}, str(path))["model"]
     except UNFIT as error:
         raise ConfigError(f"{path}: is not a checkpoint of this model ({_reason(error)})") from None
-    for name, parameter in policy.gpt.named_parameters():
-        parameter.copy_(loaded[name])
+    for piece, stage in enumerate(policy.stages):
+        for name, parameter in stage.gpt.named_parameters():
+            parameter.copy_(loaded[str(piece)][name])
 
 
 def _keep_rates(saved: list[dict[str, Any]], optimizer: Optimizer, path: Path) -> None:

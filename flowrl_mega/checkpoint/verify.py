@@ -104,19 +104,23 @@ def _our_logits(ckpt: Path, config: Config, layout: layouts.Layout) -> list[Tens
     arch = read_architecture(ckpt, "--ckpt")
     policy = Policy(arch, config, layout, log_z=None)
     load_megatron(policy, ckpt)
-    policy.eval()
+    policy.train(False)
     return whole_logits(policy, pack(prompts(arch.vocab), device=layout.device))
 
 
 @torch.no_grad()
 def whole_logits(policy: Policy, batch: PackedBatch) -> list[Tensor]:
     """[rows, V] of each sequence by its index, on the CPU, gathered over the vocabulary's shards. Collective."""
-    mine = policy.gpt(
-        input_ids=batch.tokens[None],
-        position_ids=batch.position_ids[None],
-        attention_mask=None,
-        packed_seq_params=PackedRows.of(batch),
-    )[0].contiguous()
+    mine = (
+        policy.stages[0]
+        .gpt(
+            input_ids=batch.tokens[None],
+            position_ids=batch.position_ids[None],
+            attention_mask=None,
+            packed_seq_params=PackedRows.of(batch),
+        )[0]
+        .contiguous()
+    )
     shards = [torch.empty_like(mine) for _ in range(policy.layout.tp)]
     dist.all_gather(shards, mine, group=policy.layout.tp_group)
     logits = torch.cat([shard.cpu() for shard in shards], -1)[:, : policy.arch.vocab]

@@ -20,13 +20,11 @@ def sequence_logp(policy: Policy, sequences: list[Sequence], temperature: float,
     """log pi(y|x) [N] float64 by `Sequence.index` (0..N-1), on every rank."""
     layout = policy.layout
     total = torch.zeros(len(sequences), dtype=torch.float64, device=layout.device)
-    for batch in (b for update in plan(sequences, len(sequences), layout, budget) for b in update):
-        logp = policy.score(batch, temperature).logp.double()
+    (batches,) = plan(sequences, len(sequences), layout, budget)
+    for batch, output in zip(batches, policy.score(batches, temperature), strict=layout.is_last_stage):
         owner = batch.index.repeat_interleave(batch.response_cu_seqlens.diff())
-        total.index_add_(0, owner, logp)
-    if layout.dp > 1:
-        torch.distributed.all_reduce(total, group=layout.dp_group)
-    return total
+        total.index_add_(0, owner, output.logp.double())
+    return layout.sum_of_replicas(total)
 
 
 def right_answer_probabilities(
@@ -61,10 +59,8 @@ def spread_metrics(
     """
     layout = policy.layout
     sums = torch.zeros(2, dtype=torch.float64, device=layout.device)
-    for batch in (b for update in plan(sequences, len(sequences), layout, budget) for b in update):
-        ours, theirs = (p.score(batch, temperature) for p in (policy, reference))
+    (batches,) = plan(sequences, len(sequences), layout, budget)
+    for ours, theirs in zip(policy.score(batches, temperature), reference.score(batches, temperature), strict=True):
         sums += torch.stack([ours.entropy.double().sum(), (ours.logp.double() - theirs.logp.double()).sum()])
-    if layout.dp > 1:
-        torch.distributed.all_reduce(sums, group=layout.dp_group)
-    entropy, kl = (sums / len(sequences)).tolist()
+    entropy, kl = (layout.sum_of_replicas(sums) / len(sequences)).tolist()
     return {"entropy": entropy, "kl": kl}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,9 +121,35 @@ def check_layout(arch: Architecture, tp: int, setting: str = "parallel.tp") -> N
             )
 
 
+def check_pipeline(arch: Architecture, pp: int, vpp: int) -> None:
+    """Refuse a number of pipeline stages that does not divide the layers, before any rank starts."""
+    if arch.layers % (pp * vpp) == 0:
+        return
+    if arch.layers % pp:
+        fits = [n for n in range(1, arch.layers + 1) if arch.layers % n == 0]
+        nearest_fit = min(fits, key=lambda n: (abs(n - pp), n))
+        raise ConfigError(f"parallel.pp = {pp}: does not divide the model's {arch.layers} layers; use {nearest_fit}")
+    fits = [n for n in range(1, arch.layers // pp + 1) if arch.layers % (pp * n) == 0]
+    nearest_fit = min(fits, key=lambda n: (abs(n - vpp), n))
+    raise ConfigError(
+        f"parallel.vpp = {vpp}: {pp} stages have {arch.layers // pp} layers each; use {nearest_fit}, a divisor of that"
+    )
+
+
+def check_context_parallel(cp: int) -> None:
+    """Refuse context parallelism without Transformer Engine, whose attention alone shares out sequences."""
+    if cp > 1 and importlib.util.find_spec("transformer_engine") is None:
+        raise ConfigError(
+            f"parallel.cp = {cp}: needs Transformer Engine, which is not installed; take parallel.cp=1 and shorter "
+            "sequences, or more of parallel.tp with parallel.sequence_parallel"
+        )
+
+
 OWN_FIELDS = {
     "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
-    "tensor_model_parallel_size", "sequence_parallel", "normalization", "layernorm_epsilon", "calculate_per_token_loss",
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
+    "context_parallel_size", "variable_seq_lengths", "sequence_parallel", "normalization", "layernorm_epsilon",
+    "calculate_per_token_loss",
 }  # fmt: skip
 
 
@@ -157,6 +184,14 @@ def transformer_config(arch: Architecture, model: ModelSettings, extra: dict[str
         attention_dropout=0.0,  # dropout would make the scored policy another one than the sampled
         hidden_dropout=0.0,
         tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        variable_seq_lengths=layout.pp > 1,  # packed micro-batches have unlike numbers of rows
+        # Interleaved stages of two ranks send both ways at once to one peer: only single sends keep these apart.
+        overlap_p2p_comm=layout.vpp > 1,
+        batch_p2p_comm=layout.vpp == 1,
+        moe_token_dispatcher_type="alltoall",  # Megatron asks for it with variable lengths, also of dense models
         sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,

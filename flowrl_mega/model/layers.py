@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
 from flowrl_mega.parallel.packing import Bucket, PackedBatch
@@ -28,13 +28,12 @@ class PackedRows(PackedSeqParams):
 
     @staticmethod
     def of(batch: PackedBatch) -> PackedRows:
-        longest = max(bucket.longest for bucket in batch.buckets)
         return PackedRows(
             qkv_format="sbhd",
             cu_seqlens_q=batch.cu_seqlens,
             cu_seqlens_kv=batch.cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
+            max_seqlen_q=batch.longest,
+            max_seqlen_kv=batch.longest,
             position_ids=batch.position_ids,
             buckets=batch.buckets,
         )
@@ -104,8 +103,8 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def local_spec(config: Any) -> TransformerBlockSubmodules:
-    """Megatron's own layer spec with the three layers of this file put in."""
+def local_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Megatron's own layer spec with the three layers of this file put in; the layers of this pipeline stage."""
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
@@ -113,4 +112,5 @@ def local_spec(config: Any) -> TransformerBlockSubmodules:
     attention.core_attention = ModuleSpec(module=PackedAttention)
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=RMSNorm)
+    layers = [layer] * get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

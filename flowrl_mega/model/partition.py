@@ -53,8 +53,7 @@ def build_partition(kind: Kind | None, hidden: int, seed: int) -> nn.Module | No
     return None
 
 
-def prompt_mean(hidden: Tensor, rows: Tensor, segment: Tensor, lengths: Tensor) -> Tensor:
-    """Mean of `hidden` [T, H] over each prompt's rows -> [B, H] fp32."""
-    total = hidden.new_zeros(lengths.numel(), hidden.shape[1], dtype=torch.float32)
-    total = total.index_add(0, segment, hidden[rows].float())
-    return total / lengths[:, None]
+def prompt_sum(hidden: Tensor, rows: Tensor, segment: Tensor, prompts: int) -> Tensor:
+    """Sum of `hidden` [T, H] over each prompt's rows -> [B, H] fp32."""
+    total = hidden.new_zeros(prompts, hidden.shape[1], dtype=torch.float32)
+    return total.index_add(0, segment, hidden[rows].float())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,8 @@ from torch import Tensor
 from flowrl_mega.model.hf_folder import HfFolder
 from flowrl_mega.model.names import from_shards, hf_names, to_named, to_shard, to_whole
 from flowrl_mega.model.policy import Policy
-from flowrl_mega.parallel.layout import Layout
+
+EMBEDDING = "embedding.word_embeddings.weight"
 
 
 @torch.no_grad()
@@ -20,25 +22,49 @@ def load_hf(policy: Policy, path: str | Path) -> None:
     """Fill the policy's shards from the safetensors of a Hugging Face folder, tensor by tensor."""
     folder, arch, layout = HfFolder(path), policy.arch, policy.layout
     folder.check(arch)
-    for name, parameter in policy.gpt.named_parameters():
+    for name, parameter in policy.gpt_parameters().items():
         whole = to_whole(name, [folder.read(part) for part in hf_names(name, arch)], arch)
         parameter.copy_(to_shard(name, whole, layout.tp, layout.tp_rank))
+    if (head := policy.tied_head()) is not None:
+        head.copy_(to_shard(EMBEDDING, folder.read(*hf_names(EMBEDDING, arch)), layout.tp, layout.tp_rank))
+
+
+class Piece(NamedTuple):
+    """A parameter of the whole model, as each rank of the pipeline stage that has it holds it."""
+
+    name: str  # GPTModel's, layers counted over the whole model
+    stage: int
+    shape: torch.Size  # of a shard
+    dtype: torch.dtype
+
+
+def pieces(policy: Policy) -> list[Piece]:
+    """All parameters of the model, stage by stage; the same list on every rank. Collective."""
+    layout = policy.layout
+    mine = [Piece(name, layout.pp_rank, p.shape, p.dtype) for name, p in policy.gpt_parameters().items()]
+    if layout.pp == 1:
+        return mine
+    stages: list[list[Piece]] = [[] for _ in range(layout.pp)]
+    dist.all_gather_object(stages, mine, group=layout.pp_group)
+    return [piece for stage in stages for piece in stage]
 
 
 class WholeWeights:
     """The policy's weights as `whole` tensors on every rank, in buffers that are filled again at each `gather`.
 
-    At tp = 1 they are the parameters themselves. Else all shards travel in one flat all-gather.
+    Where one rank has all they are the parameters themselves. Else a stage's shards travel in one flat all-gather, and
+    from there to the other stages.
     """
 
     def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+        self.policy, self.pieces = policy, pieces(policy)
         self.tensors: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def gather(self) -> dict[str, Tensor]:
-        parameters = {name: p.detach() for name, p in self.policy.gpt.named_parameters()}
-        self.tensors = dict(_gather(parameters, self.policy.layout, to_all=True))
+        for stage in range(self.policy.layout.pp):
+            of_stage = [piece for piece in self.pieces if piece.stage == stage]
+            self.tensors.update(_gather(self.policy, of_stage, None, to_all=True))
         return self.tensors
 
 
@@ -48,60 +74,78 @@ def named_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
         yield from zip(hf_names(name, policy.arch), to_named(name, whole, policy.arch), strict=True)
 
 
-@torch.no_grad()
-def named_buckets(
-    policy: Policy, bucket_bytes: int, dtype: torch.dtype | None = None
-) -> Iterator[list[tuple[str, Tensor]]]:
-    """The policy under Hugging Face's names, some tensors at a time, on tensor-parallel rank 0. Collective there.
+class Buckets:
+    """The policy under Hugging Face's names, some tensors at a time, on the first rank that holds the model's start.
 
-    The other ranks get empty lists and must take all of them. A bucket holds at most `bucket_bytes` as `dtype` (None:
-    the parameters' own), or one larger parameter; what one parameter holds (q, k and v; gate and up) is never parted.
-    Two buckets' worth of memory; at tp = 1 and the same type none: the tensors are the parameters.
+    A bucket holds at most `bucket_bytes` as `dtype` (None: the parameters' own), or one larger parameter; what one
+    parameter holds (q, k and v; gate and up) is never parted, nor do stages share one. Two buckets' worth of memory;
+    where one rank has all and the type stays, none: the tensors are the parameters. Collective, as is each iteration:
+    the other ranks of the replica get empty lists and must take all of them.
     """
-    arch, layout = policy.arch, policy.layout
-    for parameters in _buckets(policy, bucket_bytes, dtype):
-        wholes = _gather({name: p.detach().to(dtype or p.dtype) for name, p in parameters.items()}, layout)
-        yield [
-            pair
-            for name, whole in wholes
-            for pair in zip(hf_names(name, arch), to_named(name, whole, arch), strict=True)
-        ]
+
+    def __init__(self, policy: Policy, bucket_bytes: int, dtype: torch.dtype | None = None) -> None:
+        self.policy, self.dtype = policy, dtype
+        self.buckets = list(_cut(pieces(policy), bucket_bytes, dtype, policy.layout.tp))
+
+    def __len__(self) -> int:
+        return len(self.buckets)
+
+    def __iter__(self) -> Iterator[list[tuple[str, Tensor]]]:
+        arch = self.policy.arch
+        for bucket in self.buckets:
+            yield [
+                pair
+                for name, whole in _gather(self.policy, bucket, self.dtype)
+                for pair in zip(hf_names(name, arch), to_named(name, whole, arch), strict=True)
+            ]
 
 
-def bucket_count(policy: Policy, bucket_bytes: int, dtype: torch.dtype | None = None) -> int:
-    """How many lists `named_buckets` gives for these arguments."""
-    return sum(1 for _ in _buckets(policy, bucket_bytes, dtype))
-
-
-def _buckets(policy: Policy, bucket_bytes: int, dtype: torch.dtype | None) -> Iterator[dict[str, Tensor]]:
-    """The policy's parameters in runs of one type and of `bucket_bytes` over all ranks."""
-    bucket: dict[str, Tensor] = {}
-    held, kind = 0, None
-    for name, parameter in policy.gpt.named_parameters():
-        sent = dtype or parameter.dtype
-        size = parameter.numel() * sent.itemsize * policy.layout.tp
-        if bucket and (held + size > bucket_bytes or parameter.dtype != kind):
+def _cut(found: Iterable[Piece], bucket_bytes: int, dtype: torch.dtype | None, tp: int) -> Iterator[list[Piece]]:
+    """Runs of one stage and one type, of `bucket_bytes` over all ranks."""
+    bucket: list[Piece] = []
+    held = 0
+    for piece in found:
+        size = piece.shape.numel() * (dtype or piece.dtype).itemsize * tp
+        unlike = bucket and (bucket[-1].stage, bucket[-1].dtype) != (piece.stage, piece.dtype)
+        if bucket and (held + size > bucket_bytes or unlike):
             yield bucket
-            bucket, held = {}, 0
-        bucket[name], kind = parameter, parameter.dtype
+            bucket, held = [], 0
+        bucket.append(piece)
         held += size
     yield bucket
 
 
-def _gather(shards: dict[str, Tensor], layout: Layout, to_all: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors of these shards of one type, in one flat collective; `to_all`: not on the first rank only."""
-    if layout.tp == 1:
-        yield from shards.items()
+@torch.no_grad()
+def _gather(
+    policy: Policy, bucket: list[Piece], dtype: torch.dtype | None, to_all: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors of these pieces of one stage and type, in one flat collective; `to_all`: not on the first rank
+    only."""
+    layout, stage = policy.layout, bucket[0].stage
+    dtype = dtype or bucket[0].dtype
+    parameters = policy.gpt_parameters() if layout.pp_rank == stage else {}
+    if layout.tp == layout.pp == 1:
+        yield from ((piece.name, parameters[piece.name].detach().to(dtype)) for piece in bucket)
         return
-    flat = torch.cat([shard.reshape(-1) for shard in shards.values()])
-    wanted = to_all or layout.tp_rank == 0
-    everyone = [torch.empty_like(flat) for _ in range(layout.tp)] if wanted else None
-    if to_all:
-        dist.all_gather(everyone, flat, group=layout.tp_group)
-    else:
-        dist.gather(flat, everyone, group=layout.tp_group, group_dst=0)
-    del flat
-    sizes = [shard.numel() for shard in shards.values()]
-    pieces = zip(*(rank.split(sizes) for rank in everyone or ()), strict=True)
-    for (name, shard), parts in zip(shards.items(), pieces, strict=wanted):
-        yield name, from_shards(name, [part.view(shard.shape) for part in parts])
+    sizes = [piece.shape.numel() for piece in bucket]
+    everyone: list[Tensor] | None = None
+    if to_all or (layout.tp_rank == 0 and layout.pp_rank in (0, stage)):
+        everyone = [torch.empty(sum(sizes), dtype=dtype, device=layout.device) for _ in range(layout.tp)]
+    if layout.pp_rank == stage:
+        flat = torch.cat([parameters[piece.name].detach().reshape(-1).to(dtype) for piece in bucket])
+        if to_all:
+            dist.all_gather(everyone, flat, group=layout.tp_group)
+        else:
+            dist.gather(flat, everyone, group=layout.tp_group, group_dst=0)
+        del flat
+    for shards in everyone or () if layout.pp > 1 else ():
+        if to_all:
+            dist.broadcast(shards, group=layout.pp_group, group_src=stage)
+        elif stage and layout.pp_rank == stage:
+            dist.send(shards, group=layout.pp_group, group_dst=0)
+        elif stage:
+            dist.recv(shards, group=layout.pp_group, group_src=stage)
+    if everyone is None or not (to_all or layout.pp_rank == 0):
+        return
+    for piece, parts in zip(bucket, zip(*(rank.split(sizes) for rank in everyone), strict=True), strict=True):
+        yield piece.name, from_shards(piece.name, [part.view(piece.shape) for part in parts])

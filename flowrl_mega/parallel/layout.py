@@ -1,4 +1,4 @@
-"""Which rank does what: process groups of the tensor- and data-parallel layout, and the rank's device."""
+"""Which rank does what: process groups of the layout (tensor, pipeline, context, data), and the rank's device."""
 
 from __future__ import annotations
 
@@ -25,13 +25,53 @@ class Layout:
     world: int
     tp: int
     tp_rank: int
+    pp: int
+    pp_rank: int
+    vpp: int  # pieces of the model on each pipeline rank
+    cp: int
+    cp_rank: int
     dp: int
     dp_rank: int
     tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    replica_group: dist.ProcessGroup  # the tp x pp ranks that hold one whole model together
     groups: ProcessGroupCollection
     device: torch.device
     sequence_parallel: bool
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank has the end of the model: the lm-head, the partition function and the losses."""
+        return self.pp_rank == self.pp - 1
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What each packed sequence's number of rows must be divisible by: context parallelism deals out halves of
+        its chunks."""
+        return 1 if self.cp == 1 else 2 * self.cp * (self.tp if self.sequence_parallel else 1)
+
+    @property
+    def row_multiple(self) -> int:
+        """What the number of packed rows must be divisible by."""
+        return max(self.sequence_multiple, self.tp if self.sequence_parallel else 1)
+
+    def from_last_stage(self, item: Any) -> Any:
+        """The last pipeline stage's `item`, on every stage."""
+        if self.pp == 1:
+            return item
+        items = [item]
+        dist.broadcast_object_list(items, group=self.pp_group, group_src=self.pp - 1, device=self.device)
+        return items[0]
+
+    def sum_of_replicas(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The last stages' tensors added up over the data-parallel replicas, on every rank."""
+        if self.dp > 1:
+            dist.all_reduce(tensor, group=self.dp_group)
+        if self.pp > 1:
+            dist.broadcast(tensor, group=self.pp_group, group_src=self.pp - 1)
+        return tensor
 
     def from_first(self, item: Any) -> Any:
         """Rank 0's `item`, on every rank."""
@@ -80,20 +120,28 @@ def together() -> Iterator[None]:
 
 def world_size(settings: ParallelSettings) -> int:
     """The ranks that the settings ask for when nobody has started any."""
-    return settings.tp * (settings.dp or 1)
+    return settings.model_ranks * (settings.dp or 1)
 
 
 def check_world(settings: ParallelSettings, world: int) -> None:
     """Refuse a number of ranks that the layout does not divide."""
-    if world % settings.tp:
-        raise ConfigError(f"parallel.tp = {settings.tp}: does not divide the {world} ranks started; take a divisor")
-    if settings.dp is not None and settings.tp * settings.dp != world:
+    sizes = {name: getattr(settings, name) for name in ("tp", "pp", "cp")}
+    used = {name: size for name, size in sizes.items() if size > 1} or {"tp": 1}
+    names = " x ".join(f"parallel.{name}" for name in used)
+    said = " x ".join(str(size) for size in used.values())
+    if world % settings.model_ranks:
+        fits = max(1, world // settings.model_ranks) * settings.model_ranks
+        raise ConfigError(f"{names} = {said}: does not divide the {world} ranks started; start {fits}, or take less")
+    if settings.dp is not None and settings.model_ranks * settings.dp != world:
+        wanted = settings.model_ranks * settings.dp
         raise ConfigError(
-            f"parallel.tp x parallel.dp = {settings.tp} x {settings.dp}: {world} ranks were started; "
-            f"start {settings.tp * settings.dp}, or leave parallel.dp out"
+            f"{names} x parallel.dp = {said} x {settings.dp}: {world} ranks were started; "
+            f"start {wanted}, or leave parallel.dp out"
         )
     if settings.sequence_parallel and settings.tp == 1:
         raise ConfigError("parallel.sequence_parallel = True: needs parallel.tp of at least 2")
+    if settings.vpp > 1 and settings.pp == 1:
+        raise ConfigError(f"parallel.vpp = {settings.vpp}: needs parallel.pp of at least 2")
 
 
 def init(settings: ParallelSettings, seed: int) -> Layout:
@@ -108,30 +156,46 @@ def init(settings: ParallelSettings, seed: int) -> Layout:
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout_s))
     check_world(settings, dist.get_world_size())
-    if not _in_place(settings.tp):
+    if not _in_place(settings):
         _drop_groups()
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=settings.tp)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=settings.tp,
+            pipeline_model_parallel_size=settings.pp,
+            virtual_pipeline_model_parallel_size=settings.vpp if settings.vpp > 1 else None,
+            context_parallel_size=settings.cp,
+        )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return Layout(
         rank=dist.get_rank(),
         world=dist.get_world_size(),
         tp=settings.tp,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp=settings.pp,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        vpp=settings.vpp,
+        cp=settings.cp,
+        cp_rank=parallel_state.get_context_parallel_rank(),
         dp=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+        replica_group=parallel_state.get_model_parallel_group(),
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         device=device,
         sequence_parallel=settings.sequence_parallel,
     )
 
 
-def _in_place(tp: int) -> bool:
+def _in_place(settings: ParallelSettings) -> bool:
     """True where the groups of this layout exist already."""
-    return (
-        parallel_state.model_parallel_is_initialized() and parallel_state.get_tensor_model_parallel_world_size() == tp
-    )
+    return parallel_state.model_parallel_is_initialized() and (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        parallel_state.get_context_parallel_world_size(),
+    ) == (settings.tp, settings.pp, settings.vpp, settings.cp)
 
 
 def _drop_groups() -> None:

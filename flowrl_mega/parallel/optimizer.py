@@ -15,10 +15,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from flowrl_mega.config import OptimizerSettings
 
 
-def wrap(model: Any) -> DistributedDataParallel:
-    """The model with one fp32 gradient buffer, summed over the data-parallel ranks once an update."""
+def wrap(stages: list[Any]) -> list[DistributedDataParallel]:
+    """A rank's pipeline stages, each with one fp32 gradient buffer, summed over data-parallel ranks once an update."""
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
-    return DistributedDataParallel(model.config, config, model)
+    return [DistributedDataParallel(stage.config, config, stage) for stage in stages]
 
 
 class Optimizer:
@@ -29,7 +29,7 @@ class Optimizer:
     """
 
     def __init__(
-        self, model: DistributedDataParallel, settings: OptimizerSettings, bf16: bool, total_updates: int
+        self, model: list[DistributedDataParallel], settings: OptimizerSettings, bf16: bool, total_updates: int
     ) -> None:
         self.model, self.settings = model, settings
         lowest = 1.0 if settings.decay == "constant" else 0.0  # of each rate
@@ -52,7 +52,7 @@ class Optimizer:
                 "max_lr": settings.log_z_lr,
                 "min_lr": lowest * settings.log_z_lr,
             }
-        self.inner = get_megatron_optimizer(config, [model], config_overrides=overrides)
+        self.inner = get_megatron_optimizer(config, model, config_overrides=overrides)
         self.schedule = OptimizerParamScheduler(
             self.inner,
             init_lr=0.0,
@@ -69,7 +69,8 @@ class Optimizer:
         self.updates = self.skipped = 0
 
     def zero_grad(self) -> None:
-        self.model.zero_grad_buffer()
+        for stage in self.model:
+            stage.zero_grad_buffer()
         self.inner.zero_grad()
 
     def step(self, loss_is_finite: bool) -> dict[str, float]:

@@ -6,7 +6,7 @@ Row t of a packed micro-batch predicts the token after it, so response rows star
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -42,11 +42,13 @@ class Bucket(NamedTuple):
 
 @dataclass
 class PackedBatch:
-    """One micro-batch of B sequences, T rows, R response tokens. The last three fields are filled by scoring."""
+    """One micro-batch of B sequences, T rows, R response tokens."""
 
     tokens: Tensor  # [T] int64 inputs
     position_ids: Tensor  # [T] int64, from 0 in every sequence
-    cu_seqlens: Tensor  # [B + 1] int32 row offsets
+    cu_seqlens: Tensor  # [B + 1] int32 row offsets, those of a tail of padding (one more sequence) included
+    lengths: Tensor  # int32 rows of each sequence; less than its offsets say where it is padded
+    longest: int  # rows of the longest sequence, its padding included
     buckets: list[Bucket]
     index: Tensor  # [B] int64, each sequence's place in the step's batch
     response_rows: Tensor  # [R] int64, rows that predict a response token
@@ -55,21 +57,29 @@ class PackedBatch:
     prompt_rows: Tensor  # [P] int64, rows of prompt tokens (log Z reads them)
     prompt_segment: Tensor  # [P] int64, the sequence of each prompt row
     prompt_lengths: Tensor  # [B] int64
-    scores: dict[str, Tensor] = field(default_factory=dict)  # old_logp, ref_logp, entropy: [R]; credit: [B]
+    # Under context parallelism T, R and P above count what this rank has, `buckets` is empty, and further:
+    rows: Tensor | None = None  # [T] int64, this rank's rows of the whole batch
+    response_places: Tensor | None = None  # [R] int64, this rank's response tokens among all of the batch
+    scores: dict[str, Tensor] = field(default_factory=dict)  # by response token of the whole batch; credit: [B]
 
     @property
     def size(self) -> int:
         return self.prompt_lengths.numel()
 
 
-def pack(sequences: list[Sequence], multiple: int = 1, device: torch.device | str = "cpu") -> PackedBatch:
+def pack(
+    sequences: list[Sequence], multiple: int = 1, device: torch.device | str = "cpu", each: int = 1
+) -> PackedBatch:
     """One micro-batch of these sequences, longest first.
 
-    `multiple`: T is padded up to it (sequence parallelism shards rows evenly) by one more, unread sequence.
+    `multiple`: T is padded up to it (sequence parallelism shards rows evenly) by one more, unread sequence. `each`:
+    every sequence is padded up to it at its end (context parallelism shares out chunks of it); divides `multiple`.
     """
     ordered = sorted(sequences, key=lambda s: (-s.rows, s.index))
-    tokens = [token for s in ordered for token in (*s.prompt, *s.response[:-1])]
-    rows = [s.rows for s in ordered]
+    inputs = [[*s.prompt, *s.response[:-1]] for s in ordered]
+    tokens = [token for ids in inputs for token in (*ids, *[0] * (-len(ids) % each))]
+    lengths = [s.rows for s in ordered]
+    rows = [n + -n % each for n in lengths]
     tail = -len(tokens) % multiple
     tokens, all_rows = tokens + [0] * tail, rows + [tail] * (tail > 0)
     starts = torch.tensor([0, *all_rows]).cumsum(0)
@@ -80,6 +90,8 @@ def pack(sequences: list[Sequence], multiple: int = 1, device: torch.device | st
         tokens=torch.tensor(tokens),
         position_ids=_ranges(torch.zeros(len(all_rows), dtype=torch.long), torch.tensor(all_rows)),
         cu_seqlens=starts.to(torch.int32),
+        lengths=torch.tensor(lengths + [tail] * (tail > 0), dtype=torch.int32),
+        longest=max(all_rows),
         buckets=_buckets(all_rows),
         index=torch.tensor([s.index for s in ordered]),
         response_rows=_ranges(sequence_starts + prompt_lengths - 1, response_lengths),
@@ -127,18 +139,27 @@ def _to(batch: PackedBatch, device: torch.device | str) -> PackedBatch:
     return batch
 
 
-def split_data_parallel(sequences: list[Sequence], dp: int) -> list[list[Sequence]]:
-    """Sequences for each data-parallel rank: like numbers, like lengths (dealt out longest first, back and forth)."""
-    assert len(sequences) >= dp, "every data-parallel rank needs a sequence"
+def split_data_parallel(sequences: list[Sequence], dp: int, least: int = 1) -> list[list[Sequence]]:
+    """Sequences for each data-parallel rank, at least `least` each: the longest left always goes to whoever has the
+    fewest rows, since all wait for the one with the most (Graham's LPT rule, within 4/3 of the best)."""
+    assert len(sequences) >= dp * least, "every data-parallel rank needs a sequence"
     shares: list[list[Sequence]] = [[] for _ in range(dp)]
-    for place, sequence in enumerate(sorted(sequences, key=lambda s: (-s.rows, s.index))):
-        turn, seat = divmod(place, dp)
-        shares[seat if turn % 2 == 0 else dp - 1 - seat].append(sequence)
+    rows = [0] * dp
+    ordered = sorted(sequences, key=lambda s: (-s.rows, s.index))
+    for left, sequence in zip(range(len(ordered), 0, -1), ordered, strict=True):
+        short = [rank for rank in range(dp) if len(shares[rank]) < least]
+        must = left <= sum(least - len(shares[rank]) for rank in short)
+        rank = min(short if must else range(dp), key=rows.__getitem__)
+        shares[rank].append(sequence)
+        rows[rank] += sequence.rows
     return shares
 
 
-def split_by_tokens(sequences: list[Sequence], budget: int) -> list[list[Sequence]]:
-    """Micro-batches of at most `budget` rows each (a longer sequence goes alone), in order of length."""
+def split_by_tokens(sequences: list[Sequence], budget: int, multiple: int = 1) -> list[list[Sequence]]:
+    """Micro-batches of at most `budget` rows each (a longer sequence goes alone), in order of length.
+
+    `multiple`: their number is made one of it by parting the largest (interleaved pipelines want that).
+    """
     groups: list[list[Sequence]] = []
     used = budget + 1
     for sequence in sorted(sequences, key=lambda s: (-s.rows, s.index)):
@@ -147,17 +168,78 @@ def split_by_tokens(sequences: list[Sequence], budget: int) -> list[list[Sequenc
             used = 0
         groups[-1].append(sequence)
         used += sequence.rows
+    while len(groups) % multiple:
+        largest = max((g for g in groups if len(g) > 1), key=lambda g: sum(s.rows for s in g))
+        groups.insert(groups.index(largest), largest[::2])
+        del largest[::2]
     return groups
 
 
 def plan(
     sequences: list[Sequence], per_update: int, layout: Layout, tokens_per_microbatch: int
 ) -> list[list[PackedBatch]]:
-    """This rank's micro-batches for each update (mini-batch) of `per_update` sequences, in the order given."""
-    multiple = layout.tp if layout.sequence_parallel else 1
+    """This rank's micro-batches for each update (mini-batch) of `per_update` sequences, in the order given.
+
+    The budget is a rank's: under context parallelism a micro-batch has cp times as many rows.
+    """
+    least = layout.pp if layout.vpp > 1 else 1  # micro-batches that an interleaved pipeline needs
     updates = []
     for start in range(0, len(sequences), per_update):
-        mine = split_data_parallel(sequences[start : start + per_update], layout.dp)[layout.dp_rank]
-        groups = split_by_tokens(mine, tokens_per_microbatch)
-        updates.append([pack(group, multiple, layout.device) for group in groups])
+        shares = split_data_parallel(sequences[start : start + per_update], layout.dp, least)
+        groups = split_by_tokens(shares[layout.dp_rank], tokens_per_microbatch * layout.cp, least)
+        updates.append([_packed(group, layout) for group in groups])
     return updates
+
+
+def _packed(sequences: list[Sequence], layout: Layout) -> PackedBatch:
+    if layout.cp == 1:
+        return pack(sequences, layout.row_multiple, layout.device)
+    whole = pack(sequences, layout.row_multiple, each=layout.sequence_multiple)
+    return _to(share(whole, layout.cp, layout.cp_rank), layout.device)
+
+
+def efficiency(sequences: list[Sequence], per_update: int, layout: Layout) -> float:
+    """Rows of sequences / rows that all ranks together have time for while the one with the most computes its own."""
+    real = computed = 0
+    for start in range(0, len(sequences), per_update):
+        shares = split_data_parallel(sequences[start : start + per_update], layout.dp)
+        rows = [sum(s.rows for s in share) for share in shares]
+        real, computed = real + sum(rows), computed + layout.dp * max(rows)
+    return real / computed
+
+
+def _rank_rows(cu_seqlens: Tensor, cp: int, cp_rank: int) -> Tensor:
+    """[T / cp] which rows of a packed batch a context-parallel rank has.
+
+    A sequence is cut into 2 cp chunks (its length is a multiple of that), and rank r gets chunks r and 2 cp - 1 - r, as
+    Transformer Engine's attention wants them: under a causal mask all ranks then work alike.
+    """
+    rows = []
+    for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        chunks = torch.arange(start, end).chunk(2 * cp)
+        rows += [chunks[cp_rank], chunks[2 * cp - 1 - cp_rank]]
+    return torch.cat(rows)
+
+
+def share(batch: PackedBatch, cp: int, cp_rank: int) -> PackedBatch:
+    """This context-parallel rank's rows of a batch. Offsets, lengths and the response tokens' order stay the batch's.
+
+    Targets were shifted before, so they belong to rows wherever these go.
+    """
+    rows = _rank_rows(batch.cu_seqlens, cp, cp_rank)
+    place = torch.full((batch.tokens.numel(),), -1)
+    place[rows] = torch.arange(rows.numel())
+    mine = (place[batch.response_rows] >= 0).nonzero()[:, 0]
+    prompt = place[batch.prompt_rows] >= 0
+    return replace(
+        batch,
+        tokens=batch.tokens[rows],
+        position_ids=batch.position_ids[rows],
+        buckets=[],
+        rows=rows,
+        response_rows=place[batch.response_rows[mine]],
+        target=batch.target[mine],
+        response_places=mine,
+        prompt_rows=place[batch.prompt_rows[prompt]],
+        prompt_segment=batch.prompt_segment[prompt],
+    )

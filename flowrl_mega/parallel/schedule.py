@@ -1,4 +1,4 @@
-"""Forward and backward over the micro-batches of one update, on Megatron's own schedule."""
+"""Forward and backward over the micro-batches of one update, on Megatron's own schedules (1F1B, interleaved)."""
 
 from __future__ import annotations
 
@@ -13,33 +13,54 @@ from torch import Tensor
 
 from flowrl_mega.parallel.packing import PackedBatch
 
-# (model, micro-batch) -> (sum of the losses of its sequences, their number, anything to report)
+# (a stage's model, micro-batch) -> hidden states for the next stage; of the last stage whatever `LossFunction` takes
+Forward = Callable[[Any, PackedBatch], Any]
+# (what the last stage gives, micro-batch) -> (sum of the losses of its sequences, their number, anything to report)
 LossFunction = Callable[[Any, PackedBatch], tuple[Tensor, int, Any]]
 
 
-def forward_backward(model: DistributedDataParallel, batches: list[PackedBatch], loss: LossFunction) -> list[Any]:
+def forward_backward(
+    model: list[DistributedDataParallel], batches: list[PackedBatch], forward: Forward, loss: LossFunction
+) -> list[Any]:
     """Gradients of (sum of losses) / (number of sequences), both over all micro-batches and data-parallel ranks.
 
-    Megatron divides by what it calls tokens (calculate_per_token_loss); we hand it the number of sequences. Returns
-    what `loss` reported, by micro-batch.
+    Megatron divides by what it calls tokens (calculate_per_token_loss); we hand it the number of sequences. `model`
+    are this rank's pipeline stages. Returns what `loss` reported, by micro-batch; [] but on the last stage.
     """
-    model.config.finalize_model_grads_func = finalize_model_grads
-    model.config.no_sync_func = model.no_sync
+    config = model[0].config
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = model[0].no_sync if len(model) == 1 else [stage.no_sync for stage in model]
 
-    def forward_step(batches: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Any]:
-        total, count, report = loss(model, next(batches))
-        return total, partial(_normaliser, count=count, report=report)
+    def after(output: Any, batch: PackedBatch) -> tuple[Tensor, Tensor, Any]:
+        total, count, report = loss(output, batch)
+        return total, torch.tensor(count, dtype=torch.int, device=total.device), report
 
+    return _run(model, batches, forward, after, forward_only=False)
+
+
+@torch.no_grad()
+def forward_only(stages: list[Any], batches: list[PackedBatch], forward: Forward) -> list[Any]:
+    """What the last stage gives, by micro-batch; [] on the other stages."""
+
+    def after(output: Any, batch: PackedBatch, non_loss_data: bool) -> Any:
+        return output
+
+    return _run(stages, batches, forward, after, forward_only=True)
+
+
+def _run(stages: list[Any], batches: list[PackedBatch], forward: Forward, after: Any, forward_only: bool) -> list[Any]:
+    def step(batches: Iterator[PackedBatch], stage: Any) -> tuple[Any, Any]:
+        batch = next(batches)
+        return forward(stage, batch), partial(after, batch=batch)
+
+    iterators = [iter(batches) for _ in stages]
     return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=[model],
+        forward_step_func=step,
+        data_iterator=iterators if len(stages) > 1 else iterators[0],
+        model=stages,
         num_microbatches=len(batches),
-        seq_length=1,  # read only by pipeline schedules of fixed shapes
+        seq_length=1,  # stages tell each other the shapes of what they send (variable_seq_lengths)
         micro_batch_size=1,
-        forward_only=False,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
     )
-
-
-def _normaliser(total: Tensor, count: int, report: Any) -> tuple[Tensor, Tensor, Any]:
-    return total, torch.tensor(count, dtype=torch.int, device=total.device), report

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from flowrl_mega.config import SyncSettings
 from flowrl_mega.model.architecture import Architecture
 from flowrl_mega.model.policy import Policy
-from flowrl_mega.model.weights import bucket_count, named_buckets
+from flowrl_mega.model.weights import Buckets
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.rollout.api import Api, LoopThread, ServerError
 from flowrl_mega.rollout.broadcast import Broadcast
@@ -65,7 +65,7 @@ class WeightSync:
         wrong} of those that did not take the weights; these stay paused, and what they were answering is aborted,
         until a later push succeeds. Other ranks get {}, and replicas but the first have nothing to do.
         """
-        if self.layout.dp_rank:
+        if self.layout.dp_rank or self.layout.cp_rank:
             return {}
         start, failures = time.monotonic(), dict[str, str]()
         left = list(servers)
@@ -96,20 +96,21 @@ class WeightSync:
         """All buckets once. The ranks gather them to the end, whatever becomes of the servers."""
         dtype = torch.bfloat16 if self.settings.dtype == "bf16" else None
         bucket_bytes = self.settings.bucket_mb << 20
+        buckets = Buckets(policy, bucket_bytes, dtype)
         if push:
-            push.begin(bucket_count(policy, bucket_bytes, dtype), check)
-        for bucket in named_buckets(policy, bucket_bytes, dtype):
+            push.begin(len(buckets), check)
+        for bucket in buckets:
             if push and push.takes_more:
                 push.send(to_fp8(bucket) if self.settings.dtype == "fp8" else bucket)
         if push:
             push.finish()
 
     def _from_first(self, value: bool) -> bool:
-        """What rank 0 says, on all ranks of its tensor-parallel group."""
-        if self.layout.tp == 1:
+        """What rank 0 says, on all ranks of its replica."""
+        if self.layout.replica_group.size() == 1:
             return value
         said = torch.tensor([value], dtype=torch.uint8, device=self.layout.device)
-        dist.broadcast(said, group=self.layout.tp_group, group_src=0)
+        dist.broadcast(said, group=self.layout.replica_group, group_src=0)
         return bool(said.item())
 
 

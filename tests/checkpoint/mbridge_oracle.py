@@ -99,7 +99,7 @@ def restored_tensors(hf: Path, checkpoint: Path, tp: int = 1) -> dict[str, Tenso
 def policy_tensors(hf: Path, tp: int = 1) -> dict[str, Tensor]:
     """The same of our policy, which reads the Hugging Face folder and cuts its tensors itself."""
     policy = on_ranks.build(hf, parallel={"tp": tp})
-    return _parameters(policy.gpt, policy.arch.vocab, policy.layout.tp_rank)
+    return _parameters(policy.stages[0].gpt, policy.arch.vocab, policy.layout.tp_rank)
 
 
 def hf_tensors(hf: Path, checkpoint: Path, tp: int = 1) -> dict[str, Tensor]:

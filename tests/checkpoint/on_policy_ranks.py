@@ -31,21 +31,21 @@ def save(hf: Path, run_dir: Path, z: str, **sections: Any) -> dict[str, Tensor]:
 def different_shards(hf: Path, megatron: Path, **sections: Any) -> list[str]:
     """Parameters that training's two ways of loading, and Megatron's own, do not agree on; and names exported wrong."""
     policy = build(hf, **sections)
-    wanted = {name: parameter.clone() for name, parameter in policy.gpt.named_parameters()}
+    wanted = {name: parameter.clone() for name, parameter in policy.gpt_parameters().items()}
     named = {name: tensor.clone() for name, tensor in named_tensors(policy)}
     different = [] if _equal(named, tensors(hf)) else ["named_tensors"]
     for load in (_load_stock, load_model):
-        for parameter in policy.gpt.parameters():
+        for parameter in policy.gpt_parameters().values():
             parameter.zero_()  # padded rows of the vocabulary stay so
         load(policy, megatron)
-        found = dict(policy.gpt.named_parameters())
+        found = policy.gpt_parameters()
         different += [f"{load.__name__}: {name}" for name in wanted if not torch.equal(found[name], wanted[name])]
     return different
 
 
 def _load_stock(policy: Any, megatron: Path) -> None:
-    state = {"model": policy.gpt.sharded_state_dict()}
-    policy.gpt.load_state_dict(dist_checkpointing.load(state, str(megatron))["model"])
+    state = {"model": policy.stages[0].gpt.sharded_state_dict()}
+    policy.stages[0].gpt.load_state_dict(dist_checkpointing.load(state, str(megatron))["model"])
 
 
 def _equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:

@@ -74,6 +74,9 @@ def _state(job: Trainer, metrics: dict[str, float]) -> State:
         for kind, part in {"weight": parameter, **moments}.items():
             if torch.is_tensor(part) and part.shape == parameter.shape:
                 tensors.update({f"{kind}/{place}": tensor for place, tensor in _whole(job, name, part.detach())})
+    stages: list[Any] = [None] * job.layout.pp
+    dist.all_gather_object(stages, tensors, group=job.layout.pp_group)
+    tensors = {name: tensor for stage in stages for name, tensor in stage.items()}
     state = job.optimizer
     return State(tensors, state.updates, state.inner.param_groups[0]["lr"], metrics.get("loss"), metrics.get("log_z"))
 

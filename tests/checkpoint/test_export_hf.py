@@ -36,7 +36,7 @@ def record_policy() -> None:
 
     def recorded(self: Trainer, step: int) -> None:
         assert self.policy.partition is not None
-        logp = self.policy.score(pack(SEQUENCES), 1.0).logp
+        logp = self.policy.score([pack(SEQUENCES)], 1.0)[0].logp
         found = {"weights": dict(named_tensors(self.policy)), "log_z": self.policy.partition.state_dict(), "logp": logp}
         if self.layout.rank == 0:
             torch.save(found, Path(self.config.run_dir) / "policy.pt")

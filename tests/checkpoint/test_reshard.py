@@ -1,4 +1,4 @@
-"""A checkpoint loads at another tensor- and data-parallel size, whole, and training goes on as it would have."""
+"""A checkpoint loads at another tensor-, pipeline- and data-parallel size, whole, and training goes on as it would have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SETTINGS: dict[str, Any] = {
     "optimizer": {"lr": 1e-3, "log_z_lr": 1e-2, "warmup_steps": 10},
     "batch": {"tokens_per_microbatch": 40},
 }
-LAYOUTS = {"tp1": {"tp": 1, "dp": 1}, "tp2": {"tp": 2}, "dp2": {"tp": 1, "dp": 2}}
+LAYOUTS = {"tp1": {"tp": 1, "dp": 1}, "tp2": {"tp": 2}, "dp2": {"tp": 1, "dp": 2}, "pp2": {"pp": 2}}
 
 pytestmark = pytest.mark.ranks
 
@@ -43,12 +43,13 @@ def differences(found: State, wanted: State) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [("tp2", "tp1"), ("tp1", "tp2"), ("tp2", "tp2"), ("dp2", "tp2"), ("tp2", "dp2")]
+    ("before", "after"),
+    [("tp2", "tp1"), ("tp1", "tp2"), ("tp2", "tp2"), ("dp2", "tp2"), ("tp2", "dp2"), ("tp2", "pp2"), ("pp2", "tp1")],
 )
 def test_the_next_update_at_another_layout(
     before: str, after: str, model: Path, recorded: Any, ranks1: RankPool, ranks2: RankPool, tmp_path: Path
 ) -> None:
-    pools = {"tp1": ranks1, "tp2": ranks2, "dp2": ranks2}
+    pools = {"tp1": ranks1, "tp2": ranks2, "dp2": ranks2, "pp2": ranks2}
     saved = pools[before].run(save, model, tmp_path, *recorded, parallel=LAYOUTS[before], **SETTINGS)[0]
     checkpoint = tmp_path / "checkpoints" / "step_3"
     reference = pools[before].run(load, model, checkpoint, *recorded, parallel=LAYOUTS[before], **SETTINGS)[0]

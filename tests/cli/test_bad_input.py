@@ -85,6 +85,9 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
     "no such choice": (["--model.dtype=fp16"], ["model.dtype = 'fp16'", "'fp32' or 'bf16'"]),
     "two faults": (["--steps=0", "--seed=-1"], ["steps = 0", "seed = -1"]),
     "tp and the model": (["--parallel.tp=3"], ["parallel.tp = 3", "4 attention heads", "use one of 1, 2"]),
+    "pp and the model": (["--parallel.pp=5"], ["parallel.pp = 5", "layers", "use "]),
+    "vpp alone": (["--parallel.vpp=2"], ["parallel.vpp = 2", "parallel.pp of at least 2"]),
+    "cp here": (["--parallel.cp=2"], ["parallel.cp = 2", "Transformer Engine", "parallel.cp=1"]),
     "sequence parallel": (
         ["--parallel.tp=1", "--parallel.sequence_parallel=true"],
         ["parallel.sequence_parallel = True", "parallel.tp of at least 2"],

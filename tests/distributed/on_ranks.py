@@ -46,15 +46,14 @@ def build(path: Path | str, log_z: Any = None, **sections: Any) -> Policy:
 
 
 def packed(policy: Policy, sequences: list[Sequence]) -> PackedBatch:
-    multiple = policy.layout.tp if policy.layout.sequence_parallel else 1
-    return pack(sequences, multiple, policy.layout.device)
+    return pack(sequences, policy.layout.row_multiple, policy.layout.device)
 
 
 def score(path: Path, sequences: list[Sequence], temperature: float = 1.0, **sections: Any) -> dict[str, Tensor]:
     """Log-probs and entropies, each with the index of its sequence."""
     policy = build(path, **sections)
     batch = packed(policy, sequences)
-    output = policy.score(batch, temperature)
+    (output,) = policy.score([batch], temperature)
     segment = batch.index.repeat_interleave(batch.response_cu_seqlens.diff())
     return {"logp": output.logp, "entropy": output.entropy, "segment": segment}
 
@@ -136,6 +135,7 @@ def _update(job: Trainer, batches: list[PackedBatch], leave_out: int | None) -> 
     with counted_sums(leave_out) as calls:
         metrics = job.update(batches)
     partition = {} if job.policy.partition is None else job.policy.partition.state_dict()
+    partition = job.layout.from_last_stage(partition)
     return Update(metrics, found["gradients"], partition, found["difference"], len(batches), len(calls))
 
 
@@ -153,7 +153,23 @@ def whole_gradients(policy: Policy) -> tuple[dict[str, Tensor], float]:
             whole[name] = full.clone()
         else:
             whole.update(zip(hf_names(short, policy.arch), to_named(short, full.clone(), policy.arch), strict=True))
-    return whole, difference
+    if layout.pp == 1:
+        return whole, difference
+    stages: list[Any] = [None] * layout.pp
+    dist.all_gather_object(stages, (whole, difference), group=layout.pp_group)
+    copies = _embedding_copies(policy) if policy.arch.tied else 0.0
+    return {name: g for part, _ in stages for name, g in part.items()}, max(copies, *(d for _, d in stages))
+
+
+def _embedding_copies(policy: Policy) -> float:
+    """How unlike the gradients of the first and the last stage's copy of the embedding are."""
+    layout, mine = policy.layout, None
+    for stage in policy.stages:
+        if stage.pre_process or stage.post_process:
+            mine = stage.shared_embedding_or_output_weight().main_grad.cpu()
+    copies: list[Any] = [None] * layout.pp
+    dist.all_gather_object(copies, mine, group=layout.pp_group)
+    return (copies[0] - copies[-1]).abs().max().item()
 
 
 class _Done:

@@ -165,5 +165,5 @@ def train(folder: Path, name: str, steps: int, sections: dict[str, Any]) -> Trai
 
 def _log_z(trainer: Trainer) -> Tensor | None:
     batch = pack([Sequence(i, ids_of(prompt), [END]) for i, prompt in enumerate(PROMPTS)])
-    log_z = trainer.policy.score(batch).log_z
+    log_z = trainer.policy.score([batch])[0].log_z
     return None if log_z is None else torch.empty(len(PROMPTS)).index_copy(0, batch.index, log_z).double()

@@ -52,7 +52,7 @@ def fleet(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fle
 def perturbed(path: Path, amount: float) -> Any:
     policy = on_ranks.build(path)
     with torch.no_grad():
-        for place, parameter in enumerate(policy.gpt.parameters()):
+        for place, parameter in enumerate(policy.gpt_parameters().values()):
             parameter.mul_(1 + amount * (1 + place % 5))
     return policy
 

@@ -100,7 +100,7 @@ def scores(path, companies, **sections: Any) -> list[dict[int, torch.Tensor]]:
         results.append({})
         for group in groups:
             batch = on_ranks.packed(policy, group)
-            output = policy.score(batch)
+            (output,) = policy.score([batch])
             parts = output.logp.split(batch.response_cu_seqlens.diff().tolist())
             for index, logp, log_z in zip(batch.index.tolist(), parts, output.log_z, strict=True):
                 results[-1][index] = torch.cat([logp, log_z[None]])

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import KINDS, make
 
 from flowrl_mega.config import ConfigError
-from flowrl_mega.model.architecture import check_layout, check_megatron, read_architecture
+from flowrl_mega.model.architecture import check_layout, check_megatron, check_pipeline, read_architecture
 
 
 def folder_with(tmp_path, tiny_model, kind: str = "llama", **changes):
@@ -77,6 +77,17 @@ def test_a_layout_that_does_not_divide_the_model(tmp_path):
         check_layout(arch, 3)
     with pytest.raises(ConfigError, match="parallel.tp = 4: does not divide the model's 2 key-value heads; .* 1, 2$"):
         check_layout(arch, 4)
+
+
+def test_pipeline_stages_that_do_not_divide_the_layers(tmp_path):
+    """The fix is the nearest number that does."""
+    make("llama", tmp_path, num_hidden_layers=6)
+    arch = read_architecture(tmp_path)
+    check_pipeline(arch, 3, 2)
+    with pytest.raises(ConfigError, match="parallel.pp = 5: does not divide the model's 6 layers; use 6$"):
+        check_pipeline(arch, 5, 1)
+    with pytest.raises(ConfigError, match="parallel.vpp = 2: 2 stages have 3 layers each; use 1, a divisor of that$"):
+        check_pipeline(arch, 2, 2)
 
 
 def test_megatron_settings_are_checked_by_name():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import in_float64, random_sequences
 
-from flowrl_mega.model.partition import PartitionMLP, build_partition, prompt_mean
+from flowrl_mega.model.partition import PartitionMLP, build_partition, prompt_sum
 
 LAYOUTS = {"tp1": {}, "tp2": {"tp": 2}, "tp2+sp": {"tp": 2, "sequence_parallel": True}}
 
@@ -42,14 +42,14 @@ def test_kinds():
     assert constant.value.grad.item() == 3
 
 
-def test_prompt_mean_in_float64():
+def test_prompt_sum_in_float64():
     """Packed rows of three prompts, with response rows between them that must not count."""
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(20, 6, generator=g)
     prompts = [range(3), range(7, 8), range(12, 19)]
     rows = torch.tensor([row for prompt in prompts for row in prompt])
     segment = torch.tensor([i for i, prompt in enumerate(prompts) for _ in prompt])
-    found = prompt_mean(hidden, rows, segment, torch.tensor([len(p) for p in prompts]))
+    found = prompt_sum(hidden, rows, segment, len(prompts))
     wanted = torch.stack([hidden[list(p)].double().mean(0) for p in prompts])
     assert (found - wanted).abs().max() < 1e-6
 
@@ -57,7 +57,7 @@ def test_prompt_mean_in_float64():
 def log_z(path, sequences, **sections: Any) -> tuple[dict[int, float], dict[str, torch.Tensor]]:
     policy = on_ranks.build(path, log_z="mlp", **sections)
     batch = on_ranks.packed(policy, sequences)
-    values = policy.score(batch).log_z
+    values = policy.score([batch])[0].log_z
     return dict(zip(batch.index.tolist(), values.tolist(), strict=True)), policy.partition.state_dict()
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import KINDS
 
 from flowrl_mega.config import ConfigError
-from flowrl_mega.model.weights import bucket_count, named_buckets, named_tensors
+from flowrl_mega.model.weights import Buckets, named_tensors
 
 
 def loaded_and_named(path, **sections) -> dict[str, torch.Tensor]:
@@ -98,18 +98,20 @@ def test_several_files_are_one_model(tiny_model, tmp_path, ranks1):
 
 def in_buckets(path, bucket_bytes, dtype=None, **sections) -> list[list[tuple[str, torch.Tensor]]]:
     policy = on_ranks.build(path, log_z="mlp", **sections)
-    buckets = [[(name, t.clone()) for name, t in bucket] for bucket in named_buckets(policy, bucket_bytes, dtype)]
-    assert len(buckets) == bucket_count(policy, bucket_bytes, dtype)
+    found = Buckets(policy, bucket_bytes, dtype)
+    buckets = [[(name, t.clone()) for name, t in bucket] for bucket in found]
+    assert len(buckets) == len(found)
     return buckets
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("parallel", [{"tp": 1}, {"tp": 2}, {"pp": 2}], ids=["tp1", "tp2", "pp2"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_buckets_hold_the_files_tensors_once(kind, tp, tiny_model, ranks1, ranks2):
+def test_buckets_hold_the_files_tensors_once(kind, parallel, tiny_model, ranks1, ranks2):
     """Bit for bit what the safetensors hold, on the first rank only; neither the partition function nor a tied head."""
     stored = load_file(tiny_model(kind) / "model.safetensors")
-    first, *others = (ranks1 if tp == 1 else ranks2).run(in_buckets, tiny_model(kind), 10_000, parallel={"tp": tp})
+    ranks = ranks1 if parallel == {"tp": 1} else ranks2
+    first, *others = ranks.run(in_buckets, tiny_model(kind), 10_000, parallel=parallel)
     assert all(bucket == [] for buckets in others for bucket in buckets)
     assert all(len(buckets) == len(first) for buckets in others)
     names = [name for bucket in first for name, _ in bucket]

@@ -19,7 +19,7 @@ STEPS, TOTAL = 6, 8  # updates made, and those after which a decay has ended
 
 def make(path, settings: dict[str, Any], **sections: Any) -> tuple[Any, Any, Optimizer]:
     policy = on_ranks.build(path, log_z="mlp", **sections)
-    model = wrap(policy)
+    model = wrap(policy.stages)
     return policy, model, Optimizer(model, OptimizerSettings(**settings), bf16=False, total_updates=TOTAL)
 
 

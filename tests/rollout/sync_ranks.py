@@ -24,7 +24,7 @@ def push(
     """The model, every parameter changed by its own factor, to the servers. What failed; what the policy is."""
     policy = on_ranks.build(path, log_z="mlp", parallel={"tp": tp})
     with torch.no_grad():
-        for place, parameter in enumerate(policy.gpt.parameters()):
+        for place, parameter in enumerate(policy.gpt_parameters().values()):
             parameter.mul_(1 + amount * (1 + place % 5))
     key = json.dumps([tp, settings])
     if key not in KEPT:

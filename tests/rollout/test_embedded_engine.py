@@ -34,7 +34,8 @@ def answers_of(path, prompts, answers, sampling, seed=0, at_once=512, **sections
 def teacher_forced(policy, prompts, answers, rollouts, temperature) -> Tensor:
     sequences = [Sequence(i, prompts[i // answers], r.response) for i, r in enumerate(rollouts)]
     batch = on_ranks.packed(policy, sequences)
-    parts = policy.score(batch, temperature or 1.0).logp.split(batch.response_cu_seqlens.diff().tolist())
+    (output,) = policy.score([batch], temperature or 1.0)
+    parts = output.logp.split(batch.response_cu_seqlens.diff().tolist())
     by_index = dict(zip(batch.index.tolist(), parts, strict=True))
     return torch.cat([by_index[i] for i in range(len(rollouts))])
 

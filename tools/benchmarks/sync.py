@@ -34,7 +34,7 @@ import flowrl_mega.parallel  # noqa: F401
 from flowrl_mega.config import Config, RolloutSettings, SyncSettings, validated
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.policy import Policy
-from flowrl_mega.model.weights import load_hf, named_buckets
+from flowrl_mega.model.weights import Buckets, load_hf
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.launch import free_port, rank_environment
 from flowrl_mega.rollout.api import Api, LoopThread
@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
 def measure(options: argparse.Namespace, folder: Path, url: str) -> tuple[dict[str, list[float]], list[int]]:
     """Seconds of each, by round, and the bytes of each bucket."""
     policy = build(folder / "model")
-    buckets = named_buckets(policy, options.bucket_mb << 20)
+    buckets = Buckets(policy, options.bucket_mb << 20)
     sizes = [sum(tensor.nbytes for _, tensor in bucket) for bucket in buckets]
     loop, bare, loading = LoopThread(), Pair(sizes), Pair(sizes, load=True)
     syncs = {name: sync(name, options.bucket_mb, policy, folder, loop) for name in options.transfers}

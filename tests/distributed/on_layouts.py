@@ -1,0 +1,137 @@
+"""What ranks run to train on recorded rollouts in one layout after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from attention_over_ranks import attention_over_ranks
+from megatron.core.tensor_parallel import layers, mappings
+from on_ranks import trainer, whole_gradients
+from torch import Tensor
+
+from flowrl_mega.parallel.packing import Sequence
+from flowrl_mega.rewards.registry import Score
+from flowrl_mega.rollout import Rollout
+from flowrl_mega.train import Trainer
+
+
+class Answers(NamedTuple):
+    """One step's rollouts, written down."""
+
+    sequences: list[Sequence]
+    rollouts: list[Rollout]
+    scores: list[Score]
+
+
+class Trained(NamedTuple):
+    """What all of it computed, the same in every layout; log-probs [tokens] and log Z by sequence of the first step."""
+
+    old_logp: list[Tensor]
+    ref_logp: list[Tensor]
+    log_z: Tensor
+    gradients: dict[str, Tensor]  # of the first update before it is clipped, under Hugging Face's names
+    metrics: list[dict[str, float]]  # of every update
+    replica_difference: float  # between copies of a gradient on several ranks
+
+
+def walk(path: Path, steps: list[Answers], cases: list[dict[str, Any]], left_out: str | None = None) -> list[Trained]:
+    """The steps from the same model in every case, by these ranks.
+
+    `left_out` names the process group (tp, dp, cp, dp_cp, embd, mp) over which nothing is summed in the first update.
+    """
+    return [_train(path, steps, case, left_out) for case in cases]
+
+
+def _train(path: Path, steps: list[Answers], case: dict[str, Any], left_out: str | None) -> Trained:
+    with attention_over_ranks() if case.get("parallel", {}).get("cp", 1) > 1 else nullcontext():
+        job = trainer(path, **case)
+    metrics, first = [], {}
+    for step in steps:
+        mini_batches = job.batch(*step)
+        if not first:
+            first = _scores(job, mini_batches, len(step.sequences))
+        for mini_batch in mini_batches:
+            if "gradients" not in first:
+                with without_sums(job, left_out), kept_gradients(job) as kept:
+                    metrics.append(job.update(mini_batch))
+                first |= kept
+            else:
+                metrics.append(job.update(mini_batch))
+    job.engine.close()
+    return Trained(metrics=metrics, **first)
+
+
+def _scores(job: Trainer, mini_batches: list[Any], count: int) -> dict[str, Any]:
+    """By sequence, gathered from whichever ranks have them."""
+    found: dict[str, dict[int, Any]] = {"old_logp": {}, "ref_logp": {}, "log_z": {}}
+    batches = [batch for mini_batch in mini_batches for batch in mini_batch]
+    outputs = job.policy.score(batches, job.config.rollout.temperature)
+    for batch, output in zip(batches, outputs, strict=False):
+        lengths, order = batch.response_cu_seqlens.diff().tolist(), batch.index.tolist()
+        for name in ("old_logp", "ref_logp"):
+            found[name].update(zip(order, batch.scores[name].split(lengths), strict=True))
+        found["log_z"].update(zip(order, output.log_z, strict=True))
+    merged: dict[str, dict[int, Any]] = {name: {} for name in found}
+    for part in job.layout.gather_objects(found):
+        for name, values in part.items():
+            merged[name].update(values)
+    by_index = {name: [values[i].cpu() for i in range(count)] for name, values in merged.items()}
+    return {**by_index, "log_z": torch.stack(by_index["log_z"])}
+
+
+@contextmanager
+def kept_gradients(job: Trainer) -> Iterator[dict[str, Any]]:
+    """The update's gradients, read when they are complete and before they are clipped."""
+    kept: dict[str, Any] = {}
+    real = job.optimizer.inner.prepare_grads
+
+    def prepare_grads() -> Any:
+        kept["gradients"], kept["replica_difference"] = whole_gradients(job.policy)
+        return real()
+
+    job.optimizer.inner.prepare_grads = prepare_grads
+    try:
+        yield kept
+    finally:
+        del job.optimizer.inner.prepare_grads
+
+
+@contextmanager
+def without_sums(job: Trainer, left_out: str | None) -> Iterator[None]:
+    """All-reduces and reduce-scatters over this group give back what the rank itself put in."""
+    layout = job.layout
+    members = {"tp": layout.tp_group, "dp": layout.dp_group, "cp": layout.cp_group, "embd": layout.groups.embd}
+    members |= {"mp": layout.replica_group, "dp_cp": layout.groups.dp_cp}
+    skipped = dist.get_process_group_ranks(members[left_out]) if left_out and members[left_out] else None
+    real_reduce, real_scatter = dist.all_reduce, mappings.dist_reduce_scatter_func
+
+    def is_skipped(group: Any) -> bool:
+        return skipped is not None and dist.get_process_group_ranks(group or dist.group.WORLD) == skipped
+
+    def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+        if op == dist.ReduceOp.SUM and is_skipped(group):
+            return _Done() if async_op else None
+        return real_reduce(tensor, op=op, group=group, async_op=async_op)
+
+    def reduce_scatter(output: Tensor, whole: Tensor, group: Any = None, **rest: Any) -> Any:
+        if is_skipped(group):
+            output.copy_(whole.chunk(dist.get_world_size(group))[dist.get_rank(group)])
+            return _Done()
+        return real_scatter(output, whole, group=group, **rest)
+
+    dist.all_reduce = all_reduce
+    mappings.dist_reduce_scatter_func = layers.dist_reduce_scatter_func = reduce_scatter
+    try:
+        yield
+    finally:
+        dist.all_reduce = real_reduce
+        mappings.dist_reduce_scatter_func = layers.dist_reduce_scatter_func = real_scatter
+
+
+class _Done:
+    def wait(self) -> None: ...
