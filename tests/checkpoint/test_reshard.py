@@ -1,4 +1,4 @@
-"""A checkpoint loads at another tensor-, pipeline- and data-parallel size, whole, and training goes on as it would have."""
+"""A checkpoint loads in another layout (tensor, pipeline, data), whole, and training goes on as it would have."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -44,7 +45,11 @@ def walk(path: Path, steps: list[Answers], cases: list[dict[str, Any]], left_out
 
     `left_out` names the process group (tp, dp, cp, dp_cp, embd, mp) over which nothing is summed in the first update.
     """
-    return [_train(path, steps, case, left_out) for case in cases]
+    found = []
+    for case in cases:
+        found.append(_train(path, steps, case, left_out))
+        gc.collect()  # a trainer is part of cycles, and its groups keep threads until it goes
+    return found
 
 
 def _train(path: Path, steps: list[Answers], case: dict[str, Any], left_out: str | None) -> Trained:
