@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return job.serve(config, options.host, options.port, stop)
         return job.train(config, arguments, options.resume, options.dry_run, options.checked, stop)
     except (ConfigError, RunError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        # srun's name, too: settings are read before anything translates it, and one message of a job is enough.
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"flowrl-mega: {error}", file=sys.stderr)
         return BAD_INPUT if isinstance(error, ConfigError) else CANNOT_GO_ON
     except KeyboardInterrupt:

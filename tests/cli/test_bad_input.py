@@ -280,6 +280,16 @@ def test_a_process_of_its_own_answers_before_it_imports_torch(model: Path, tmp_p
     assert job.stderr == "flowrl-mega: rollout.groupsize: no such setting; did you mean 'group_size'?\n"
 
 
+@pytest.mark.parametrize(("rank", "messages"), [("0", 1), ("1", 0)])
+def test_under_srun_the_first_rank_alone_speaks(
+    rank: str, messages: int, model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings are refused before srun's names are translated to torchrun's: each of 32 ranks said so."""
+    monkeypatch.setenv("SLURM_PROCID", rank)
+    assert cli.main(["train", str(write_config(tmp_path, model)), "--stepps=3"]) == 2
+    assert capsys.readouterr().err.count("stepps: no such setting") == messages
+
+
 def test_no_command_and_no_such_command(capsys: Capture) -> None:
     for arguments in ([], ["trian", "x.yaml"], ["train"]):
         with pytest.raises(SystemExit) as stopped:
