@@ -19,7 +19,7 @@ echo 'setup: no Python 3.11 or 3.12 found (tried: $(CANDIDATES)).' >&2; \
 echo 'Install one, or name it: make setup PYTHON=/path/to/python3.12' >&2; exit 1
 endef
 
-.PHONY: help setup setup-example setup-sglang build build-cuda-check quickstart compare example-smollm2 test test-integration
+.PHONY: help setup setup-example setup-sglang setup-slurm build build-cuda-check quickstart compare example-smollm2 test test-integration
 .PHONY: verify-exact lint format
 
 help:  ## this list
@@ -36,6 +36,9 @@ setup-example:
 
 setup-sglang: setup  ## SGLang in an environment of its own, .venv-sglang, kept in a cache outside the clone
 	@$(PY) tools/setup_sglang.py
+
+setup-slurm:  ## SLURM's packages for the tests, where apt-get has them; does nothing when they are there
+	@tools/setup_slurm.sh
 
 build: setup  ## csrc compiled ahead of first use, for the CPU and, where torch and nvcc have it, for CUDA
 	@$(PY) -m flowrl_mega.ops
@@ -55,7 +58,7 @@ example-smollm2: setup-example  ## train a real pretrained model, SmolLM2-135M-I
 test: setup  ## every fast test
 	@$(PYTEST) tests -m "not integration and not exact" $(if $(DATA),--data $(DATA)) $(ARGS)
 
-test-integration: setup-example setup-sglang  ## tests with a real model and a real SGLang server
+test-integration: setup-example setup-sglang setup-slurm  ## tests with a real model, a real SGLang, a real SLURM
 	@$(PYTEST) tests -m integration $(ARGS)
 
 verify-exact: setup  ## the trainer against exact answers on a space small enough to enumerate
