@@ -21,7 +21,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scance
 NODES = ("node0", "node1")
 LIVING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
 
-# cred_expire: a requeued job waits so many seconds (and one) before it may start again; by default 120.
+# cred_expire: a requeued job waits longer than this before it may start again; by default 120.
 # sched_interval, bf_interval: seconds until a job that may start is seen.
 CONF = """
 ClusterName=flowrl
@@ -30,7 +30,7 @@ SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={root}/munge/socket,cred_expire=3
+AuthInfo=socket={root}/munge/socket,cred_expire=5
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool/%n
 SlurmctldPidFile={root}/slurmctld.pid

@@ -5,6 +5,7 @@ Settings of the site are given as the script says, to sbatch; .venv is a link to
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,8 @@ from tiny_models import make
 from flowrl_mega.checkpoint.folder import checkpoints
 
 ROOT = Path(__file__).parents[2]
-SITE = ["--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0", "--output=log"]
+SCRIPT = ROOT / "examples" / "slurm" / "train.sbatch"
+SITE = ["--nodes=2", "--cpus-per-task=1", "--gpus-per-node=0", "--output=log"]
 STEPS = 4
 # Slow enough to be stopped in time; and it tells which rank is where.
 REWARD = """
@@ -27,10 +29,17 @@ import os, time
 from flowrl_mega.rewards import sums
 
 def score(row, response):
-    time.sleep(0.2)
+    time.sleep(0.1)
     with open("places", "a") as file:
         print(os.environ.get("SLURMD_NODENAME"), os.environ["RANK"], os.environ["LOCAL_RANK"], file=file)
     return sums.score(row, response)
+"""
+# For what is between SLURM and the script alone: as the trainer answers SIGTERM, without its start of ten seconds.
+STAND_IN = """
+trap 'echo saved; exit 75' TERM
+if [ "$SLURM_RESTART_COUNT" ]; then echo gone on; exit 0; fi
+echo training
+for i in $(seq 600); do sleep 0.1; done
 """
 
 pytestmark = [
@@ -52,14 +61,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make("llama", tmp_path_factory.mktemp("model"), vocab=15)
 
 
-@pytest.fixture(scope="module")
-def one_node(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
-    """The run folder of four ranks that nothing disturbed and that no SLURM started."""
-    folder = tmp_path_factory.mktemp("one")
-    Job(["train", str(config(folder, model))], folder / "log", world=4).run()
-    return folder / "run"
-
-
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
     """Where sbatch is called, with an environment in it as `make setup` makes one."""
@@ -68,17 +69,43 @@ def work(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def config(folder: Path, model: Path) -> Path:
-    parallel = {"tp": 2, "dp": 2, "timeout_s": 60}
-    return write_config(folder, model, steps=STEPS, parallel=parallel, checkpoint={"every": 0})
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Path:
+    """The script with the `command` of another site."""
+    (tmp_path / "stand_in.sh").write_text(STAND_IN)
+    command = f"command=(bash {tmp_path}/stand_in.sh)"
+    text, edits = re.subn(r"^command=.*", command, SCRIPT.read_text(), flags=re.MULTILINE)
+    assert edits == 1
+    (tmp_path / "train.sbatch").write_text(text)
+    return tmp_path / "train.sbatch"
 
 
-def submit(cluster: Cluster, work: Path, *arguments: str, site: tuple[str, ...] = ()) -> str:
-    """The number of the job that runs `flowrl-mega train ARGUMENTS` on two nodes of two ranks."""
-    script = str(ROOT / "examples" / "slurm" / "train.sbatch")
+def config(folder: Path, model: Path, tp: int, dp: int, steps: int) -> Path:
+    parallel = {"tp": tp, "dp": dp, "timeout_s": 60}
+    return write_config(folder, model, steps=steps, parallel=parallel, checkpoint={"every": 0})
+
+
+def on_one_node(folder: Path, model: Path, tp: int, dp: int, steps: int) -> Path:
+    """The run folder of ranks on one node, which no SLURM started and nothing disturbed."""
+    folder.mkdir()
+    Job(["train", str(config(folder, model, tp, dp, steps))], folder / "log", world=tp * dp).run()
+    return folder / "run"
+
+
+def assert_same_records(found: Path, wanted: Path) -> None:
+    for name in ("metrics", "samples", "evaluation"):
+        rows = records(wanted, name)
+        assert rows and records(found, name) == rows, name
+
+
+def submit(
+    cluster: Cluster, work: Path, *arguments: str, ranks: int = 2, script: Path = SCRIPT, site: tuple[str, ...] = ()
+) -> str:
+    """The number of the job that runs `flowrl-mega train ARGUMENTS` on two nodes of so many ranks each."""
     # On one host ranks meet on the loopback device. The path is for a clone that is not installed in the environment.
     one_host = {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
-    return cluster.call("sbatch", "--parsable", *SITE, *site, script, *arguments, cwd=work, **one_host)
+    options = (*SITE, f"--ntasks-per-node={ranks}", *site)
+    return cluster.call("sbatch", "--parsable", *options, str(script), *arguments, cwd=work, **one_host)
 
 
 def until(condition: Callable[[], Any], work: Path, timeout: float = 60) -> None:
@@ -93,66 +120,64 @@ def log(work: Path) -> str:
 
 
 def ended(cluster: Cluster, number: str, work: Path) -> dict[str, str]:
-    return pick(cluster.wait(number, 120), "JobState", "ExitCode", "Restarts", "NodeList") | {"log": log(work)}
+    """JobState, ExitCode, Restarts and so on of the job at its end, and its log."""
+    return cluster.wait(number, 120) | {"log": log(work)}
 
 
-def pick(job: dict[str, str], *names: str) -> dict[str, str]:
-    return {name: job[name] for name in names}
-
-
-def test_two_nodes_train_as_one(cluster: Cluster, model: Path, one_node: Path, work: Path) -> None:
+def test_two_nodes_train_as_one(cluster: Cluster, model: Path, work: Path) -> None:
     """TP inside a node, DP across: each tensor-parallel pair has a node of its own, and all records are those of four
     ranks on one node, to the bit."""
-    number = submit(cluster, work, str(config(work, model)), "--steps=2", f"--reward={work}/slow.py:score")
+    layout = {"tp": 2, "dp": 2, "steps": 2}
+    number = submit(cluster, work, str(config(work, model, **layout)), f"--reward={work}/slow.py:score")
     job = ended(cluster, number, work)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "0"), job["log"]
     places = {tuple(line.split()) for line in (work / "places").read_text().splitlines()}
     assert places == {(node, str(2 * n + local), str(local)) for n, node in enumerate(NODES) for local in (0, 1)}
-    rows = records(work / "run", "metrics")
-    assert len(rows) == 2 and rows == records(one_node, "metrics")[:2]
-    assert records(work / "run", "samples") == records(one_node, "samples")[: len(records(work / "run", "samples"))]
+    assert_same_records(work / "run", on_one_node(work / "one", model, **layout))
 
 
-def test_stopped_on_request_the_job_goes_on(cluster: Cluster, model: Path, one_node: Path, work: Path) -> None:
+def test_stopped_on_request_the_job_goes_on(cluster: Cluster, model: Path, work: Path) -> None:
     """SIGTERM to the steps, as SLURM warns of the time limit: a checkpoint, exit code 75, back into the queue, and
     the same run to its end; its records are those of one that nobody stopped, to the bit."""
-    number = submit(cluster, work, str(config(work, model)), f"--reward={work}/slow.py:score")
-    until(lambda: (work / "run" / "metrics.jsonl").exists(), work)
+    layout = {"tp": 2, "dp": 1, "steps": 4}
+    arguments = (str(config(work, model, **layout)), f"--reward={work}/slow.py:score")
+    number = submit(cluster, work, *arguments, ranks=1)
+    until(lambda: (work / "run" / "metrics.jsonl").exists() and records(work / "run", "metrics"), work)
     cluster.call("scancel", "--signal=TERM", number)
     until(lambda: cluster.job(number)["Restarts"] == "1", work)
     done = len(records(work / "run", "metrics"))
-    assert 1 <= done < STEPS, "stopped too late to show anything"
+    assert 1 <= done < layout["steps"], "stopped too late to show anything"
     assert [path.name for path in checkpoints(work / "run")] == [f"step_{done}"]
     job = ended(cluster, number, work)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), job["log"]
     assert job["log"].count("stopped on request, with a checkpoint saved") == 1
-    for name in ("metrics", "samples", "evaluation"):
-        assert records(work / "run", name) == records(one_node, name), name
+    assert_same_records(work / "run", on_one_node(work / "one", model, **layout))
 
 
 def test_wrong_input_is_told_once_and_not_tried_again(cluster: Cluster, model: Path, work: Path) -> None:
-    job = ended(cluster, submit(cluster, work, str(config(work, model)), "--rollout.groupsize=4"), work)
+    job = ended(cluster, submit(cluster, work, str(config(work, model, 2, 2, 2)), "--rollout.groupsize=4"), work)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0"), job["log"]
     assert job["log"].count("rollout.groupsize: no such setting; did you mean 'group_size'?") == 1, job["log"]
     assert "not requeued" in job["log"] and "Traceback" not in job["log"]
 
 
-def test_cancelled_it_does_not_come_back(cluster: Cluster, model: Path, work: Path) -> None:
-    """scancel, too, sends SIGTERM, at which the ranks save and end with 75."""
-    number = submit(cluster, work, str(config(work, model)), f"--reward={work}/slow.py:score")
-    until(lambda: (work / "run" / "metrics.jsonl").exists(), work)
+def test_cancelled_it_does_not_come_back(cluster: Cluster, stand_in: Path, work: Path) -> None:
+    """scancel, too, begins with a SIGTERM, at which the ranks save and end with 75."""
+    number = submit(cluster, work, "any.yaml", script=stand_in)
+    until(lambda: log(work).count("training") == 4, work)
     cluster.call("scancel", number)
     job = ended(cluster, number, work)
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), job["log"]
+    assert "requeue" not in job["log"]
 
 
-def test_pre_empted_it_goes_on(cluster: Cluster, model: Path, one_node: Path, work: Path) -> None:
-    """A job of higher priority takes the nodes: within the partition's grace time the run saves, and it comes back."""
-    number = submit(cluster, work, str(config(work, model)), f"--reward={work}/slow.py:score", site=("--exclusive",))
-    until(lambda: (work / "run" / "metrics.jsonl").exists(), work)
-    other = cluster.call("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap=true")
-    until(lambda: checkpoints(work / "run"), work)
+def test_pre_empted_it_goes_on(cluster: Cluster, stand_in: Path, work: Path) -> None:
+    """A job of higher priority takes the nodes: the ranks have the partition's grace time to save, and come back."""
+    number = submit(cluster, work, "any.yaml", script=stand_in, site=("--exclusive",))
+    until(lambda: log(work).count("training") == 4, work)
+    high = ("--partition=high", "--nodes=2", "--exclusive", f"--output={work}/high", "--wrap=true")
+    other = cluster.call("sbatch", "--parsable", *high, cwd=work)
     assert cluster.wait(other, 60)["JobState"] == "COMPLETED"
     job = ended(cluster, number, work)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), job["log"]
-    assert records(work / "run", "metrics") == records(one_node, "metrics")
+    assert job["log"].count("saved") == 4 + 1 and job["log"].count("gone on") == 4, job["log"]
