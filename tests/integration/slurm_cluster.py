@@ -19,7 +19,7 @@ from flowrl_mega.rollout.processes import free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol")
 NODES = ("node0", "node1")
-LIVING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 # cred_expire: a requeued job waits longer than this before it may start again; by default 120.
 # sched_interval, bf_interval: seconds until a job that may start is seen.
@@ -133,7 +133,7 @@ class Cluster:
     def wait(self, number: str, timeout: float) -> dict[str, str]:
         """The job when it has ended; as it is when the time is over."""
         end = time.monotonic() + timeout
-        while (job := self.job(number))["JobState"] in LIVING and time.monotonic() < end:
+        while (job := self.job(number))["JobState"] not in ENDED and time.monotonic() < end:
             time.sleep(0.1)
         return job
 

@@ -39,7 +39,7 @@ STAND_IN = """
 trap 'echo saved; exit 75' TERM
 if [ "$SLURM_RESTART_COUNT" ]; then echo gone on; exit 0; fi
 echo training
-for i in $(seq 600); do sleep 0.1; done
+sleep 200 & wait  # which SIGTERM interrupts
 """
 
 pytestmark = [
@@ -69,15 +69,23 @@ def work(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def stand_in(tmp_path: Path) -> Path:
-    """The script with the `command` of another site."""
-    (tmp_path / "stand_in.sh").write_text(STAND_IN)
-    command = f"command=(bash {tmp_path}/stand_in.sh)"
-    text, edits = re.subn(r"^command=.*", command, SCRIPT.read_text(), flags=re.MULTILINE)
+@pytest.fixture(scope="module", autouse=True)
+def warned(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A job whose time is over when the script's own #SBATCH --signal says that it nearly is, and its folder.
+
+    Begun before all tests: SLURM looks at time limits every 30 s.
+    """
+    folder = tmp_path_factory.mktemp("warned")
+    return submit(cluster, folder, "any.yaml", script=with_stand_in(folder), site=("--time=30",)), folder
+
+
+def with_stand_in(folder: Path) -> Path:
+    """The script with the `command` of another site, in `folder`."""
+    (folder / "stand_in.sh").write_text(STAND_IN)
+    text, edits = re.subn(r"^command=.*", f"command=(bash {folder}/stand_in.sh)", SCRIPT.read_text(), flags=re.M)
     assert edits == 1
-    (tmp_path / "train.sbatch").write_text(text)
-    return tmp_path / "train.sbatch"
+    (folder / "train.sbatch").write_text(text)
+    return folder / "train.sbatch"
 
 
 def config(folder: Path, model: Path, tp: int, dp: int, steps: int) -> Path:
@@ -161,9 +169,9 @@ def test_wrong_input_is_told_once_and_not_tried_again(cluster: Cluster, model: P
     assert "not requeued" in job["log"] and "Traceback" not in job["log"]
 
 
-def test_cancelled_it_does_not_come_back(cluster: Cluster, stand_in: Path, work: Path) -> None:
+def test_cancelled_it_does_not_come_back(cluster: Cluster, work: Path) -> None:
     """scancel, too, begins with a SIGTERM, at which the ranks save and end with 75."""
-    number = submit(cluster, work, "any.yaml", script=stand_in)
+    number = submit(cluster, work, "any.yaml", script=with_stand_in(work))
     until(lambda: log(work).count("training") == 4, work)
     cluster.call("scancel", number)
     job = ended(cluster, number, work)
@@ -171,13 +179,21 @@ def test_cancelled_it_does_not_come_back(cluster: Cluster, stand_in: Path, work:
     assert "requeue" not in job["log"]
 
 
-def test_pre_empted_it_goes_on(cluster: Cluster, stand_in: Path, work: Path) -> None:
+def test_warned_of_the_time_limit_it_goes_on(cluster: Cluster, warned: tuple[str, Path]) -> None:
+    assert_went_on(ended(cluster, *warned))
+
+
+def test_pre_empted_it_goes_on(cluster: Cluster, work: Path) -> None:
     """A job of higher priority takes the nodes: the ranks have the partition's grace time to save, and come back."""
-    number = submit(cluster, work, "any.yaml", script=stand_in, site=("--exclusive",))
+    number = submit(cluster, work, "any.yaml", script=with_stand_in(work), site=("--exclusive",))
     until(lambda: log(work).count("training") == 4, work)
     high = ("--partition=high", "--nodes=2", "--exclusive", f"--output={work}/high", "--wrap=true")
     other = cluster.call("sbatch", "--parsable", *high, cwd=work)
     assert cluster.wait(other, 60)["JobState"] == "COMPLETED"
-    job = ended(cluster, number, work)
+    assert_went_on(ended(cluster, number, work))
+
+
+def assert_went_on(job: dict[str, str]) -> None:
+    """Every rank of the stand-in has saved, and has come back once."""
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), job["log"]
-    assert job["log"].count("saved") == 4 + 1 and job["log"].count("gone on") == 4, job["log"]
+    assert job["log"].count(": saved") == job["log"].count(": gone on") == 4, job["log"]
