@@ -21,7 +21,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scance
 NODES = ("node0", "node1")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
-# cred_expire: a requeued job waits longer than this before it may start again; by default 120.
+# cred_expire: a requeued job waits so many seconds, and two, before it may start again; 120 by default, and below 5.
 # sched_interval, bf_interval: seconds until a job that may start is seen.
 CONF = """
 ClusterName=flowrl
