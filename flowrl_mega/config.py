@@ -30,10 +30,32 @@ class Settings(BaseModel):
     )
 
 
+Fp8Recipe = Literal["delayed", "tensorwise", "blockwise"]
+
+
 class ModelSettings(Settings):
     path: str = Field(description="Hugging Face folder with *.safetensors and tokenizer, or a Megatron checkpoint")
     dtype: Literal["fp32", "bf16"] = "fp32"
     logits_budget_mb: int = Field(256, ge=1, description="logits kept for the backward pass; more is recomputed")
+    spec: Literal["auto", "local", "te"] = Field(
+        "auto", description="layers: Megatron's own or Transformer Engine's; auto: te for bf16, where it can be used"
+    )
+    fp8: Literal["off"] | Fp8Recipe = Field("off", description="recipe of the policy's linear layers; not of the head")
+    fp8_first_last_bf16: bool | None = Field(
+        None, description="the first and the last layer stay in bf16; null: yes, but not with delayed, which cannot"
+    )
+    reference_fp8: Literal["off", "tensorwise", "blockwise"] = Field(
+        "off", description="recipe of the reference; not delayed, whose scales come from training"
+    )
+    fp8_check_every: int = Field(50, ge=0, description="steps between comparisons with bf16; 0: at the start only")
+    fp8_budget: float = Field(0.1, gt=0, description="mean |FP8 - bf16| of a sequence's residual, nats a token")
+    fp8_action: Literal["stop", "fallback"] = Field("stop", description="beyond the budget; fallback: go on in bf16")
+
+    @field_validator("fp8", "reference_fp8", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        """YAML 1.1 reads the word off as false."""
+        return "off" if value is False else value
 
 
 class OpsSettings(Settings):
@@ -326,11 +348,31 @@ def _check_together(config: Config) -> None:
             f"optimizer.warmup_steps = {config.optimizer.warmup_steps}: leaves none of the {updates} updates to "
             f"optimizer.decay = {config.optimizer.decay}; take fewer"
         )
+    _check_fp8(config.model)
     _check_rollout(rollout)
     if (rollout.top_p < 1 or rollout.top_k) and not rollout.allow_truncated_sampling:
         raise ConfigError(
             f"rollout.top_p = {rollout.top_p}, rollout.top_k = {rollout.top_k}: answers would be drawn from another "
             "distribution than the one scored; use 1.0 and 0, or set rollout.allow_truncated_sampling=true"
+        )
+
+
+def _check_fp8(model: ModelSettings) -> None:
+    """What does not go together in the model section; what the machine lacks is found in model/fp8.py."""
+    for field in ("fp8", "reference_fp8"):
+        recipe = getattr(model, field)
+        if recipe == "off":
+            continue
+        if model.dtype != "bf16":
+            raise ConfigError(f"model.{field} = {recipe}: needs bf16 weights beside it; set model.dtype=bf16")
+        if model.spec == "local":
+            raise ConfigError(
+                f"model.{field} = {recipe}: only Transformer Engine's layers compute in FP8; set model.spec=te"
+            )
+    if model.fp8 == "delayed" and model.fp8_first_last_bf16:
+        raise ConfigError(
+            "model.fp8_first_last_bf16 = True: the recipe delayed updates its scales once for all layers together, so "
+            "none can be left out; leave this out, or set model.fp8=tensorwise"
         )
 
 

@@ -22,8 +22,10 @@ from flowrl_mega.model.architecture import (
     check_pipeline,
     read_architecture,
 )
+from flowrl_mega.model.fp8 import check_layers, describe_fp8, describe_layers, row_alignment
 from flowrl_mega.monitor import check_wandb
 from flowrl_mega.monitor.run_folder import METRICS
+from flowrl_mega.parallel import backends
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.launch import free_port, launch, rank_environment, started_by_launcher
 from flowrl_mega.rewards.registry import load_reward
@@ -64,7 +66,7 @@ def run_rank(config: Config, checkpoint: Path | None, stop_requested: Callable[[
     """Train as one rank of a job, in torchrun's environment or alone."""
     if "RANK" not in os.environ:
         os.environ.update(rank_environment(0, 1, free_port()))
-    layout = layouts.init(config.parallel, config.seed)
+    layout = layouts.init(config.parallel, config.seed, row_alignment(config.model))
     trainer = Trainer(config, layout, checkpoint)
     try:
         finished = trainer.run(stop_requested)
@@ -89,6 +91,7 @@ def check(config: Config, world: int, resume: str, checkpoint: Path | None, one_
     check_pipeline(arch, config.parallel.pp, config.parallel.vpp)
     check_context_parallel(config.parallel.cp)
     check_megatron(config.megatron)
+    check_layers(config.model, arch, config.parallel.tp)
     check_model(config.model.path, arch)
     load_prompts(config)
     check_wandb(config.monitor.wandb)
@@ -195,7 +198,9 @@ def describe(config: Config, world: int, checkpoint: Path | None) -> str:
     lines = {
         "model": f"{config.model.path} ({kind}): {arch.model_type}, {size}",
         "ranks": f"{world} = {ranks}, on {device}",
-        "layers": "Megatron-core local spec, packed attention through scaled_dot_product_attention",
+        "layers": describe_layers(config.model),
+        "FP8": describe_fp8(config.model),
+        "optimizer": backends.optimizer(),
         "log-probs": check_ops(config.ops.backend),
         "engine": check_engine(config, arch, world),
         "objective": f"{config.objective['name']} ({settings})",

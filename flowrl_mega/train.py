@@ -23,6 +23,7 @@ from flowrl_mega.data.prompts import Prompt
 from flowrl_mega.evaluation.exact import exact_metrics, right_answer_probabilities
 from flowrl_mega.evaluation.held_out import held_out_metrics
 from flowrl_mega.model.architecture import read_architecture
+from flowrl_mega.model.fp8_gate import Fp8Gate
 from flowrl_mega.model.generation import Sampling
 from flowrl_mega.model.policy import Policy, PolicyOutput, build_reference
 from flowrl_mega.monitor import Monitor
@@ -54,6 +55,7 @@ class Trainer:
             self.reference = build_reference(arch, config, layout)
             load_model(self.reference, config.model.path)
         self.model = wrap(self.policy.stages)
+        self.gate = Fp8Gate(self.policy, config.model, getattr(self.objective, "length_norm", True))
         updates = config.steps * config.updates_per_step
         self.optimizer = Optimizer(self.model, config.optimizer, config.model.dtype == "bf16", updates)
         self.side_files = read_side_files(config.model.path)
@@ -88,6 +90,7 @@ class Trainer:
             mini_batches = self.batch(sequences, rollouts, scores)
         with self.timed("update"):
             updates = [self.update(mini_batch) for mini_batch in mini_batches]
+            counts |= self.gate.after_step(step, mini_batches[0][0], self.config.rollout.temperature)
         with self.timed("sync"):
             counts |= self.engine.sync(self.policy, version=step)
         self.step_done = step
@@ -147,6 +150,7 @@ class Trainer:
         credit = self.objective.credit(rewards, torch.arange(len(rewards)) // config.rollout.group_size)
         per_update = config.batch.mini_batch or len(sequences)
         mini_batches = plan(sequences, per_update, self.layout, config.batch.tokens_per_microbatch)
+        self.gate.before_training(self.step_done + 1, mini_batches[0][0], temperature)
         batches = [batch for mini_batch in mini_batches for batch in mini_batch]
         for batch in batches:
             batch.scores["credit"] = credit.to(self.layout.device)[batch.index]
@@ -244,7 +248,7 @@ class Trainer:
             self._evaluate_when_due(monitor)
             last, every = step == config.steps, config.checkpoint.every
             stop = self._any_rank(stop_requested())
-            drifted = self._drifted(metrics)
+            drifted = self._drifted(metrics) or self.gate.fault
             if stop or drifted or (every and step % every == 0) or (last and config.checkpoint.at_end):
                 self.save(step)
             if drifted:

@@ -15,8 +15,11 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-# Importing torch and megatron costs a process seconds: ranks are forked from a server that has done it once.
-FORKSERVER = multiprocessing.get_context("forkserver")
+import torch
+
+# Importing torch and megatron costs a process seconds: ranks are forked from a server that has done it once. But not
+# where there is a GPU: the server has asked for it, and CUDA does not work in what is forked after that.
+FORKSERVER = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 FORKSERVER.set_forkserver_preload(["flowrl_mega.job", "aiohttp.web"])
 
 
@@ -26,8 +29,6 @@ class RankFailed(AssertionError):
 
 def _serve(environment: dict[str, str], megatron: bool, pipe: Connection) -> None:
     os.environ.update(environment)
-    import torch
-
     if megatron:
         import flowrl_mega.parallel  # noqa: F401
     torch.set_num_threads(1)

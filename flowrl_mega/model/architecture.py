@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from flowrl_mega.config import ConfigError, ModelSettings, nearest
+from flowrl_mega.model.fp8 import layer_fields
 from flowrl_mega.parallel.layout import Layout
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
@@ -151,16 +152,24 @@ OWN_FIELDS = {
     "context_parallel_size", "variable_seq_lengths", "sequence_parallel", "normalization", "layernorm_epsilon",
     "calculate_per_token_loss",
 }  # fmt: skip
+FP8_FIELDS = {"fp8", "fp8_recipe", "first_last_layers_bf16", "disable_parameter_transpose_cache"}
 
 
 def check_megatron(settings: dict[str, Any]) -> None:
-    """Refuse `megatron.*` names that TransformerConfig lacks, or that other settings rule."""
+    """Refuse `megatron.*` names that TransformerConfig lacks, that other settings rule, or that cannot work here."""
     fields = list(TransformerConfig.__dataclass_fields__)
     for name, value in settings.items():
         if name not in fields:
             raise ConfigError(f"megatron.{name}: not a field of TransformerConfig; {nearest(name, fields)}")
         if name in OWN_FIELDS:
             raise ConfigError(f"megatron.{name} = {value!r}: follows from model.path and parallel.*; leave it out")
+        if name in FP8_FIELDS:
+            raise ConfigError(f"megatron.{name} = {value!r}: follows from model.spec and model.fp8; leave it out")
+    if settings.get("fp8_param"):
+        raise ConfigError(
+            "megatron.fp8_param = True: weights kept in FP8 are updated by Megatron's distributed optimizer alone, and "
+            "this trainer uses the other one; leave it out (model.fp8 quantises bf16 weights as it computes)"
+        )
 
 
 def transformer_config(arch: Architecture, model: ModelSettings, extra: dict[str, Any], layout: Layout) -> Any:
@@ -197,12 +206,7 @@ def transformer_config(arch: Architecture, model: ModelSettings, extra: dict[str
         pipeline_dtype=dtype,
         bf16=model.dtype == "bf16",
         calculate_per_token_loss=True,  # the normaliser is ours: the number of sequences in the update
-        bias_activation_fusion=False,  # the local layer spec has no fused kernels
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
+        **layer_fields(model),
     )
     try:
         return TransformerConfig(**{**values, **extra})

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowrl_mega.model.architecture import Architecture
+from flowrl_mega.model.names import local_name
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Decoder:
     """Runs `whole` weights (see model/weights.py) over [N, S] tokens, left-padded, with a key-value cache."""
 
     def __init__(self, arch: Architecture, weights: dict[str, Tensor]) -> None:
-        self.arch = arch
+        self.arch, weights = arch, {local_name(name): tensor for name, tensor in weights.items()}
         self.embedding = weights["embedding.word_embeddings.weight"]
         self.head = weights.get("output_layer.weight", self.embedding)[: arch.vocab].t()
         self.norm = weights["decoder.final_layernorm.weight"]

@@ -13,6 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
+from flowrl_mega.parallel.backends import apex_norm
 from flowrl_mega.parallel.packing import Bucket, PackedBatch
 
 
@@ -103,14 +104,24 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+class ApexRMSNorm(RMSNorm):
+    """The same on a GPU, in one of Apex's kernels. Not run yet."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        from apex.normalization.fused_layer_norm import fused_rms_norm_affine  # type: ignore[import-not-found]
+
+        return fused_rms_norm_affine(x, self.weight, self.normalized_shape, self.eps)
+
+
 def local_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Megatron's own layer spec with the three layers of this file put in; the layers of this pipeline stage."""
+    """Megatron's own layer spec with the layers of this file put in; the layers of this pipeline stage."""
+    norm = ApexRMSNorm if apex_norm().usable else RMSNorm
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     parts = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    parts.input_layernorm = parts.pre_mlp_layernorm = norm
     attention = parts.self_attention.submodules
     attention.core_attention = ModuleSpec(module=PackedAttention)
     if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        attention.q_layernorm = attention.k_layernorm = norm
     layers = [layer] * get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

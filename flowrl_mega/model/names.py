@@ -56,6 +56,7 @@ QWEN3 = (
 LAYERS = {"llama": LLAMA, "mistral": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_LOCAL = {row.fused: row.local for row in LLAMA if row.fused}
 _KINDS = {name: row.kind for rows in (TOP, *LAYERS.values()) for row in rows for name in (row.local, row.key)}
 
 
@@ -66,6 +67,12 @@ def hf_names(name: str, arch: Architecture) -> tuple[str, ...]:
     row = next((r for r in rows if short in (r.local, r.key)), None)
     assert row, f"unknown parameter {name}"
     return tuple(f"model.layers.{layer[1]}.{part}" for part in row.hf) if layer else row.hf
+
+
+def local_name(name: str) -> str:
+    """What Megatron's local layer spec calls the parameter `name`."""
+    layer = _LAYER.fullmatch(name)
+    return f"decoder.layers.{layer[1]}.{_LOCAL[layer[2]]}" if layer and layer[2] in _LOCAL else name
 
 
 def kind_of(name: str) -> Kind:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 from flowrl_mega.config import Config
 from flowrl_mega.model.architecture import Architecture, transformer_config
+from flowrl_mega.model.fp8 import layer_spec, reference_settings
 from flowrl_mega.model.layers import PackedRotary, PackedRows, local_spec
 from flowrl_mega.model.partition import Kind, build_partition, prompt_sum
+from flowrl_mega.model.te import te_spec
 from flowrl_mega.ops import Shard, lm_head_logprob, share_of_gradient
 from flowrl_mega.parallel.context import total, whole_response
 from flowrl_mega.parallel.layout import Layout
@@ -49,7 +52,8 @@ class Stage(MegatronModule):
         self.post_process = layout.is_last_stage and piece == layout.vpp - 1
         vp_stage = piece if layout.vpp > 1 else None
         self.first_layer = get_transformer_layer_offset(transformer, vp_stage, layout.pp_rank)
-        self.gpt = self._gpt(arch, vp_stage)
+        spec = te_spec if layer_spec(config.model)[0] == "te" else local_spec
+        self.gpt = self._gpt(arch, spec(transformer, vp_stage), vp_stage)
         self.model_type = self.gpt.model_type  # Megatron's schedules ask for these two
         self.share_embeddings_and_output_weights = arch.tied
         self.partition = build_partition(log_z, arch.hidden, config.seed) if self.post_process else None
@@ -59,11 +63,11 @@ class Stage(MegatronModule):
         start = layout.tp_rank * shard
         self.shard = Shard(start, max(0, min(shard, arch.vocab - start)), arch.vocab)
 
-    def _gpt(self, arch: Architecture, vp_stage: int | None) -> GPTModel:
+    def _gpt(self, arch: Architecture, spec: Any, vp_stage: int | None) -> GPTModel:
         logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # its deprecation notice
         gpt = GPTModel(
             self.config,
-            local_spec(self.config, vp_stage),
+            spec,
             vocab_size=arch.padded_vocab(self.layout.tp),
             max_sequence_length=arch.max_positions,
             pre_process=self.pre_process,
@@ -171,6 +175,7 @@ class Policy:
         """Those of the transformer, under GPTModel's names."""
         return {name.removeprefix("gpt."): p for name, p in self.named_parameters() if name.startswith("gpt.")}
 
+    @torch.no_grad()
     def score(self, batches: list[PackedBatch], temperature: float = 1.0) -> list[PolicyOutput]:
         """Outputs without gradient (the old policy's, the reference's), by micro-batch; [] but on the last stage."""
         return forward_only(self.stages, batches, lambda stage, batch: stage(batch, temperature))
@@ -195,8 +200,10 @@ def _renumbered(name: str, first_layer: int) -> str:
 
 def build_reference(arch: Architecture, config: Config, layout: Layout) -> Policy:
     """A policy without partition function that no optimizer knows and that is only scored; loaded like the policy.
+    Its precision is its own: `model.reference_fp8`.
 
     Its parameters still say requires_grad (`score` takes no gradient): with parameters that do not, torch multiplies
     Megatron's [T, 1, H] row by row, three times slower on CPU and rounded unlike the policy.
     """
+    config = config.model_copy(update={"model": reference_settings(config.model)})
     return Policy(arch, config, layout, log_z=None).train(False)

@@ -2,9 +2,10 @@
 
 import warnings
 
-from flowrl_mega.parallel import cuda_is_cpu
+from flowrl_mega.parallel import backends, cuda_is_cpu
 
 # At import Megatron warns of what it lacks (Apex) and of parts that nobody here asked for, once for each module.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")
 # Before anything else in this package, in model/ or in checkpoint/ can import megatron.
+backends.prepare()
 cuda_is_cpu.install()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class Layout:
     groups: ProcessGroupCollection
     device: torch.device
     sequence_parallel: bool
+    row_alignment: int = 1  # FP8 asks for 16: what each rank's rows of a micro-batch are a multiple of
 
     @property
     def is_last_stage(self) -> bool:
@@ -55,7 +57,8 @@ class Layout:
     @property
     def row_multiple(self) -> int:
         """What the number of packed rows must be divisible by."""
-        return max(self.sequence_multiple, self.tp if self.sequence_parallel else 1)
+        shares = self.cp * (self.tp if self.sequence_parallel else 1)
+        return math.lcm(shares * self.row_alignment, self.sequence_multiple)
 
     def from_last_stage(self, item: Any) -> Any:
         """The last pipeline stage's `item`, on every stage."""
@@ -144,7 +147,7 @@ def check_world(settings: ParallelSettings, world: int) -> None:
         raise ConfigError(f"parallel.vpp = {settings.vpp}: needs parallel.pp of at least 2")
 
 
-def init(settings: ParallelSettings, seed: int) -> Layout:
+def init(settings: ParallelSettings, seed: int, row_alignment: int = 1) -> Layout:
     """Join the job described by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (as torchrun sets them)."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -185,6 +188,7 @@ def init(settings: ParallelSettings, seed: int) -> Layout:
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         device=device,
         sequence_parallel=settings.sequence_parallel,
+        row_alignment=row_alignment,
     )
 
 

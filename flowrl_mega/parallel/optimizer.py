@@ -13,12 +13,27 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from flowrl_mega.config import OptimizerSettings
+from flowrl_mega.parallel.backends import weight_gradient_extension
 
 
 def wrap(stages: list[Any]) -> list[DistributedDataParallel]:
     """A rank's pipeline stages, each with one fp32 gradient buffer, summed over data-parallel ranks once an update."""
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
-    return [DistributedDataParallel(stage.config, config, stage) for stage in stages]
+    wrapped = [DistributedDataParallel(stage.config, config, stage) for stage in stages]
+    for stage in wrapped:
+        _fuse_gradient_accumulation(stage)
+    return wrapped
+
+
+def _fuse_gradient_accumulation(model: Any) -> None:
+    """Weight gradients are added to the buffer by the GEMM that makes them: always by Transformer Engine's layers, by
+    Megatron's own where Apex has the kernel for it. Only here, since without the buffer they would have no place."""
+    of_megatron = weight_gradient_extension()
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+        elif of_megatron and hasattr(module, "gradient_accumulation_fusion"):
+            module.gradient_accumulation_fusion = True
 
 
 class Optimizer:

@@ -38,9 +38,8 @@ def forward_backward(
     return _run(model, batches, forward, after, forward_only=False)
 
 
-@torch.no_grad()
 def forward_only(stages: list[Any], batches: list[PackedBatch], forward: Forward) -> list[Any]:
-    """What the last stage gives, by micro-batch; [] on the other stages."""
+    """What the last stage gives, by micro-batch; [] on the other stages. No backward follows."""
 
     def after(output: Any, batch: PackedBatch, non_loss_data: bool) -> Any:
         return output

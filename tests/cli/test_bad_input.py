@@ -16,6 +16,7 @@ from tiny_models import make
 
 from flowrl_mega import cli
 from flowrl_mega.ops import build, library
+from flowrl_mega.parallel import backends
 
 Capture = pytest.CaptureFixture[str]
 
@@ -83,6 +84,19 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
     "no such transfer": (["--rollout.sync.transfer=ftp"], ["rollout.sync.transfer = 'ftp'", "'disk', 'tensor'"]),
     "no such kernels": (["--ops.backend=triton"], ["ops.backend = 'triton'", "'native'", "'torch'"]),
     "no such choice": (["--model.dtype=fp16"], ["model.dtype = 'fp16'", "'fp32' or 'bf16'"]),
+    "no such recipe": (["--model.fp8=mxfp8"], ["model.fp8 = 'mxfp8'", "'tensorwise'", "'blockwise'"]),
+    "FP8 beside fp32": (["--model.fp8=tensorwise"], ["model.fp8 = tensorwise", "bf16 weights", "model.dtype=bf16"]),
+    "FP8 reference beside fp32": (["--model.reference_fp8=blockwise"], ["reference_fp8 = blockwise", "dtype=bf16"]),
+    "a reference never trains": (["--model.reference_fp8=delayed"], ["reference_fp8 = 'delayed'", "'tensorwise'"]),
+    "FP8 and the local spec": (
+        ["--model.fp8=tensorwise", "--model.dtype=bf16", "--model.spec=local"],
+        ["model.fp8 = tensorwise", "Transformer Engine's layers", "model.spec=te"],
+    ),
+    "delayed, but not all layers": (
+        ["--model.fp8=delayed", "--model.dtype=bf16", "--model.fp8_first_last_bf16=true"],
+        ["model.fp8_first_last_bf16 = True", "delayed", "model.fp8=tensorwise"],
+    ),
+    "no budget": (["--model.fp8_budget=0"], ["model.fp8_budget = 0", "greater than 0"]),
     "two faults": (["--steps=0", "--seed=-1"], ["steps = 0", "seed = -1"]),
     "tp and the model": (["--parallel.tp=3"], ["parallel.tp = 3", "4 attention heads", "use one of 1, 2"]),
     "pp and the model": (["--parallel.pp=5"], ["parallel.pp = 5", "layers", "use "]),
@@ -124,6 +138,8 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
         ["--megatron.recompute_granularty=full"],
         ["megatron.recompute_granularty", "did you mean 'recompute_granularity'?"],
     ),
+    "FP8's, not Megatron's": (["--megatron.fp8=hybrid"], ["megatron.fp8 = 'hybrid'", "model.fp8", "leave it out"]),
+    "weights in FP8": (["--megatron.fp8_param=true"], ["megatron.fp8_param = True", "distributed optimizer"]),
     "ours, not Megatron's": (["--megatron.hidden_size=8"], ["megatron.hidden_size = 8", "model.path", "leave it out"]),
     "cut distribution": (
         ["--rollout.top_p=0.9"],
@@ -181,7 +197,20 @@ def test_native_kernels_that_cannot_be_built(
 
 def test_yaml_says_off(model: Path, tmp_path: Path) -> None:
     """YAML 1.1 reads off as false; the setting is meant."""
-    assert cli.load_config(write_config(tmp_path, model), ["monitor.wandb=off"]).monitor.wandb == "off"
+    off = ["monitor.wandb=off", "model.fp8=off", "model.reference_fp8=off"]
+    config = cli.load_config(write_config(tmp_path, model), off)
+    assert (config.monitor.wandb, config.model.fp8, config.model.reference_fp8) == ("off", "off", "off")
+
+
+def test_layers_that_this_machine_does_not_have(
+    model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "transformer_engine", lambda: backends.Found(False, "no NVIDIA GPU"))
+    config = str(write_config(tmp_path, model))
+    message = refused(capsys, tmp_path, config, "--model.spec=te")
+    assert message.startswith("flowrl-mega: model.spec = te: no NVIDIA GPU; set model.spec=auto")
+    message = refused(capsys, tmp_path, config, "--model.fp8=blockwise", "--model.dtype=bf16")
+    assert message == "flowrl-mega: model.fp8 = blockwise: no NVIDIA GPU; set model.fp8=off\n"
 
 
 def _no_weights(folder: Path) -> None:

@@ -118,6 +118,9 @@ def test_dry_run_says_what_would_run_and_writes_nothing(
     said = capsys.readouterr().out
     for part in (
         "2 = tp 2 x dp 1",
+        "layers      Megatron-core local spec (",
+        "FP8         policy off; reference off",
+        "optimizer   ",
         "log Z       mlp",
         "17 to train on, 4 held out",
         "2 update(s), 6 steps",

@@ -50,7 +50,7 @@ def test_prompt_sum_in_float64():
     rows = torch.tensor([row for prompt in prompts for row in prompt])
     segment = torch.tensor([i for i, prompt in enumerate(prompts) for _ in prompt])
     found = prompt_sum(hidden, rows, segment, len(prompts))
-    wanted = torch.stack([hidden[list(p)].double().mean(0) for p in prompts])
+    wanted = torch.stack([hidden[list(p)].double().sum(0) for p in prompts])
     assert (found - wanted).abs().max() < 1e-6
 
 

@@ -1,0 +1,138 @@
+"""Which layers the model has (`model.spec`), what `model.fp8` means for Megatron, and where neither can be.
+
+Nothing here imports Transformer Engine: the choice is made, and told, before a rank starts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from flowrl_mega.config import ConfigError, Fp8Recipe, ModelSettings
+from flowrl_mega.parallel import backends
+
+if TYPE_CHECKING:
+    from flowrl_mega.model.architecture import Architecture
+
+ALIGNMENT = 16  # FP8 GEMMs read 16 values at a time: Transformer Engine refuses other sizes
+
+# hybrid: e4m3 forward, e5m2 for gradients. Blocks have scales of their own and do not need the range of e5m2.
+RECIPES: dict[Fp8Recipe, dict[str, Any]] = {
+    # The largest value of 1024 forwards: what the paper behind it uses. Scales are shared by the ranks of one replica
+    # only: data-parallel ranks may have unequal numbers of micro-batches, and would wait for each other for ever.
+    "delayed": dict(fp8="hybrid", fp8_amax_history_len=1024, fp8_amax_compute_algo="max", tp_only_amax_red=True),
+    "tensorwise": dict(fp8="hybrid"),
+    "blockwise": dict(fp8="e4m3"),
+}
+
+
+def layer_spec(model: ModelSettings) -> tuple[Literal["local", "te"], str]:
+    """Whose layers, and why, in words. fp32 is a choice of precision: auto does not make TF32 of it."""
+    engine = backends.transformer_engine()
+    if model.spec == "local":
+        return "local", "model.spec = local"
+    if not engine.usable:
+        return "local", engine.why
+    if model.spec == "auto" and model.dtype == "fp32":
+        return "local", "model.dtype = fp32, which Transformer Engine multiplies in TF32"
+    return "te", engine.why
+
+
+def first_last_bf16(model: ModelSettings) -> bool:
+    """Whether the first and the last layer stay in bf16, where the rest is in FP8."""
+    return model.fp8 != "delayed" if model.fp8_first_last_bf16 is None else model.fp8_first_last_bf16
+
+
+def layer_fields(model: ModelSettings) -> dict[str, Any]:
+    """TransformerConfig's fields that follow from the layers and the recipe.
+
+    gradient_accumulation_fusion stays off here: set, Megatron's own output layer asks for an extension of Apex even
+    where all other layers are Transformer Engine's. `wrap` switches it on layer by layer.
+    """
+    te = layer_spec(model)[0] == "te"
+    fields: dict[str, Any] = dict(
+        bias_activation_fusion=te,  # SwiGLU in one kernel
+        bias_dropout_fusion=te,
+        apply_rope_fusion=te,  # in the format sbhd it takes an angle for each row, and computes in fp32
+        masked_softmax_fusion=False,  # of Megatron's own attention, which neither has
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        # Weights would be quantised at the first micro-batch of an update only. But the policy is also scored between
+        # updates, where Megatron's schedule does not announce a first micro-batch: that would be with stale weights.
+        disable_parameter_transpose_cache=te,
+    )
+    if model.fp8 != "off":
+        fields |= RECIPES[model.fp8]
+        fields |= dict(fp8_recipe=model.fp8, first_last_layers_bf16=first_last_bf16(model))
+    return fields
+
+
+def reference_settings(model: ModelSettings) -> ModelSettings:
+    """The reference's own precision."""
+    return model.model_copy(update={"fp8": model.reference_fp8})
+
+
+def row_alignment(model: ModelSettings) -> int:
+    """What a rank's rows of a micro-batch are padded up to a multiple of, where policy or reference compute in FP8."""
+    return ALIGNMENT if model.fp8 != "off" or model.reference_fp8 != "off" else 1
+
+
+def check_layers(model: ModelSettings, arch: Architecture, tp: int) -> None:
+    """Refuse layers or a recipe that this machine or this model cannot have, before any rank starts."""
+    engine = backends.transformer_engine()
+    if model.spec == "te" and not engine.usable:
+        raise ConfigError(f"model.spec = te: {engine.why}; set model.spec=auto, or run where it can be used")
+    _check_recipe("fp8", model.fp8, arch, tp)
+    _check_recipe("reference_fp8", model.reference_fp8, arch, tp)
+    if model.fp8 != "off" and first_last_bf16(model) and arch.layers <= 2:
+        raise ConfigError(
+            f"model.fp8 = {model.fp8}: the model's {arch.layers} layers are the first and the last, which stay in "
+            "bf16; set model.fp8_first_last_bf16=false, or model.fp8=off"
+        )
+
+
+def _check_recipe(field: str, recipe: Literal["off"] | Fp8Recipe, arch: Architecture, tp: int) -> None:
+    if recipe == "off":
+        return
+    support = backends.fp8_support(recipe)
+    if not support.usable:
+        other = " or tensorwise" if recipe == "blockwise" and backends.fp8_support("tensorwise").usable else ""
+        raise ConfigError(f"model.{field} = {recipe}: {support.why}; set model.{field}=off{other}")
+    sizes = {
+        "hidden size": arch.hidden,
+        "query size": arch.heads * arch.head_dim // tp,
+        "query, key and value size": (arch.heads + 2 * arch.kv_heads) * arch.head_dim // tp,
+        "feed-forward size": arch.ffn // tp,
+    }
+    for name, size in sizes.items():
+        if size % ALIGNMENT:
+            raise ConfigError(
+                f"model.{field} = {recipe}: FP8 needs sizes that {ALIGNMENT} divides, and the model's {name} is {size} "
+                f"a rank at parallel.tp = {tp}; take a smaller tp, or set model.{field}=off"
+            )
+
+
+def describe_layers(model: ModelSettings) -> str:
+    """The layers, their attention and their norm, in words."""
+    spec, why = layer_spec(model)
+    if spec == "te":
+        attention = "its attention over packed rows" if model.dtype == "bf16" else f"{SDPA} (fp32)"
+        return f"Transformer Engine ({why}): norms inside its linear layers, {attention}"
+    norm = backends.apex_norm()
+    return f"Megatron-core local spec ({why}): {norm.why if norm.usable else 'torch RMSNorm'}, {SDPA}"
+
+
+SDPA = "packed attention through scaled_dot_product_attention"
+
+
+def describe_fp8(model: ModelSettings) -> str:
+    """What runs in FP8, in words."""
+    if model.fp8 == "off":
+        policy = "off"
+    else:
+        ends = "first and last layer in bf16" if first_last_bf16(model) else "all layers"
+        checks = f"every {model.fp8_check_every} steps" if model.fp8_check_every else "at the start"
+        policy = (
+            f"{model.fp8} ({RECIPES[model.fp8]['fp8']}), {ends}, head in bf16; compared with bf16 {checks}, "
+            f"beyond {model.fp8_budget:g}: {model.fp8_action}"
+        )
+    return f"policy {policy}; reference {model.reference_fp8}"
