@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 
 from flowrl_mega import objectives
-from flowrl_mega.config import Config, ParallelSettings, load_config
+from flowrl_mega.config import Config, load_config
 from flowrl_mega.job import _check_sequences
-from flowrl_mega.model.architecture import check_layout, check_megatron, read_architecture
+from flowrl_mega.model.architecture import check_layout, check_megatron, check_pipeline, read_architecture
 from flowrl_mega.parallel.layout import check_world
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-PIPELINE = "pp" in ParallelSettings.model_fields
 # name: (GPUs, hidden, layers, heads, key-value heads, feed-forward), from the models' config.json
 RUNS = {
     "qwen2.5_1.5b": (8, 1536, 28, 12, 2, 8960),
@@ -25,11 +24,6 @@ RUNS = {
     "qwen2.5_32b": (32, 5120, 64, 40, 8, 27648),
 }
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-# The larger one needs pipeline stages; the mark goes when there are any.
-NAMES = [
-    pytest.param(name, marks=pytest.mark.skipif("32b" in name and not PIPELINE, reason="no parallel.pp yet"))
-    for name in RUNS
-]
 
 
 def load(name: str, folder: Path) -> Config:
@@ -38,22 +32,24 @@ def load(name: str, folder: Path) -> Config:
     return load_config(EXAMPLES / f"{name}.yaml", [f"--data.path={rows}", f"--model.path={folder}"])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RUNS)
 def test_the_layout_divides_the_model_and_the_machines(name: str, tmp_path: Path) -> None:
     gpus, *sizes = RUNS[name]
     config = load(name, tmp_path)
     about = dict(zip(SIZES, sizes, strict=True)) | {"model_type": "qwen2", "vocab_size": 152064}
     (tmp_path / "config.json").write_text(json.dumps(about))
     check_world(config.parallel, gpus)
-    check_layout(read_architecture(tmp_path), config.parallel.tp)
+    arch = read_architecture(tmp_path)
+    check_layout(arch, config.parallel.tp)
+    check_pipeline(arch, config.parallel.pp, config.parallel.vpp)
     check_megatron(config.megatron)
-    _check_sequences(config, gpus // (config.parallel.tp * getattr(config.parallel, "pp", 1)))
+    _check_sequences(config, gpus // config.parallel.model_ranks)
     server = config.rollout.server_args.get("tp_size", 1)
     assert config.rollout.servers * server == 8, "all GPUs of the first node"
     assert config.model.dtype == "bf16" and config.rollout.colocated
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RUNS)
 def test_the_settings_are_those_of_the_paper(name: str, tmp_path: Path) -> None:
     """arXiv 2509.15207: 512 prompts x 8 answers, mini-batches of 32 prompts, 2048 + 8192 tokens, AdamW at 1e-6."""
     config = load(name, tmp_path)
