@@ -47,6 +47,7 @@ class ModelSettings(Settings):
     reference_fp8: Literal["off", "tensorwise", "blockwise"] = Field(
         "off", description="recipe of the reference; not delayed, whose scales come from training"
     )
+    reference_offload: bool = Field(False, description="the reference lies in CPU memory while it is not scored")
     fp8_check_every: int = Field(50, ge=0, description="steps between comparisons with bf16; 0: at the start only")
     fp8_budget: float = Field(0.1, gt=0, description="mean |FP8 - bf16| of a sequence's residual, nats a token")
     fp8_action: Literal["stop", "fallback"] = Field("stop", description="beyond the budget; fallback: go on in bf16")
@@ -151,6 +152,10 @@ class OptimizerSettings(Settings):
     clip_grad: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
     warmup_steps: int = Field(10, ge=0, description="updates of linear warm-up")
     decay: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up; ends at 0")
+    distributed: bool = Field(
+        False, description="each data-parallel rank keeps a share of the moments (needs Transformer Engine's FusedAdam)"
+    )
+    offload: bool = Field(False, description="moments and fp32 weights lie in CPU memory between updates")
 
 
 class BatchSettings(Settings):

@@ -16,7 +16,6 @@ from flowrl_mega.config import Config, ConfigError
 from flowrl_mega.data.inputs import load_prompts
 from flowrl_mega.model.architecture import (
     Architecture,
-    check_context_parallel,
     check_layout,
     check_megatron,
     check_pipeline,
@@ -28,6 +27,7 @@ from flowrl_mega.monitor.run_folder import METRICS
 from flowrl_mega.parallel import backends
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.launch import free_port, launch, rank_environment, started_by_launcher
+from flowrl_mega.parallel.optimizer import check_optimizer
 from flowrl_mega.rewards.registry import load_reward
 from flowrl_mega.train import Trainer
 
@@ -89,9 +89,9 @@ def check(config: Config, world: int, resume: str, checkpoint: Path | None, one_
     arch = read_architecture(config.model.path)
     check_layout(arch, config.parallel.tp)
     check_pipeline(arch, config.parallel.pp, config.parallel.vpp)
-    check_context_parallel(config.parallel.cp)
     check_megatron(config.megatron)
-    check_layers(config.model, arch, config.parallel.tp)
+    check_layers(config.model, arch, config.parallel.tp, config.parallel.cp)
+    check_optimizer(config.optimizer)
     check_model(config.model.path, arch)
     load_prompts(config)
     check_wandb(config.monitor.wandb)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ class Trainer:
         if self.objective.needs_reference:
             self.reference = build_reference(arch, config, layout)
             load_model(self.reference, config.model.path)
-        self.model = wrap(self.policy.stages)
+        self.reference_offload = self.reference.offload() if self.reference and config.model.reference_offload else None
+        self.model = wrap(self.policy.stages, config.optimizer.distributed)
         self.gate = Fp8Gate(self.policy, config.model, getattr(self.objective, "length_norm", True))
         updates = config.steps * config.updates_per_step
         self.optimizer = Optimizer(self.model, config.optimizer, config.model.dtype == "bf16", updates)
@@ -159,7 +160,8 @@ class Trainer:
         if len(mini_batches) > 1:
             keep_logp("old_logp", batches, self.policy.score(batches, temperature))
         if self.reference is not None:
-            keep_logp("ref_logp", batches, self.reference.score(batches, temperature))
+            with self.reference_offload or nullcontext():
+                keep_logp("ref_logp", batches, self.reference.score(batches, temperature))
         return mini_batches
 
     def update(self, mini_batch: list[PackedBatch]) -> dict[str, float]:

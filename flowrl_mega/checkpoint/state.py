@@ -85,13 +85,18 @@ def check_checkpoint(path: Path, arch: Architecture, log_z: Kind | None) -> None
 
 
 def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
-    """Fill policy and optimizer; returns the `trainer` counts. Works at another tensor-parallel size. Collective.
+    """Fill policy and optimizer; returns the `trainer` counts. Works in another layout. Collective.
 
     Random states are restored where the number of ranks is the same; nothing in a step draws from them unless a
     reward function does.
     """
     with together():  # each rank reads a share of the files
         verify_checkpoint(path, policy.layout.rank, policy.layout.world)
+    with optimizer.on_device():
+        return _load(path, policy, optimizer)
+
+
+def _load(path: Path, policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
     world = _check_fits(path, policy.arch, policy.log_z_kind)["trainer"]["world"]
     state = _state(policy, optimizer, is_loading=True)
     if world == policy.layout.world:
@@ -206,7 +211,7 @@ def _state(policy: Policy, optimizer: Optimizer, is_loading: bool) -> dict[str, 
     # The schedule's settings are the configuration's, so that a resumed run can change them; only its count is state.
     return {
         "model": model,
-        "optimizer": optimizer.inner.sharded_state_dict(model, is_loading=is_loading),
+        "optimizer": optimizer.sharded_state_dict(model, is_loading),
         "schedule_steps": optimizer.schedule.num_steps,
     }
 

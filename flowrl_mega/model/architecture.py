@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,15 +134,6 @@ def check_pipeline(arch: Architecture, pp: int, vpp: int) -> None:
     raise ConfigError(
         f"parallel.vpp = {vpp}: {pp} stages have {arch.layers // pp} layers each; use {nearest_fit}, a divisor of that"
     )
-
-
-def check_context_parallel(cp: int) -> None:
-    """Refuse context parallelism without Transformer Engine, whose attention alone shares out sequences."""
-    if cp > 1 and importlib.util.find_spec("transformer_engine") is None:
-        raise ConfigError(
-            f"parallel.cp = {cp}: needs Transformer Engine, which is not installed; take parallel.cp=1 and shorter "
-            "sequences, or more of parallel.tp with parallel.sequence_parallel"
-        )
 
 
 OWN_FIELDS = {

@@ -76,8 +76,15 @@ def row_alignment(model: ModelSettings) -> int:
     return ALIGNMENT if model.fp8 != "off" or model.reference_fp8 != "off" else 1
 
 
-def check_layers(model: ModelSettings, arch: Architecture, tp: int) -> None:
+def check_layers(model: ModelSettings, arch: Architecture, tp: int, cp: int = 1) -> None:
     """Refuse layers or a recipe that this machine or this model cannot have, before any rank starts."""
+    spec, why = layer_spec(model)
+    if cp > 1 and (spec == "local" or model.dtype == "fp32"):
+        raise ConfigError(
+            f"parallel.cp = {cp}: only Transformer Engine's attention in bf16 shares out sequences, and the layers are "
+            f"{spec} ({why}), model.dtype = {model.dtype}; take parallel.cp=1 and more of parallel.tp with "
+            "parallel.sequence_parallel"
+        )
     engine = backends.transformer_engine()
     if model.spec == "te" and not engine.usable:
         raise ConfigError(f"model.spec = te: {engine.why}; set model.spec=auto, or run where it can be used")

@@ -24,6 +24,7 @@ from flowrl_mega.model.te import te_spec
 from flowrl_mega.ops import Shard, lm_head_logprob, share_of_gradient
 from flowrl_mega.parallel.context import total, whole_response
 from flowrl_mega.parallel.layout import Layout
+from flowrl_mega.parallel.offload import Offload
 from flowrl_mega.parallel.packing import PackedBatch
 from flowrl_mega.parallel.schedule import forward_only
 
@@ -187,6 +188,10 @@ class Policy:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for piece, stage in enumerate(self.stages):
             stage.load_state_dict(state[str(piece)])
+
+    def offload(self) -> Offload:
+        """A context in which the weights are on the device; from now on they are in CPU memory outside."""
+        return Offload(lambda: [parameter for stage in self.stages for parameter in stage.parameters()])
 
     def train(self, mode: bool = True) -> Policy:
         for stage in self.stages:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,14 +13,38 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
-from flowrl_mega.config import OptimizerSettings
-from flowrl_mega.parallel.backends import weight_gradient_extension
+from flowrl_mega.config import ConfigError, OptimizerSettings
+from flowrl_mega.parallel import backends
+from flowrl_mega.parallel.offload import Offload
 
 
-def wrap(stages: list[Any]) -> list[DistributedDataParallel]:
-    """A rank's pipeline stages, each with one fp32 gradient buffer, summed over data-parallel ranks once an update."""
-    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
+def check_optimizer(settings: OptimizerSettings) -> None:
+    """Refuse what the machine's Adam cannot do, before any rank starts.
+
+    Megatron's distributed optimizer keeps one `step` for all the parameters that share a buffer, as FusedAdam does.
+    torch's AdamW counts by parameter: there a resumed run goes wrong without a word.
+    """
+    engine = backends.transformer_engine()
+    if settings.distributed and not engine.usable:
+        raise ConfigError(
+            f"optimizer.distributed = True: needs Transformer Engine's FusedAdam ({engine.why}); with torch's AdamW a "
+            "resumed run would be silently wrong. Set optimizer.distributed=false"
+        )
+    if settings.distributed and settings.offload:
+        raise ConfigError(
+            "optimizer.offload = True: moves whole moments, and optimizer.distributed = True keeps them in shared "
+            "buffers; set one of the two to false"
+        )
+
+
+def wrap(stages: list[Any], distributed: bool = False) -> list[DistributedDataParallel]:
+    """A rank's pipeline stages, each with one fp32 gradient buffer, summed over data-parallel ranks once an update.
+
+    `distributed`: as `OptimizerSettings.distributed`; each rank then gets the sums of its share alone.
+    """
+    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
     wrapped = [DistributedDataParallel(stage.config, config, stage) for stage in stages]
     for stage in wrapped:
         _fuse_gradient_accumulation(stage)
@@ -28,7 +54,7 @@ def wrap(stages: list[Any]) -> list[DistributedDataParallel]:
 def _fuse_gradient_accumulation(model: Any) -> None:
     """Weight gradients are added to the buffer by the GEMM that makes them: always by Transformer Engine's layers, by
     Megatron's own where Apex has the kernel for it. Only here, since without the buffer they would have no place."""
-    of_megatron = weight_gradient_extension()
+    of_megatron = backends.weight_gradient_extension()
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
@@ -59,7 +85,7 @@ class Optimizer:
             clip_grad=settings.clip_grad,
             bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
-            use_distributed_optimizer=False,
+            use_distributed_optimizer=settings.distributed,
         )
         overrides = get_standard_config_overrides(config)
         if settings.log_z_lr not in (None, settings.lr):  # a checkpoint tells parameter groups apart by their rates
@@ -82,6 +108,24 @@ class Optimizer:
             wd_incr_style="constant",
         )
         self.updates = self.skipped = 0
+        self.offload = Offload(self._state) if settings.offload else None
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """Inside, what `optimizer.offload` keeps in CPU memory is where it is computed with."""
+        return self.offload or nullcontext()
+
+    def _state(self) -> Iterator[Tensor]:
+        """Moments, and the fp32 weights beside bf16 ones: what no forward or backward reads."""
+        own = {id(parameter) for stage in self.model for parameter in stage.parameters()}
+        for chained in self.inner.chained_optimizers:
+            yield from (p for group in chained.param_groups for p in group["params"] if id(p) not in own)
+            for moments in chained.optimizer.state.values():
+                yield from (value for value in moments.values() if torch.is_tensor(value) and value.dim() > 0)
+
+    def sharded_state_dict(self, model: dict[str, Any], is_loading: bool) -> dict[str, Any]:
+        """For a checkpoint that any layout can load. Collective."""
+        metadata = {"distrib_optim_sharding_type": "fully_reshardable"} if self.settings.distributed else None
+        return self.inner.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
 
     def zero_grad(self) -> None:
         for stage in self.model:
@@ -90,6 +134,10 @@ class Optimizer:
 
     def step(self, loss_is_finite: bool) -> dict[str, float]:
         """Clip and apply the gradients in the buffer, unless loss or gradient norm is not finite."""
+        with self.on_device():
+            return self._step(loss_is_finite)
+
+    def _step(self, loss_is_finite: bool) -> dict[str, float]:
         found_inf = self.inner.prepare_grads()
         norm = float(self.inner.get_grad_norm())
         if found_inf or not loss_is_finite or not math.isfinite(norm):
