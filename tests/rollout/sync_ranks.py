@@ -19,14 +19,14 @@ KEPT: dict[str, tuple[WeightSync, LoopThread | None]] = {}  # a group of servers
 
 def push(
     path: Path, urls: list[str], version: int, folder: Path, amount: float = 0.0, tp: int = 1, check: bool = False,
-    keep: bool = False, **settings: Any,
+    keep: bool = False, pp: int = 1, **settings: Any,
 ) -> tuple[dict[str, str], dict[str, torch.Tensor], dict[str, float]]:  # fmt: skip
     """The model, every parameter changed by its own factor, to the servers. What failed; what the policy is."""
-    policy = on_ranks.build(path, log_z="mlp", parallel={"tp": tp})
+    policy = on_ranks.build(path, log_z="mlp", parallel={"tp": tp, "pp": pp})
     with torch.no_grad():
-        for place, parameter in enumerate(policy.gpt_parameters().values()):
-            parameter.mul_(1 + amount * (1 + place % 5))
-    key = json.dumps([tp, settings])
+        for name, parameter in policy.gpt_parameters().items():
+            parameter.mul_(1 + amount * (1 + len(name) % 5))
+    key = json.dumps([tp, pp, settings])
     if key not in KEPT:
         side_files = {"config.json": (path / "config.json").read_bytes()}
         loop = LoopThread() if policy.layout.rank == 0 else None

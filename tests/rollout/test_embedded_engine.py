@@ -34,8 +34,8 @@ def answers_of(path, prompts, answers, sampling, seed=0, at_once=512, **sections
 def teacher_forced(policy, prompts, answers, rollouts, temperature) -> Tensor:
     sequences = [Sequence(i, prompts[i // answers], r.response) for i, r in enumerate(rollouts)]
     batch = on_ranks.packed(policy, sequences)
-    (output,) = policy.score([batch], temperature or 1.0)
-    parts = output.logp.split(batch.response_cu_seqlens.diff().tolist())
+    logp = policy.layout.from_last_stage([output.logp for output in policy.score([batch], temperature or 1.0)])[0]
+    parts = logp.split(batch.response_cu_seqlens.diff().tolist())
     by_index = dict(zip(batch.index.tolist(), parts, strict=True))
     return torch.cat([by_index[i] for i in range(len(rollouts))])
 
@@ -96,6 +96,7 @@ def test_same_answers_in_every_layout(tiny_model, ranks1, ranks2):
         *ranks1.run(answers_of, path, PROMPTS, 4, SAMPLING, at_once=8),
         *ranks2.run(answers_of, path, PROMPTS, 4, SAMPLING, parallel={"tp": 2}),
         *ranks2.run(answers_of, path, PROMPTS, 4, SAMPLING, parallel={"dp": 2}),
+        *ranks2.run(answers_of, path, PROMPTS, 4, SAMPLING, parallel={"pp": 2}),
     ]
     for rollouts, _ in in_layouts:
         assert [r.response for r in rollouts] == [r.response for r in alone]

@@ -56,14 +56,13 @@ def assert_same(held: dict[str, Any], wanted: dict[str, torch.Tensor]) -> None:
         assert held[name].dtype == tensor.dtype and torch.equal(held[name], tensor), name
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)], ids=["tp1", "tp2", "pp2"])
 @pytest.mark.parametrize("transfer", TRANSFERS)
-def test_every_server_holds_the_policy_to_the_bit(transfer, tp, model, takers, ranks1, ranks2, tmp_path):
+def test_every_server_holds_the_policy_to_the_bit(transfer, tp, pp, model, takers, ranks1, ranks2, tmp_path):
     """Under Hugging Face's names, with the version, in several buckets; and it is paused while they come."""
     servers = [takers(), takers()]
-    failures, wanted, metrics = run(
-        ranks1 if tp == 1 else ranks2, model, [s.url for s in servers], 7, tmp_path, 0.01, tp, transfer=transfer
-    )
+    ranks, urls = ranks1 if tp == pp == 1 else ranks2, [s.url for s in servers]
+    failures, wanted, metrics = run(ranks, model, urls, 7, tmp_path, 0.01, tp, transfer=transfer, pp=pp)
     assert failures == {}
     for server in servers:
         assert_same(server.held(), wanted)
