@@ -22,7 +22,7 @@ class AttentionOverRanks(layers.PackedAttention):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         given: layers.PackedRows = kwargs["packed_seq_params"]
-        rows = _rank_rows(given.cu_seqlens_q, self.group.size(), self.group.rank())
+        rows = _rank_rows(given.cu_seqlens_q, self.group.size(), self.group.rank()).to(query.device)
         whole = []
         for x in (query, key, value):
             empty = x.new_zeros(x.shape[0] * self.group.size(), *x.shape[1:])

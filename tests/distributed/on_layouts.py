@@ -53,7 +53,8 @@ def walk(path: Path, steps: list[Answers], cases: list[dict[str, Any]], left_out
 
 
 def _train(path: Path, steps: list[Answers], case: dict[str, Any], left_out: str | None) -> Trained:
-    with attention_over_ranks() if case.get("parallel", {}).get("cp", 1) > 1 else nullcontext():
+    stand_in = case.get("parallel", {}).get("cp", 1) > 1 and case.get("model", {}).get("spec") != "te"
+    with attention_over_ranks() if stand_in else nullcontext():
         job = trainer(path, **case)
     metrics, first = [], {}
     for step in steps:

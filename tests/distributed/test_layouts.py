@@ -17,6 +17,7 @@ from on_layouts import Answers, Trained, walk
 from rank_pool import RankPool
 from tiny_models import make, random_sequences
 
+from flowrl_mega.parallel.backends import transformer_engine
 from flowrl_mega.rewards.registry import Score
 from flowrl_mega.rollout import Rollout
 
@@ -41,6 +42,9 @@ def case(kind: str = "llama", budget: int = 40, recompute: dict[str, Any] | None
 
 
 SP = {"sequence_parallel": True}
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+if GPUS and GPUS < 4:
+    pytest.skip("four ranks need four GPUs, or none", allow_module_level=True)
 CASES = [
     case(tp=4, pp=1, dp=1, **SP),
     case(tp=1, pp=4, dp=1),
@@ -159,6 +163,33 @@ def test_every_layout_trains_alike(
         name = max(worst, key=lambda key: worst[key])
         assert worst[name] < TOLERANCE, name
         assert found.replica_difference == 0.0, "replicas that get unlike gradients drift apart"
+
+
+TE = {"model": {"dtype": "bf16", "spec": "te"}}
+TE_LAYOUTS: list[dict[str, Any]] = [
+    {"tp": 2, "cp": 2, **SP},
+    {"cp": 4},
+    {"pp": 2, "cp": 2},
+    {"tp": 2, "pp": 2, **SP},
+]
+
+
+@pytest.mark.skipif(not transformer_engine().usable or GPUS < 4, reason="needs Transformer Engine and four GPUs")
+@pytest.mark.parametrize("parallel", TE_LAYOUTS, ids=lambda layout: "".join(f"{k}{v}" for k, v in layout.items()))
+def test_transformer_engine_trains_alike_in_every_layout(
+    parallel: Any, models: Any, ranks4: RankPool, ranks1: RankPool
+):
+    """In bf16, whose roundings (2^-8) each layout makes elsewhere: all within ten of them. A missing sum over ranks is
+    a factor of two. Not run yet."""
+    batch, path = {"mini_batch": 6, "tokens_per_microbatch": 40}, models["llama-untied-rope"]
+    model = TE["model"] | {"path": str(path)}
+    sections = COMMON | {"batch": batch, "model": model}
+    (wanted,) = ranks1.run(walk, path, STEPS[:1], [sections])[0]
+    for (found,) in ranks4.run(walk, path, STEPS[:1], [sections | {"parallel": parallel}], timeout=240):
+        worst = differences(found, wanted)
+        name = max(worst, key=lambda key: worst[key])
+        assert worst[name] < 10 * 2**-8, name
+        assert found.replica_difference == 0.0
 
 
 def test_the_recorded_steps_exercise_what_they_should(alone: dict[str, Trained]):

@@ -125,13 +125,13 @@ def figures_of_ranks(path: Path, parallel: dict[str, Any], alone: bool) -> tuple
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("parallel", [{"dp": 2}, {"tp": 2}], ids=["dp2", "tp2"])
+@pytest.mark.parametrize("parallel", [{"dp": 2}, {"tp": 2}, {"pp": 2}], ids=["dp2", "tp2", "pp2"])
 def test_ranks_agree_on_the_mean_over_all_their_sequences(parallel, tiny_model, ranks1, ranks2) -> None:
     """Ranks that came to different verdicts would wait for each other for ever."""
     ((whole, size),) = ranks1.run(figures_of_ranks, tiny_model("llama"), {}, True)
-    (first, one), (second, other) = ranks2.run(figures_of_ranks, tiny_model("llama"), parallel, "tp" in parallel)
+    (first, one), (second, other) = ranks2.run(figures_of_ranks, tiny_model("llama"), parallel, "dp" not in parallel)
     assert first == second
-    assert one + other == size * parallel.get("tp", 1)
+    assert one + other == size * (1 if "dp" in parallel else 2)
     for name in METRICS:
         assert first[name] == pytest.approx(whole[name], rel=1e-3)
 
