@@ -54,6 +54,7 @@ def faked(tool, monkeypatch, change=lambda folder: None):
     return calls
 
 
+@pytest.mark.integration
 def test_a_tiny_run_reports_what_it_measured(tool, tmp_path):
     """The command itself, with real conversions in their processes. The ratios must follow from the samples that the
     file holds, or the file would prove nothing; a conversion takes memory, a copy in the kernel none."""

@@ -75,6 +75,7 @@ def test_killed_and_resumed(
     assert not list(run_dir.glob("checkpoints/.step_*"))
 
 
+@pytest.mark.integration
 @pytest.mark.ranks
 def test_sigterm_saves_and_the_run_goes_on_under_torchrun(finished: Path, model: Path, tmp_path: Path) -> None:
     """Both as a user starts them: processes of their own, one that launches its ranks and one under torchrun."""

@@ -21,7 +21,7 @@ from flowrl_mega.parallel.backends import transformer_engine
 from flowrl_mega.rewards.registry import Score
 from flowrl_mega.rollout import Rollout
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]  # the walk is one fixture
 TOLERANCE = 1e-5
 LENGTHS = [(3, 5), (1, 1), (10, 20), (4, 9), (8, 7), (2, 12), (6, 3), (5, 5), (7, 1), (3, 16), (9, 4), (1, 8)]
 # Raw rewards: residuals of zero mean would make the gradient of log Z's last biases a difference of near-equal sums,
@@ -125,7 +125,7 @@ def walked(models: dict[str, Path], ranks4: RankPool) -> dict[str, list[Trained]
     found: dict[str, list[Trained]] = {}
     for kind, path in models.items():
         cases = {param.id: COMMON | param.values[1] for param in CASES if param.values[0] == kind}
-        by_rank = ranks4.run(walk, path, STEPS, list(cases.values()), timeout=240)
+        by_rank = ranks4.run(walk, path, STEPS, list(cases.values()), timeout=500)
         found |= {name: [rank[place] for rank in by_rank] for place, name in enumerate(cases)}
     return found
 

@@ -284,6 +284,7 @@ def checkout(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.integration
 def test_an_installed_package_has_its_library_inside(checkout: Path, tmp_path: Path):
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
     options = ["--no-build-isolation", "--no-deps", "--no-index", "--target", str(tmp_path / "site")]
