@@ -1,0 +1,142 @@
+"""A wheel with CUDA libraries, made small enough to be carried: device code for one GPU architecture, and LZMA.
+
+    python tools/te_slim.py WHEEL FOLDER [--arch 90]
+
+Transformer Engine's core wheel holds machine code for half a dozen architectures. What the chosen one cannot run is
+overwritten with zeros inside the libraries' fat binaries; nothing moves, so host code, symbols and every header stay as
+they were, and the driver finds what it would have chosen anyway. The wheel is written with the zip format's LZMA, which
+pip unpacks like any other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import hashlib
+import io
+import mmap
+import struct
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+FATBIN_MAGIC = struct.pack("<I", 0xBA55ED50)
+FATBIN_SECTIONS = (".nv_fatbin", "__nv_relfatbin")
+PTX = 1  # kind of an entry; 2 is machine code
+
+
+class Entry(NamedTuple):
+    """One piece of device code in a fat binary; offsets count from the file's start."""
+
+    kind: int
+    arch: int
+    start: int
+    end: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A CUDA wheel with the device code of one architecture.")
+    parser.add_argument("wheel", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--arch", type=int, default=90, help="compute capability without its point")
+    options = parser.parse_args()
+    slim = slim_wheel(options.wheel, options.folder, options.arch)
+    print(f"{slim}: {slim.stat().st_size / 2**20:.1f} MiB of {options.wheel.stat().st_size / 2**20:.1f} MiB")
+
+
+def slim_name(wheel: str, arch: int) -> str:
+    """The wheel's file name with a build tag that says what was done to it."""
+    name, version, *tags = wheel.split("-")
+    return "-".join([name, version, f"0sm{arch}", *tags])
+
+
+def slim_wheel(wheel: Path, folder: Path, arch: int) -> Path:
+    """Write the slimmed copy of `wheel` into the folder; its path. A copy that is not finished has another name."""
+    target = folder / slim_name(wheel.name, arch)
+    part = target.with_suffix(".part")
+    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(part, "w", zipfile.ZIP_LZMA) as made:
+        changed: dict[str, bytes] = {}
+        for item in source.infolist():
+            content = source.read(item)
+            if item.filename.endswith(".so"):
+                content = changed[item.filename] = slim_library(content, arch)
+            elif item.filename.endswith(".dist-info/RECORD"):  # the last file of a wheel
+                content = _record(content, changed)
+            item.compress_type = zipfile.ZIP_LZMA
+            made.writestr(item, content)
+    return part.rename(target)
+
+
+def _record(text: bytes, changed: dict[str, bytes]) -> bytes:
+    """The wheel's list of files with the hashes and sizes of those that changed."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    for name, *rest in csv.reader(io.StringIO(text.decode())):
+        if name in changed:
+            digest = base64.urlsafe_b64encode(hashlib.sha256(changed[name]).digest()).rstrip(b"=").decode()
+            rest = [f"sha256={digest}", str(len(changed[name]))]
+        writer.writerow([name, *rest])
+    return out.getvalue().encode()
+
+
+def slim_library(library: bytes, arch: int) -> bytes:
+    """The ELF library with zeros for the device code that a GPU of this architecture would not run."""
+    with tempfile.TemporaryFile() as file:  # hundreds of megabytes: one copy in memory is enough
+        file.write(library)
+        file.flush()
+        with mmap.mmap(file.fileno(), 0) as data:
+            for entries in fat_binaries(data):
+                kept = runs_on(entries, arch)
+                for entry in entries:
+                    if entry not in kept:
+                        data[entry.start : entry.end] = bytes(entry.end - entry.start)
+            return data[:]
+
+
+def runs_on(entries: list[Entry], arch: int) -> list[Entry]:
+    """What the driver chooses from on this architecture: its machine code, else the newest PTX that is not newer."""
+    own = [entry for entry in entries if entry.arch == arch]
+    if any(entry.kind != PTX for entry in own):
+        return own
+    older = [entry for entry in entries if entry.kind == PTX and entry.arch <= arch]
+    newest = max((entry.arch for entry in older), default=None)
+    return [entry for entry in older if entry.arch == newest]
+
+
+def fat_binaries(data: mmap.mmap | bytes) -> Iterator[list[Entry]]:
+    """The entries of each fat binary of an ELF64 file.
+
+    A header is magic, version, header size, size of what follows (u32 u16 u16 u64); an entry is kind, version, header
+    size, size (u16 u16 u32 u64), and has its architecture as a u32 at 28.
+    """
+    for start, end in _sections(data):
+        place = data.find(FATBIN_MAGIC, start, end)
+        while place >= 0:
+            header, size = struct.unpack_from("<HQ", data, place + 6)
+            place, last = place + header, place + header + size
+            entries = []
+            while place < last:
+                kind, _, header, size = struct.unpack_from("<HHIQ", data, place)
+                (arch,) = struct.unpack_from("<I", data, place + 28)
+                entries.append(Entry(kind, arch, place + header, place + header + size))
+                place += header + size
+            yield entries
+            place = data.find(FATBIN_MAGIC, last, end)
+
+
+def _sections(data: mmap.mmap | bytes) -> Iterator[tuple[int, int]]:
+    """Start and end of the sections that hold device code."""
+    (table,) = struct.unpack_from("<Q", data, 0x28)
+    size, count, names = struct.unpack_from("<HHH", data, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", data, table + i * size) for i in range(count)]
+    for name, _, _, _, offset, length in headers:
+        at = headers[names][4] + name
+        if data[at : data.find(b"\0", at)].decode() in FATBIN_SECTIONS:
+            yield offset, offset + length
+
+
+if __name__ == "__main__":
+    main()
