@@ -3,9 +3,8 @@
     python tools/te_slim.py WHEEL FOLDER [--arch 90]
 
 Transformer Engine's core wheel holds machine code for half a dozen architectures. What the chosen one cannot run is
-overwritten with zeros inside the libraries' fat binaries; nothing moves, so host code, symbols and every header stay as
-they were, and the driver finds what it would have chosen anyway. The wheel is written with the zip format's LZMA, which
-pip unpacks like any other.
+taken out of each fat binary of its libraries, and zeros fill the room, so that nothing else of the file moves: it is as
+if it had been compiled for the one. The wheel is written with the zip format's LZMA, which pip unpacks like any other.
 """
 
 from __future__ import annotations
@@ -29,12 +28,17 @@ PTX = 1  # kind of an entry; 2 is machine code
 
 
 class Entry(NamedTuple):
-    """One piece of device code in a fat binary; offsets count from the file's start."""
+    """One piece of device code in a fat binary, its header included; offsets count from the file's start."""
 
     kind: int
     arch: int
     start: int
     end: int
+
+
+class FatBinary(NamedTuple):
+    start: int  # of its header, which holds at 8 the size of all entries together
+    entries: list[Entry]
 
 
 def main() -> None:
@@ -83,17 +87,26 @@ def _record(text: bytes, changed: dict[str, bytes]) -> bytes:
 
 
 def slim_library(library: bytes, arch: int) -> bytes:
-    """The ELF library with zeros for the device code that a GPU of this architecture would not run."""
+    """The ELF library with only the device code that a GPU of this architecture would run.
+
+    A fat binary with none at all stays as it is.
+    """
     with tempfile.TemporaryFile() as file:  # hundreds of megabytes: one copy in memory is enough
         file.write(library)
         file.flush()
         with mmap.mmap(file.fileno(), 0) as data:
-            for entries in fat_binaries(data):
-                kept = runs_on(entries, arch)
-                for entry in entries:
-                    if entry not in kept:
-                        data[entry.start : entry.end] = bytes(entry.end - entry.start)
+            for found in list(fat_binaries(data)):
+                if kept := runs_on(found.entries, arch):
+                    _rewrite(data, found, kept)
             return data[:]
+
+
+def _rewrite(data: mmap.mmap, found: FatBinary, kept: list[Entry]) -> None:
+    """Move the kept entries together behind the header, and leave zeros in the place of the others."""
+    first, end = found.entries[0].start, found.entries[-1].end
+    code = b"".join(data[entry.start : entry.end] for entry in kept)
+    data[first:end] = code.ljust(end - first, b"\0")
+    struct.pack_into("<Q", data, found.start + 8, len(code))
 
 
 def runs_on(entries: list[Entry], arch: int) -> list[Entry]:
@@ -106,24 +119,23 @@ def runs_on(entries: list[Entry], arch: int) -> list[Entry]:
     return [entry for entry in older if entry.arch == newest]
 
 
-def fat_binaries(data: mmap.mmap | bytes) -> Iterator[list[Entry]]:
-    """The entries of each fat binary of an ELF64 file.
+def fat_binaries(data: mmap.mmap | bytes) -> Iterator[FatBinary]:
+    """Those of an ELF64 file.
 
-    A header is magic, version, header size, size of what follows (u32 u16 u16 u64); an entry is kind, version, header
-    size, size (u16 u16 u32 u64), and has its architecture as a u32 at 28.
+    A header is magic, version, header size, size of all entries (u32 u16 u16 u64); an entry begins with kind, version,
+    header size, size (u16 u16 u32 u64), and has its architecture as a u32 at 28.
     """
     for start, end in _sections(data):
         place = data.find(FATBIN_MAGIC, start, end)
         while place >= 0:
             header, size = struct.unpack_from("<HQ", data, place + 6)
-            place, last = place + header, place + header + size
-            entries = []
-            while place < last:
-                kind, _, header, size = struct.unpack_from("<HHIQ", data, place)
-                (arch,) = struct.unpack_from("<I", data, place + 28)
-                entries.append(Entry(kind, arch, place + header, place + header + size))
-                place += header + size
-            yield entries
+            at, last, entries = place + header, place + header + size, []
+            while at < last:
+                kind, _, own, size = struct.unpack_from("<HHIQ", data, at)
+                (arch,) = struct.unpack_from("<I", data, at + 28)
+                entries.append(Entry(kind, arch, at, at + own + size))
+                at = entries[-1].end
+            yield FatBinary(place, entries)
             place = data.find(FATBIN_MAGIC, last, end)
 
 

@@ -1,0 +1,160 @@
+"""What tools/gpu_check.sh does: by stage the commands, what each needs, its goal, and how its result is read."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    item: str
+    result: str
+    goal: str
+    verdict: str  # met | missed | - (no goal) | failed: why | not run: why
+
+
+class Item(NamedTuple):
+    """A command, run from the repository's root. {results} and {state} in it are folders, {python} the interpreter."""
+
+    stage: str
+    name: str
+    command: str
+    rows: Callable[[str, str, Path], list[Row]]  # of its name, what it printed, and the folder of results
+    file: str = ""  # of the repository, that must be there
+    engine: bool = False  # needs Transformer Engine
+    gpus: int = 1
+
+
+def judged(met: bool) -> str:
+    return "met" if met else "missed"
+
+
+def last_line(name: str, output: str, results: Path) -> list[Row]:
+    """Of a command that fails where something is wrong."""
+    return [Row(name, output.strip().splitlines()[-1].strip(), "it works", "met")]
+
+
+def tests(name: str, output: str, results: Path) -> list[Row]:
+    """pytest's own count. What was skipped was not run, and is counted."""
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|skipped)", output[-400:])}
+    found = ", ".join(f"{n} {word}" for word, n in counts.items())
+    verdict = "met" if counts.get("passed") else "not run: every test was skipped (the log says why)"
+    return [Row(name, found, "all pass", verdict)]
+
+
+def short_run(name: str, output: str, results: Path) -> list[Row]:
+    """tools/gpu_run.py prints the metrics of all steps."""
+    steps = json.loads(output.strip().splitlines()[-1])
+    losses = [step["loss"] for step in steps]
+    good = len(steps) == 4 and all(map(math.isfinite, losses)) and not steps[-1]["skipped_updates"]
+    said = f"loss {losses[0]:.4g} -> {losses[-1]:.4g}"
+    gate = [step["fp8_delta_diff"] for step in steps if "fp8_delta_diff" in step]
+    said += f", FP8 - bf16 {max(gate):.2g} nats a token" if gate else ""
+    return [Row(name, said, "4 finite updates", judged(good))]
+
+
+def measured(results: Path, file: str) -> list[dict[str, Any]]:
+    return json.loads((results / file).read_text())["rows"]
+
+
+def logprob_logits(name: str, output: str, results: Path) -> list[Row]:
+    return _logprob(name, measured(results, "logprob_cuda_logits.json"), {"forward": 1.15, "forward+backward": 1.15})
+
+
+def logprob_head(name: str, output: str, results: Path) -> list[Row]:
+    return _logprob(name, measured(results, "logprob_cuda_head.json"), {"forward": 1.1})
+
+
+def _logprob(name: str, rows: list[dict[str, Any]], limits: dict[str, float]) -> list[Row]:
+    """Our kernels (provider "native") against the machine's floor; `limits` are the most times of it, by pass."""
+    found = []
+    for row in rows:
+        if row["provider"] != "native":
+            continue
+        limit, place = limits.get(row["pass"]), f"{name}, {row['dtype']} {row['pass']}"
+        goal = "" if limit is None else f"<= {limit:g}x the floor"
+        if row.get("void"):
+            found.append(Row(place, f"void: {row['void']}", goal, "missed"))
+            continue
+        result = f"{row['seconds'] * 1e3:.3f} ms, {row['times_floor']:.2f}x the floor"
+        found.append(Row(place, result, goal, "-" if limit is None else judged(row["times_floor"] <= limit)))
+    return found or [Row(name, "", "", "not run: the kernels could not run (the log says why)")]
+
+
+def noise(name: str, output: str, results: Path) -> list[Row]:
+    return [Row(name, f"{len(measured(results, 'logprob_cuda_noise.json'))} rows written", "", "-")]
+
+
+def update_7b(name: str, output: str, results: Path) -> list[Row]:
+    return [_update(name, row, GOALS.get(row["precision"])) for row in measured(results, "update_7b-layers.json")]
+
+
+def update_whole(name: str, output: str, results: Path) -> list[Row]:
+    return [_update(name, row, None) for row in measured(results, "update_1.5b.json")]
+
+
+FASTER = (">= 1.2x bf16", "faster_than_bf16", 1.2)
+GOALS = {
+    "bf16": ("MFU >= 45%", "mfu", 0.45),
+    "delayed": FASTER,
+    "tensorwise": FASTER,
+    "blockwise": FASTER,
+}
+
+
+def _update(name: str, row: dict[str, Any], wanted: tuple[str, str, float] | None) -> Row:
+    name, goal = f"{name}, {row['precision']}", wanted[0] if wanted else ""
+    if "not_run" in row:
+        return Row(name, "", goal, f"not run: {row['not_run']}")
+    result = f"{row['tokens_per_second']:,.0f} tokens/s"
+    result += f", MFU {row['mfu']:.1%}" if row["mfu"] is not None else ", the peak of this GPU is not known"
+    result += f", {row['faster_than_bf16']:.2f}x bf16" if "faster_than_bf16" in row else ""
+    if wanted is None:
+        return Row(name, result, goal, "-")
+    value = row.get(wanted[1])
+    return Row(
+        name, result, goal, "not run: nothing to compare it with" if value is None else judged(value >= wanted[2])
+    )
+
+
+PYTEST = "{python} -m pytest -q -rs -p no:cacheprovider"
+LOGPROB = "{python} tools/benchmarks/logprob.py --device cuda"
+RUN = "{python} tools/gpu_run.py {state}/runs"
+UPDATE = "{python} tools/benchmarks/update.py"
+LOCAL, TE = "model.dtype=bf16 model.spec=local", "model.dtype=bf16 model.spec=te"
+WHOLE = "--shape 1.5b --precision bf16-local bf16 tensorwise"
+TE_TESTS, LAYOUTS = "tests/model/test_te_cuda.py", "tests/distributed/test_layouts.py"
+TE_WORKS = """{python} -c "
+import torch, transformer_engine, transformer_engine.pytorch as te
+layer = te.Linear(64, 64, params_dtype=torch.bfloat16).cuda()
+layer(torch.randn(32, 64, dtype=torch.bfloat16, device='cuda')).sum().backward()
+assert layer.weight.grad.isfinite().all()
+print(transformer_engine.__version__, 'FP8', te.is_fp8_available(return_reason=True))" """
+CUDA_LIBRARY = """{python} -c "
+import flowrl_mega.ops.build as build
+print('built for', *(build.library(kind).stem.split('-')[0] for kind in ('cpu', 'cuda')))" """
+
+ITEMS = [
+    Item("build", "csrc for CUDA", CUDA_LIBRARY.strip(), last_line),
+    Item("build", "Transformer Engine", TE_WORKS.strip(), last_line, engine=True),
+    Item("test", "csrc's kernels", f"{PYTEST} tests/ops/test_cuda.py", tests),
+    Item("test", "FlowRL run, local", f"{RUN}/local {LOCAL}", short_run),
+    Item("test", "FlowRL run, te", f"{RUN}/te {TE}", short_run, engine=True),
+    Item("test", "FlowRL run, FP8", f"{RUN}/fp8 {TE} model.fp8=tensorwise", short_run, engine=True),
+    Item("test", "te against local, FP8 gate", f"{PYTEST} {TE_TESTS}", tests, file=TE_TESTS, engine=True),
+    Item("test", "layouts, also cp", f"{PYTEST} {LAYOUTS}", tests, file=LAYOUTS, engine=True, gpus=4),
+    Item("bench", "log-probs, logits", f"{LOGPROB} --json {{results}}/logprob_cuda_logits.json", logprob_logits),
+    Item("bench", "log-probs, head", f"{LOGPROB} --head --json {{results}}/logprob_cuda_head.json", logprob_head),
+    Item("bench", "log-probs, noise", f"{LOGPROB} --noise --json {{results}}/logprob_cuda_noise.json", noise),
+    Item(
+        "bench", "update, 7b-layers", f"{UPDATE} --shape 7b-layers --json {{results}}/update_7b-layers.json", update_7b
+    ),
+    Item("bench", "update, 1.5b", f"{UPDATE} {WHOLE} --json {{results}}/update_1.5b.json", update_whole),
+]
+STAGES = ("build", "test", "bench")
