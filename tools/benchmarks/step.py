@@ -1,8 +1,10 @@
 """One GRPO step by phase, in several layouts.
 
-    python tools/benchmarks/step.py --model DIR [--prompts 16 --answers 16 --tokens 64] [--steps 8] [--json FILE]
+    python tools/benchmarks/step.py --model DIR [--prompts 16 --answers 16 --tokens 64] [--json FILE]
+    python tools/benchmarks/step.py --model DIR --layers 4 --rounds 5      # a model that pp2 divides; jobs in turns
 
-Each layout is a job of its own; the first steps are not counted; figures are medians. Every answer has exactly
+Each layout is a job of its own; the first steps are not counted; figures are medians. With several `--rounds` the
+layouts take turns, each round begins with the next one, and the median round counts. Every answer has exactly
 `--tokens` tokens. Memory is the ranks' peak resident set, summed.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import sys
@@ -19,7 +22,7 @@ from typing import Any
 
 from workload import distinct_letters, machine, median_of, prompts, write
 
-LAYOUTS = {"tp1": {"tp": 1}, "tp2": {"tp": 2}, "dp2": {"tp": 1, "dp": 2}}
+LAYOUTS = {"tp1": {"tp": 1}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "dp2": {"dp": 2}}
 WARM_UP_STEPS = 2
 
 
@@ -28,12 +31,18 @@ def main() -> None:
     if options.rank_of:
         run_rank(options)
         return
-    rows = [measure(layout, options) for layout in options.layouts]
-    print(f"{'layout':<8}{'s/step':>9}{'trained tok/s':>15}{'generated tok/s':>17}{'peak GB':>9}   phases (s)")
+    with tempfile.TemporaryDirectory() as folder:
+        if options.layers:
+            options.model = first_layers(options.model, options.layers, folder)
+        rows = in_turns(options)
+    rates = f"{'trained tok/s':>15}{'generated tok/s':>17}"
+    print(f"{'layout':<8}{'s/step':>9}{'of first':>10}{rates}{'peak GB':>9}   phases (s)")
     for row in rows:
         phases = "  ".join(f"{name} {value:.3f}" for name, value in row["phases"].items())
         rates = f"{row['trained_tokens_per_second']:>15,.0f}{row['generated_tokens_per_second']:>17,.0f}"
-        print(f"{row['layout']:<8}{row['seconds_per_step']:>9.3f}{rates}{row['peak_rss_bytes'] / 1e9:>9.2f}   {phases}")
+        ratio = row["seconds_per_step"] / rows[0]["seconds_per_step"]
+        times = f"{row['layout']:<8}{row['seconds_per_step']:>9.3f}{ratio:>10.2f}"
+        print(f"{times}{rates}{row['peak_rss_bytes'] / 1e9:>9.2f}   {phases}")
     write(options.json, machine("torch", "megatron-core"), rows)
 
 
@@ -44,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--answers", type=int, default=16, help="answers a prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens an answer")
     parser.add_argument("--steps", type=int, default=8, help=f"timed steps, after {WARM_UP_STEPS} of warm-up")
+    parser.add_argument("--layers", type=int, help="of the model only so many, the first")
+    parser.add_argument("--rounds", type=int, default=1, help="jobs of each layout")
     parser.add_argument("--microbatch-tokens", type=int, default=16384)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--json")
@@ -52,11 +63,39 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def first_layers(model: str, layers: int, folder: str) -> str:
+    """A copy of the model with its first layers alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(model, num_hidden_layers=layers).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
+def in_turns(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each layout's row of the round that took its median time, with the seconds of all."""
+    layers = json.loads((Path(options.model) / "config.json").read_text())["num_hidden_layers"]
+    layouts = [layout for layout in options.layouts if layers % LAYOUTS[layout].get("pp", 1) == 0]
+    for layout in [layout for layout in options.layouts if layout not in layouts]:
+        print(f"{layout}: not run: it does not divide the model's {layers} layers; see --layers")
+    found: dict[str, list[dict[str, Any]]] = {layout: [] for layout in layouts}
+    for turn in range(options.rounds):
+        first = turn % len(found)
+        for layout in layouts[first:] + layouts[:first]:
+            found[layout].append(measure(layout, options))
+    rows = []
+    for jobs in found.values():
+        ordered = sorted(jobs, key=lambda row: row["seconds_per_step"])
+        rounds = [row["seconds_per_step"] for row in jobs]
+        rows.append({**ordered[(len(ordered) - 1) // 2], "seconds_per_step_by_round": rounds})
+    return rows
+
+
 def measure(layout: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run one layout's job; the row of its medians."""
     from flowrl_mega.parallel.launch import launch
 
-    world = LAYOUTS[layout]["tp"] * LAYOUTS[layout].get("dp", 1)
+    world = math.prod(LAYOUTS[layout].values())
     arguments = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in
                  ("model", "prompts", "answers", "tokens", "steps", "microbatch_tokens")]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -70,6 +109,7 @@ def measure(layout: str, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "provider": "flowrl-mega",
         "layout": layout,
+        "layers": options.layers,
         "threads_per_rank": max(1, (os.cpu_count() or 1) // world),
         "prompts": options.prompts,
         "answers": options.answers,

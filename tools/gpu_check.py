@@ -1,0 +1,279 @@
+"""What tools/gpu_check.sh does: build, test and measure on an NVIDIA GPU, without network. See gpu_items.py for what.
+
+Each stage ends within 9 minutes. What was finished for the same sources, versions and GPU is not done again; what
+failed or had no time is. Packages go into build/gpu/site, which comes before the interpreter's own; packages that the
+machine has are left alone. Logs lie in build/gpu/logs.
+
+Exit codes: 0 all was done, 1 something failed or missed its goal, 2 there is no GPU, 75 time ran out: run it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from gpu_items import ITEMS, STAGES, Item, Row
+
+REPO = Path(__file__).resolve().parent.parent
+STAGE_S = 530  # of 9 minutes
+LEAST_S = 20  # nothing is begun with less time than this
+NO_TIME = "not run: no time was left; run this again"
+# Of these the exact version counts; of all others whatever the machine has.
+EXACT = ("megatron-core", "transformer-engine", "transformer-engine-cu13", "transformer-engine-torch")
+PROBE = """
+import importlib.metadata, json, torch
+def version(name):
+    try: return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError: return None
+cuda = torch.cuda.is_available()
+print(json.dumps({
+    "torch": torch.__version__, "cuda": torch.version.cuda, "gpus": torch.cuda.device_count() if cuda else 0,
+    "gpu": torch.cuda.get_device_name() if cuda else None, "cudnn": torch.backends.cudnn.version() if cuda else None,
+    "capability": list(torch.cuda.get_device_capability()) if cuda else None,
+    **{name: version(name) for name in ("megatron-core", "transformer-engine", "transformer-engine-torch")}}))
+"""
+
+
+def main() -> int:
+    options = parser().parse_args()
+    stages = STAGES if options.stage == "all" else (options.stage,)
+    if options.list:
+        for item in ITEMS:
+            if item.stage in stages:
+                print(f"{item.stage:<6} {item.name:<28} {needs(item)}\n       {' '.join(item.command.split())}")
+        return 0
+    check = Check(REPO / "build" / "gpu", options.results)
+    found = check.probe()
+    if not found.get("gpu"):
+        said = f"torch {found['torch']} sees no NVIDIA GPU" if "torch" in found else found["error"]
+        print(f"gpu_check: {said}; nothing was run (--list says what would be)", file=sys.stderr)
+        return 2
+    for stage in stages:
+        check.begin_stage()
+        if stage == "build":
+            check.install(options.wheels)
+            check.probe()
+        for item in ITEMS:
+            if item.stage == stage:
+                check.do(item)
+    return check.report()
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tools/gpu_check.sh", description="Build, test and measure on a GPU.")
+    parser.add_argument("results", nargs="?", type=Path, default=REPO / "tools" / "benchmarks" / "results")
+    parser.add_argument("--wheels", type=Path, help="the folder that tools/gpu_wheels.sh filled")
+    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
+    parser.add_argument("--list", action="store_true", help="say what would be done, and stop")
+    return parser
+
+
+def needs(item: Item) -> str:
+    wanted = ["a GPU" if item.gpus == 1 else f"{item.gpus} GPUs"]
+    wanted += ["Transformer Engine"] if item.engine else []
+    return "needs " + ", ".join(wanted + ([item.file] if item.file else []))
+
+
+class Check:
+    """One run of the tool: what is known of the machine, what was done before, and the time that is left."""
+
+    def __init__(self, state: Path, results: Path) -> None:
+        self.state, self.results = state.resolve(), results.resolve()
+        self.site, self.logs = self.state / "site", self.state / "logs"
+        self.book = self.state / "state.json"
+        self.done: dict[str, Any] = json.loads(self.book.read_text()) if self.book.is_file() else {}
+        self.machine: dict[str, Any] = {}
+        self.missing: list[Row] = []  # of the wheel folder
+        self.end = 0.0
+
+    def begin_stage(self) -> None:
+        self.end = time.monotonic() + STAGE_S
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def probe(self) -> dict[str, Any]:
+        """What torch says of the machine; `error` where there is no torch."""
+        done = subprocess.run([sys.executable, "-c", PROBE], env=self.environment(), capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            return {"error": f"{sys.executable} cannot import torch ({last})"}
+        self.machine = json.loads(done.stdout.splitlines()[-1]) | {"python": platform.python_version()}
+        return self.machine
+
+    def environment(self) -> dict[str, str]:
+        path = [str(self.site), str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
+
+    def run(self, name: str, command: list[str] | str, extra: dict[str, str] | None = None) -> tuple[int, str]:
+        """Exit code and all that was printed, which also goes to a log; 124 where the stage's time ran out.
+
+        The command's own children end with it."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        log = self.logs / f"{re.sub('[^a-z0-9.]+', '-', name.lower())}.log"
+        print(f"=== {name}  (log: {log})", flush=True)
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                command, shell=isinstance(command, str), stdout=out, stderr=subprocess.STDOUT, cwd=REPO,
+                stdin=subprocess.DEVNULL, env=self.environment() | (extra or {}), start_new_session=True,
+            )  # fmt: skip
+            try:
+                code = process.wait(max(1.0, self.left()))
+            except subprocess.TimeoutExpired:
+                code = 124
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        return code, log.read_text(errors="replace")
+
+    # --- packages
+
+    def install(self, wheels: Path | None) -> None:
+        """Into `site` what the machine lacks, and Transformer Engine's torch part compiled for its torch."""
+        if wheels is None or not wheels.is_dir():
+            why = "no --wheels FOLDER" if wheels is None else f"--wheels {wheels} is no folder"
+            self.missing.append(Row("packages", "", "", f"not run: {why}; tools/gpu_wheels.sh fills one"))
+            return
+        wanted = [wheel for wheel in sorted(wheels.glob("*.whl")) if self.lacks(wheel)]
+        if any(wheel.name.startswith("transformer_engine") for wheel in wanted):  # they share a folder
+            wanted = sorted({*wanted, *wheels.glob("transformer_engine*.whl")})
+        if wanted:
+            self.pip("packages", ["install", "--target", str(self.site), "--upgrade", *map(str, wanted)])
+        sources = sorted(wheels.glob("transformer_engine_torch-*.tar.gz"))
+        if sources and self.lacks(sources[-1]):
+            self.build_te_torch(sources[-1])
+
+    def lacks(self, file: Path) -> bool:
+        """Whether what the file holds is not there, or is another version of what must be this one."""
+        name, version = file.name.removesuffix(".tar.gz").split("-")[:2]
+        name = name.replace("_", "-").lower()
+        found = next((d.version for d in metadata.distributions(name=name, path=[str(self.site), *sys.path])), None)
+        return found is None or (name in EXACT and found != version)
+
+    def build_te_torch(self, source: Path) -> None:
+        """In a folder that stays, so that ninja goes on where a compilation was stopped. The wheel that it makes may be
+        put into the wheel folder: then it is not compiled again for the same torch."""
+        made = self.state / f"torch-{self.machine['torch']}"
+        folder = made / source.name.removesuffix(".tar.gz")
+        if not folder.is_dir():
+            with tarfile.open(source) as archive:
+                archive.extractall(made, filter="data")
+        if not list(made.glob("transformer_engine_torch-*.whl")):
+            # The headers of cuDNN and NCCL are where pip has put them; the expert-parallel part is of no use here.
+            headers = [str(p) for root in sys.path for p in Path(root, "nvidia").glob("*/include")]
+            extra = {
+                "NVTE_PYTORCH_FORCE_BUILD": "TRUE", "NVTE_WITH_NCCL_EP": "0", "MAX_JOBS": str(os.cpu_count() or 1),
+                "CPATH": os.pathsep.join(filter(None, [os.environ.get("CPATH"), *headers])),
+            }  # fmt: skip
+            flags = ["wheel", "--no-build-isolation", "-w", str(made), str(folder)]
+            if not self.pip("Transformer Engine for this torch", flags, extra):
+                return
+        (wheel,) = made.glob("transformer_engine_torch-*.whl")
+        self.pip("Transformer Engine's torch part", ["install", "--target", str(self.site), "--upgrade", str(wheel)])
+
+    def pip(self, name: str, arguments: list[str], extra: dict[str, str] | None = None) -> bool:
+        first, *rest = arguments
+        code, output = self.run(name, [sys.executable, "-m", "pip", first, "--no-index", "--no-deps", *rest], extra)
+        if code:
+            self.missing.append(Row(name, "", "", NO_TIME if code == 124 else f"failed: {last_line(output)}"))
+        return code == 0
+
+    # --- items
+
+    def do(self, item: Item) -> None:
+        """Run it, unless it is finished already or something that it needs is not there."""
+        key, before = self.key(), self.done.get(item.name, {})
+        if before.get("finished") and before["key"] == key:
+            print(f"=== {item.name}: finished before, for the same sources and versions")
+            return
+        why, finished = self.obstacle(item), False
+        rows = [Row(item.name, "", "", f"not run: {why}" if why else NO_TIME)]
+        if not why and self.left() > LEAST_S:
+            rows, finished = self.rows_of(item)
+        self.done[item.name] = {"rows": rows, "finished": finished, "key": key, "date": date.today().isoformat()}
+        self.state.mkdir(parents=True, exist_ok=True)
+        part = self.book.with_suffix(".part")
+        part.write_text(json.dumps(self.done, indent=1))
+        part.replace(self.book)
+
+    def obstacle(self, item: Item) -> str:
+        if item.file and not (REPO / item.file).is_file():
+            return f"{item.file} is not in these sources"
+        if item.gpus > self.machine["gpus"]:
+            return f"needs {item.gpus} GPUs, and there is {self.machine['gpus']}"
+        if item.engine and not (self.machine["transformer-engine"] and self.machine["transformer-engine-torch"]):
+            return "Transformer Engine is not installed, or its torch part is not built"
+        return ""
+
+    def rows_of(self, item: Item) -> tuple[list[Row], bool]:
+        """What came of it, and whether that need not be done again."""
+        self.results.mkdir(parents=True, exist_ok=True)
+        places = {"python": sys.executable, "results": str(self.results), "state": str(self.state)}
+        command = item.command.format(**{name: shlex.quote(path) for name, path in places.items()})
+        given = self.left()
+        code, output = self.run(item.name, command)
+        if code == 124:
+            whole = given > STAGE_S - LEAST_S
+            return [Row(item.name, "", "", f"failed: not done in {given:.0f} s" if whole else NO_TIME)], False
+        if code:
+            return [Row(item.name, "", "", f"failed: {last_line(output)}")], False
+        try:
+            rows = item.rows(item.name, output, self.results)
+        except Exception as error:  # a result that cannot be read must not hide those of the others
+            return [Row(item.name, "", "", f"failed: its result cannot be read ({error!r})")], False
+        return rows, not any(row.verdict.startswith(("failed", "not run")) for row in rows)
+
+    def key(self) -> str:
+        """Of the sources and of the machine."""
+        digest = hashlib.sha256(json.dumps(self.machine, sort_keys=True).encode())
+        for top in ("csrc", "flowrl_mega", "tests", "tools"):
+            for file in sorted(REPO.joinpath(top).rglob("*.*")):
+                if file.suffix in (".py", ".cu", ".cuh", ".cpp", ".h", ".sh") and file.is_file():
+                    digest.update(f"{file.relative_to(REPO)}\0".encode() + file.read_bytes())
+        return digest.hexdigest()
+
+    def report(self) -> int:
+        """The table, also as a file; the exit code."""
+        rows, key = list(self.missing), self.key()
+        for item in ITEMS:
+            found = self.done.get(item.name)
+            if found and found["key"] == key:
+                rows += [Row(*row) for row in found["rows"]]
+            else:
+                why = "its result is of other sources or versions" if found else "nobody asked for it"
+                rows.append(Row(item.name, "", "", f"not run: {why}; it is in stage {item.stage}"))
+        header = self.machine | {"date": date.today().isoformat(), "command": shlex.join(["python", *sys.argv])}
+        self.results.mkdir(parents=True, exist_ok=True)
+        content = {"machine": header, "rows": [row._asdict() for row in rows]}
+        (self.results / "gpu_check.json").write_text(json.dumps(content, indent=1) + "\n")
+        print(f"\n{self.machine['gpu']}, torch {self.machine['torch']}, {header['date']}")
+        width = [max(len(row[i]) for row in [Row("item", "result", "goal", ""), *rows]) for i in range(3)]
+        for row in [Row("item", "result", "goal", "goal met"), *rows]:
+            print(" | ".join([*(cell.ljust(width[i]) for i, cell in enumerate(row[:3])), row.verdict]))
+        verdicts = [row.verdict for row in rows]
+        if any(v.startswith(("failed", "missed")) for v in verdicts):
+            return 1
+        return 75 if NO_TIME in verdicts else 0
+
+
+def last_line(output: str) -> str:
+    return ([line.strip() for line in output.splitlines() if line.strip()] or ["it said nothing"])[-1][:200]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
