@@ -1,0 +1,201 @@
+"""tools/gpu_check.sh without a GPU: what it says, what it does not do twice, and that nothing is hidden."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+TOOL = REPO / "tools" / "gpu_check.sh"
+MACHINE = {"gpu": "a GPU", "gpus": 1, "torch": "2.11", "transformer-engine": None, "transformer-engine-torch": None}
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPO / "tools"))
+    import gpu_check
+
+    return gpu_check
+
+
+@pytest.fixture
+def check(tool, tmp_path, monkeypatch):
+    """Makes a run of the tool on a machine with one GPU and no Transformer Engine."""
+    monkeypatch.setattr(tool, "REPO", tmp_path)
+    (tmp_path / "flowrl_mega").mkdir()
+
+    def make():
+        made = tool.Check(tmp_path / "state", tmp_path / "results")
+        made.machine = dict(MACHINE)
+        made.begin_stage()
+        return made
+
+    return make
+
+
+@pytest.fixture
+def item(tool):
+    """An item that runs a shell command and shows what it printed."""
+
+    def make(name: str, command: str, **more):
+        return tool.Item("test", name, command, lambda n, out, _: [tool.Row(n, out.strip(), "", "met")], **more)
+
+    return make
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([TOOL, *arguments], capture_output=True, text=True, env=os.environ | environment, timeout=60)
+
+
+def without_gpu(folder: Path) -> dict[str, str]:
+    """A torch that sees no GPU, imported in no time, and the interpreter of these tests."""
+    (folder / "torch").mkdir()
+    (folder / "torch" / "__init__.py").write_text(
+        "__version__ = '2.11'\nclass version: cuda = None\nclass cuda: is_available = staticmethod(lambda: False)\n"
+    )
+    (folder / "python3").symlink_to(sys.executable)
+    return {"PYTHONPATH": str(folder), "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_without_a_gpu_one_line_and_exit_code_2(tmp_path):
+    results = tmp_path / "results"
+    done = run(str(results), **without_gpu(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"gpu_check: torch 2.11 sees no NVIDIA GPU; nothing was run \(.*\)\n", done.stderr)
+    assert not results.exists()
+
+
+def test_the_list_names_all_and_only_scripts_that_are_there(tool, tmp_path):
+    """Without torch."""
+    listed = run("--list").stdout
+    assert all(item.name in listed for item in tool.ITEMS)
+    tests = {item.file for item in tool.ITEMS}
+    for script in set(re.findall(r"(?:tools|tests)/\S+\.py", listed)) - tests:
+        assert (REPO / script).is_file()
+    assert "update.py" not in run("--list", "--stage", "test").stdout
+
+
+def test_what_is_finished_is_not_done_again(check, item, tmp_path):
+    """For the same sources and machine; a failure is tried again."""
+    good, bad = item("good", "echo x >> good; cat good"), item("bad", "echo x >> bad; echo no luck; exit 3")
+    for _ in range(2):
+        again = check()
+        again.do(good)
+        again.do(bad)
+    assert (tmp_path / "good").read_text() == "x\n" and (tmp_path / "bad").read_text() == "x\nx\n"
+    (rows,) = again.done["bad"]["rows"]
+    assert rows.verdict == "failed: no luck"
+    (tmp_path / "flowrl_mega" / "new.py").write_text("")
+    again.do(good)
+    assert (tmp_path / "good").read_text() == "x\nx\n"
+
+
+def test_the_table_hides_nothing(tool, check, item, monkeypatch, capsys, tmp_path):
+    """What lacks a part, GPUs, or a file, what nobody asked for, and what fails: a row each, with the reason."""
+    items = [
+        item("engine", "echo", engine=True),
+        item("several", "echo", gpus=4),
+        item("file", "echo", file="tests/none.py"),
+        item("strange", "echo }}"),
+        tool.Item("test", "unread", "echo", lambda *_: 1 / 0),
+        item("later", "echo"),
+    ]
+    monkeypatch.setattr(tool, "ITEMS", items)
+    made = check()
+    made.install(None)
+    for one in items[:-1]:
+        made.do(one)
+    assert made.report() == 1
+    rows = {
+        row["item"]: row["verdict"] for row in json.loads((tmp_path / "results/gpu_check.json").read_text())["rows"]
+    }
+    assert rows == {
+        "packages": "not run: no --wheels FOLDER; tools/gpu_wheels.sh fills one",
+        "engine": "not run: Transformer Engine is not installed, or its torch part is not built",
+        "several": "not run: needs 4 GPUs, and there is 1",
+        "file": "not run: tests/none.py is not in these sources",
+        "strange": "met",
+        "unread": "failed: its result cannot be read (ZeroDivisionError('division by zero'))",
+        "later": "not run: nobody asked for it; it is in stage test",
+    }
+    table = capsys.readouterr().out
+    assert all(verdict in table for verdict in rows.values())
+
+
+def test_a_result_of_other_sources_is_not_shown(tool, check, item, monkeypatch, tmp_path):
+    one = item("one", "echo fine")
+    monkeypatch.setattr(tool, "ITEMS", [one])
+    made = check()
+    made.do(one)
+    (tmp_path / "flowrl_mega" / "new.py").write_text("")
+    made.report()
+    assert "other sources" in (tmp_path / "results/gpu_check.json").read_text()
+
+
+def test_time_out_ends_the_command_and_its_children(tool, check, item, tmp_path, monkeypatch):
+    """The stage's time is over: what runs is killed with all that it started, the rest is not begun, and both are
+    called unfinished."""
+    monkeypatch.setattr(tool, "LEAST_S", 0.1)
+    made, began = check(), time.monotonic()
+    made.end = began + 0.5
+    made.do(item("slow", "sleep 60 & echo $! > child; wait"))
+    made.do(item("next", "touch next"))
+    assert time.monotonic() - began < 5 and not (tmp_path / "next").exists()
+    assert [made.done[name]["rows"][0].verdict for name in ("slow", "next")] == [tool.NO_TIME] * 2
+    child = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/cmdline")
+    while child.exists() and b"sleep" in child.read_bytes():
+        assert time.monotonic() - began < 10
+        time.sleep(0.01)
+
+
+def wheel(folder: Path, name: str, version: str, content: str) -> None:
+    """A wheel as tools/te_slim.py writes it, compressed with LZMA."""
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w", zipfile.ZIP_LZMA) as made:
+        made.writestr(f"{name}.py", content)
+        made.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        made.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        made.writestr(f"{info}/RECORD", "")
+
+
+def test_packages_that_the_machine_has_are_left_alone(check, tmp_path):
+    """A newer pytest in the folder does not replace the machine's; Megatron's version must be the one of the folder."""
+    for name, version in (("pytest", "99.0"), ("megatron_core", "99.0"), ("new_package", "1.0")):
+        wheel(tmp_path, name, version, f"VERSION = {version!r}")
+    made = check()
+    made.install(tmp_path)
+    assert made.missing == []
+    assert sorted(file.name for file in made.site.glob("*.py")) == ["megatron_core.py", "new_package.py"]
+    assert not made.lacks(tmp_path / "new_package-1.0-py3-none-any.whl")
+    assert not made.lacks(tmp_path / "megatron_core-99.0-py3-none-any.whl")
+
+
+def test_results_are_held_against_the_goals(tool, tmp_path):
+    """Of the benchmarks' own files; one figure on either side of each goal."""
+    import gpu_items
+
+    rows = [
+        {"precision": "bf16-local", "tokens_per_second": 90, "mfu": 0.40},
+        {"precision": "bf16", "tokens_per_second": 100, "mfu": 0.4499, "faster_than_bf16": 1.0},
+        {"precision": "tensorwise", "tokens_per_second": 120, "mfu": 0.3, "faster_than_bf16": 1.2},
+        {"precision": "delayed", "tokens_per_second": 119, "mfu": 0.3, "faster_than_bf16": 1.19},
+        {"precision": "blockwise", "not_run": "out of memory"},
+    ]
+    (tmp_path / "update_7b-layers.json").write_text(json.dumps({"rows": rows}))
+    verdicts = [row.verdict for row in gpu_items.update_7b("update", "", tmp_path)]
+    assert verdicts == ["-", "missed", "met", "missed", "not run: out of memory"]
+    cpu = REPO / "tools/benchmarks/results/logprob.json"  # what the tool really writes
+    (tmp_path / "logprob_cuda_logits.json").write_text(cpu.read_text())
+    found = gpu_items.logprob_logits("log-probs", "", tmp_path)
+    assert len(found) == 4 and {row.verdict for row in found} == {"missed"}
+    said = gpu_items.tests("t", "....s\n4 passed, 1 skipped in 3.2s", tmp_path)[0]
+    assert (said.result, said.verdict) == ("4 passed, 1 skipped", "met")
+    assert gpu_items.tests("t", "7 skipped in 3.2s", tmp_path)[0].verdict.startswith("not run")
