@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -156,11 +157,11 @@ def test_time_out_ends_the_command_and_its_children(tool, check, item, tmp_path,
         time.sleep(0.01)
 
 
-def wheel(folder: Path, name: str, version: str, content: str) -> None:
+def wheel(folder: Path, name: str, version: str, content: str, module: str = "") -> None:
     """A wheel as tools/te_slim.py writes it, compressed with LZMA."""
     info = f"{name}-{version}.dist-info"
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w", zipfile.ZIP_LZMA) as made:
-        made.writestr(f"{name}.py", content)
+        made.writestr(module or f"{name}.py", content)
         made.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         made.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         made.writestr(f"{info}/RECORD", "")
@@ -176,6 +177,32 @@ def test_packages_that_the_machine_has_are_left_alone(check, tmp_path):
     assert sorted(file.name for file in made.site.glob("*.py")) == ["megatron_core.py", "new_package.py"]
     assert not made.lacks(tmp_path / "new_package-1.0-py3-none-any.whl")
     assert not made.lacks(tmp_path / "megatron_core-99.0-py3-none-any.whl")
+
+
+def test_the_engine_is_put_there_whole_or_not_at_all(check, tmp_path):
+    """Its wheels have one folder in common, and pip replaces a folder that is there: the torch part, which is compiled
+    here, must not take the place of the rest."""
+    names = ("transformer_engine", "transformer_engine_cu13")
+    for name in names:
+        wheel(tmp_path, name, "2.0", "", f"transformer_engine/of_{name}.py")
+    check().install(tmp_path)
+    assert not (check().site / "transformer_engine").exists()
+    source = tmp_path / "transformer_engine_torch-2.0"
+    source.mkdir()
+    (source / "setup.py").write_text(
+        "import os\nfrom setuptools import setup\nassert os.environ['NVTE_PYTORCH_FORCE_BUILD'] == 'TRUE'\n"
+        "setup(name='transformer_engine_torch', version='2.0', packages=['transformer_engine'])\n"
+    )
+    (source / "transformer_engine").mkdir()
+    (source / "transformer_engine" / "of_torch.py").write_text("")
+    with tarfile.open(f"{source}.tar.gz", "w:gz") as archive:
+        archive.add(source, source.name)
+    for _ in range(2):
+        made = check()
+        made.install(tmp_path)
+        assert made.missing == []
+        found = sorted(file.name for file in (made.site / "transformer_engine").glob("*.py"))
+        assert found == ["of_torch.py", "of_transformer_engine.py", "of_transformer_engine_cu13.py"]
 
 
 def test_results_are_held_against_the_goals(tool, tmp_path):

@@ -149,14 +149,17 @@ class Check:
             why = "no --wheels FOLDER" if wheels is None else f"--wheels {wheels} is no folder"
             self.missing.append(Row("packages", "", "", f"not run: {why}; tools/gpu_wheels.sh fills one"))
             return
-        wanted = [wheel for wheel in sorted(wheels.glob("*.whl")) if self.lacks(wheel)]
-        if any(wheel.name.startswith("transformer_engine") for wheel in wanted):  # they share a folder
-            wanted = sorted({*wanted, *wheels.glob("transformer_engine*.whl")})
-        if wanted:
-            self.pip("packages", ["install", "--target", str(self.site), "--upgrade", *map(str, wanted)])
-        sources = sorted(wheels.glob("transformer_engine_torch-*.tar.gz"))
-        if sources and self.lacks(sources[-1]):
-            self.build_te_torch(sources[-1])
+        everything = sorted(wheels.glob("*.whl"))
+        engine = [wheel for wheel in everything if wheel.name.startswith("transformer_engine")]
+        self.put("packages", [wheel for wheel in everything if wheel not in engine and self.lacks(wheel)])
+        engine += self.te_torch(wheels)
+        # Its wheels share a folder, which pip replaces as a whole: all at once, or none.
+        if any(wheel.name.startswith("transformer_engine_torch") for wheel in engine) and any(map(self.lacks, engine)):
+            self.put("Transformer Engine's wheels", engine)
+
+    def put(self, name: str, wheels: list[Path]) -> None:
+        if wheels:
+            self.pip(name, ["install", "--target", str(self.site), "--upgrade", *map(str, wheels)])
 
     def lacks(self, file: Path) -> bool:
         """Whether what the file holds is not there, or is another version of what must be this one."""
@@ -165,15 +168,20 @@ class Check:
         found = next((d.version for d in metadata.distributions(name=name, path=[str(self.site), *sys.path])), None)
         return found is None or (name in EXACT and found != version)
 
-    def build_te_torch(self, source: Path) -> None:
-        """In a folder that stays, so that ninja goes on where a compilation was stopped. The wheel that it makes may be
-        put into the wheel folder: then it is not compiled again for the same torch."""
+    def te_torch(self, wheels: Path) -> list[Path]:
+        """Its torch part as a wheel, compiled here unless the folder has it compiled; put there, it need not be again.
+
+        In a folder that stays, so that ninja goes on where a compilation was stopped.
+        """
+        sources = sorted(wheels.glob("transformer_engine_torch-*.tar.gz"))
+        if not sources or list(wheels.glob("transformer_engine_torch-*.whl")):
+            return []
         made = self.state / f"torch-{self.machine['torch']}"
-        folder = made / source.name.removesuffix(".tar.gz")
+        folder = made / sources[-1].name.removesuffix(".tar.gz")
         if not folder.is_dir():
-            with tarfile.open(source) as archive:
+            with tarfile.open(sources[-1]) as archive:
                 archive.extractall(made, filter="data")
-        if not list(made.glob("transformer_engine_torch-*.whl")):
+        if not list(made.glob("*.whl")):
             # The headers of cuDNN and NCCL are where pip has put them; the expert-parallel part is of no use here.
             headers = [str(p) for root in sys.path for p in Path(root, "nvidia").glob("*/include")]
             extra = {
@@ -181,10 +189,8 @@ class Check:
                 "CPATH": os.pathsep.join(filter(None, [os.environ.get("CPATH"), *headers])),
             }  # fmt: skip
             flags = ["wheel", "--no-build-isolation", "-w", str(made), str(folder)]
-            if not self.pip("Transformer Engine for this torch", flags, extra):
-                return
-        (wheel,) = made.glob("transformer_engine_torch-*.whl")
-        self.pip("Transformer Engine's torch part", ["install", "--target", str(self.site), "--upgrade", str(wheel)])
+            self.pip("compiling Transformer Engine for this torch", flags, extra)
+        return list(made.glob("*.whl"))
 
     def pip(self, name: str, arguments: list[str], extra: dict[str, str] | None = None) -> bool:
         first, *rest = arguments
