@@ -69,6 +69,8 @@ def folder(tmp_path_factory) -> Path:
     images = {
         "both": ["kind=elf,sm=80,file=80.cubin", "kind=elf,sm=90,file=90.cubin"],
         "other": ["kind=elf,sm=80,file=80.cubin", "kind=ptx,sm=75,file=75.ptx", "kind=ptx,sm=80,file=80.ptx"],
+        "only90": ["kind=elf,sm=90,file=90.cubin"],
+        "only80": ["kind=ptx,sm=80,file=80.ptx"],
     }
     for name, parts in images.items():
         pieces = [f"--image3={part}" for part in parts]
@@ -88,6 +90,15 @@ def test_only_what_runs_there_is_left(folder):
     ptx75, ptx80 = b".target sm_75", b".target sm_80"
     assert [whole.count(x) for x in (code80, code90, ptx75, ptx80)] == [2, 1, 1, 1]
     assert [slim.count(x) for x in (code80, code90, ptx75, ptx80)] == [0, 1, 0, 1]
+
+
+def test_it_is_as_if_compiled_for_the_one(folder):
+    """Bit for bit what NVIDIA's own tool packs when it is given nothing else."""
+    whole = (folder / "lib.so").read_bytes()
+    slim = tool().slim_library(whole, 90)
+    for name in ("only90", "only80"):
+        wanted = (folder / f"{name}.fatbin").read_bytes()
+        assert wanted in slim and wanted not in whole
 
 
 def test_the_library_still_works_and_lists_one_architecture(folder, tmp_path):
