@@ -44,6 +44,9 @@ class ModelSettings(Settings):
     fp8_first_last_bf16: bool | None = Field(
         None, description="the first and the last layer stay in bf16; null: yes, but not with delayed, which cannot"
     )
+    fp8_params: bool = Field(
+        False, description="the policy's FP8 weights are kept and gathered in FP8, beside fp32 ones in shares"
+    )
     reference_fp8: Literal["off", "tensorwise", "blockwise"] = Field(
         "off", description="recipe of the reference; not delayed, whose scales come from training"
     )
@@ -353,7 +356,7 @@ def _check_together(config: Config) -> None:
             f"optimizer.warmup_steps = {config.optimizer.warmup_steps}: leaves none of the {updates} updates to "
             f"optimizer.decay = {config.optimizer.decay}; take fewer"
         )
-    _check_fp8(config.model)
+    _check_fp8(config.model, config.optimizer.distributed)
     _check_rollout(rollout)
     if (rollout.top_p < 1 or rollout.top_k) and not rollout.allow_truncated_sampling:
         raise ConfigError(
@@ -362,7 +365,7 @@ def _check_together(config: Config) -> None:
         )
 
 
-def _check_fp8(model: ModelSettings) -> None:
+def _check_fp8(model: ModelSettings, distributed: bool) -> None:
     """What does not go together in the model section; what the machine lacks is found in model/fp8.py."""
     for field in ("fp8", "reference_fp8"):
         recipe = getattr(model, field)
@@ -374,6 +377,12 @@ def _check_fp8(model: ModelSettings) -> None:
             raise ConfigError(
                 f"model.{field} = {recipe}: only Transformer Engine's layers compute in FP8; set model.spec=te"
             )
+    if model.fp8_params and (model.fp8 == "off" or not distributed):
+        raise ConfigError(
+            f"model.fp8_params = True: needs a recipe (model.fp8 = {model.fp8}) and the distributed optimizer, which "
+            "alone makes FP8 weights of fp32 ones; set model.fp8=tensorwise and optimizer.distributed=true, or leave "
+            "this out (bf16 weights are then quantised as they are multiplied)"
+        )
     if model.fp8 == "delayed" and model.fp8_first_last_bf16:
         raise ConfigError(
             "model.fp8_first_last_bf16 = True: the recipe delayed updates its scales once for all layers together, so "

@@ -29,7 +29,7 @@ from flowrl_mega.model.architecture import Architecture
 from flowrl_mega.model.hf_folder import HfFolder
 from flowrl_mega.model.partition import Kind
 from flowrl_mega.model.policy import Policy
-from flowrl_mega.model.weights import load_hf
+from flowrl_mega.model.weights import fill, load_hf
 from flowrl_mega.parallel.layout import Layout, together
 from flowrl_mega.parallel.optimizer import Optimizer
 
@@ -167,7 +167,7 @@ def load_megatron(policy: Policy, path: Path) -> None:
         raise ConfigError(f"{path}: is not a checkpoint of this model ({_reason(error)})") from None
     for piece, stage in enumerate(policy.stages):
         for name, parameter in stage.gpt.named_parameters():
-            parameter.copy_(loaded[str(piece)][name])
+            fill(parameter, loaded[str(piece)][name])
 
 
 def _keep_rates(saved: list[dict[str, Any]], optimizer: Optimizer, path: Path) -> None:

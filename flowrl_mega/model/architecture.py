@@ -142,11 +142,11 @@ OWN_FIELDS = {
     "context_parallel_size", "variable_seq_lengths", "sequence_parallel", "normalization", "layernorm_epsilon",
     "calculate_per_token_loss",
 }  # fmt: skip
-FP8_FIELDS = {"fp8", "fp8_recipe", "first_last_layers_bf16", "disable_parameter_transpose_cache"}
+FP8_FIELDS = {"fp8", "fp8_recipe", "fp8_param", "first_last_layers_bf16", "disable_parameter_transpose_cache"}
 
 
 def check_megatron(settings: dict[str, Any]) -> None:
-    """Refuse `megatron.*` names that TransformerConfig lacks, that other settings rule, or that cannot work here."""
+    """Refuse `megatron.*` names that TransformerConfig lacks, or that other settings rule."""
     fields = list(TransformerConfig.__dataclass_fields__)
     for name, value in settings.items():
         if name not in fields:
@@ -155,11 +155,6 @@ def check_megatron(settings: dict[str, Any]) -> None:
             raise ConfigError(f"megatron.{name} = {value!r}: follows from model.path and parallel.*; leave it out")
         if name in FP8_FIELDS:
             raise ConfigError(f"megatron.{name} = {value!r}: follows from model.spec and model.fp8; leave it out")
-    if settings.get("fp8_param"):
-        raise ConfigError(
-            "megatron.fp8_param = True: weights kept in FP8 are updated by Megatron's distributed optimizer alone, and "
-            "this trainer uses the other one; leave it out (model.fp8 quantises bf16 weights as it computes)"
-        )
 
 
 def transformer_config(arch: Architecture, model: ModelSettings, extra: dict[str, Any], layout: Layout) -> Any:

@@ -62,13 +62,13 @@ def layer_fields(model: ModelSettings) -> dict[str, Any]:
     )
     if model.fp8 != "off":
         fields |= RECIPES[model.fp8]
-        fields |= dict(fp8_recipe=model.fp8, first_last_layers_bf16=first_last_bf16(model))
+        fields |= dict(fp8_recipe=model.fp8, first_last_layers_bf16=first_last_bf16(model), fp8_param=model.fp8_params)
     return fields
 
 
 def reference_settings(model: ModelSettings) -> ModelSettings:
-    """The reference's own precision."""
-    return model.model_copy(update={"fp8": model.reference_fp8})
+    """The reference's own precision. Its weights stay as they are: no optimizer knows them."""
+    return model.model_copy(update={"fp8": model.reference_fp8, "fp8_params": False})
 
 
 def row_alignment(model: ModelSettings) -> int:
@@ -136,10 +136,11 @@ def describe_fp8(model: ModelSettings) -> str:
     if model.fp8 == "off":
         policy = "off"
     else:
+        weights = "weights kept in FP8" if model.fp8_params else "weights kept in bf16"
         ends = "first and last layer in bf16" if first_last_bf16(model) else "all layers"
         checks = f"every {model.fp8_check_every} steps" if model.fp8_check_every else "at the start"
         policy = (
-            f"{model.fp8} ({RECIPES[model.fp8]['fp8']}), {ends}, head in bf16; compared with bf16 {checks}, "
+            f"{model.fp8} ({RECIPES[model.fp8]['fp8']}), {ends}, head in bf16, {weights}; compared with bf16 {checks}, "
             f"beyond {model.fp8_budget:g}: {model.fp8_action}"
         )
     return f"policy {policy}; reference {model.reference_fp8}"

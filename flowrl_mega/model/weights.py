@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
 from flowrl_mega.model.hf_folder import HfFolder
@@ -17,6 +18,20 @@ from flowrl_mega.model.policy import Policy
 EMBEDDING = "embedding.word_embeddings.weight"
 
 
+def fill(parameter: Tensor, values: Tensor) -> None:
+    """Copy. Beside a weight kept in FP8 lies its exact value until the optimizer makes its fp32 weight of it: both."""
+    parameter.copy_(values)
+    exact = getattr(parameter, "_high_precision_init_val", None)  # Transformer Engine's name
+    if exact is not None:
+        exact.copy_(values)
+
+
+def _plain(parameter: Tensor) -> Tensor:
+    """The weight as torch knows it, also where it is kept in FP8."""
+    parameter = parameter.detach()
+    return dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter
+
+
 @torch.no_grad()
 def load_hf(policy: Policy, path: str | Path) -> None:
     """Fill the policy's shards from the safetensors of a Hugging Face folder, tensor by tensor."""
@@ -24,7 +39,7 @@ def load_hf(policy: Policy, path: str | Path) -> None:
     folder.check(arch)
     for name, parameter in policy.gpt_parameters().items():
         whole = to_whole(name, [folder.read(part) for part in hf_names(name, arch)], arch)
-        parameter.copy_(to_shard(name, whole, layout.tp, layout.tp_rank))
+        fill(parameter, to_shard(name, whole, layout.tp, layout.tp_rank))
     if (head := policy.tied_head()) is not None:
         head.copy_(to_shard(EMBEDDING, folder.read(*hf_names(EMBEDDING, arch)), layout.tp, layout.tp_rank))
 
@@ -125,14 +140,14 @@ def _gather(
     dtype = dtype or bucket[0].dtype
     parameters = policy.gpt_parameters() if layout.pp_rank == stage else {}
     if layout.tp == layout.pp == 1:
-        yield from ((piece.name, parameters[piece.name].detach().to(dtype)) for piece in bucket)
+        yield from ((piece.name, _plain(parameters[piece.name]).to(dtype)) for piece in bucket)
         return
     sizes = [piece.shape.numel() for piece in bucket]
     everyone: list[Tensor] | None = None
     if to_all or (layout.tp_rank == 0 and layout.pp_rank in (0, stage)):
         everyone = [torch.empty(sum(sizes), dtype=dtype, device=layout.device) for _ in range(layout.tp)]
     if layout.pp_rank == stage:
-        flat = torch.cat([parameters[piece.name].detach().reshape(-1).to(dtype) for piece in bucket])
+        flat = torch.cat([_plain(parameters[piece.name]).reshape(-1).to(dtype) for piece in bucket])
         if to_all:
             dist.all_gather(everyone, flat, group=layout.tp_group)
         else:

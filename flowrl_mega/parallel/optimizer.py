@@ -44,7 +44,11 @@ def wrap(stages: list[Any], distributed: bool = False) -> list[DistributedDataPa
 
     `distributed`: as `OptimizerSettings.distributed`; each rank then gets the sums of its share alone.
     """
-    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed,
+        fp8_param_gather=bool(stages[0].config.fp8_param),
+    )
     wrapped = [DistributedDataParallel(stage.config, config, stage) for stage in stages]
     for stage in wrapped:
         _fuse_gradient_accumulation(stage)

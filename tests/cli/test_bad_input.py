@@ -139,7 +139,8 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
         ["megatron.recompute_granularty", "did you mean 'recompute_granularity'?"],
     ),
     "FP8's, not Megatron's": (["--megatron.fp8=hybrid"], ["megatron.fp8 = 'hybrid'", "model.fp8", "leave it out"]),
-    "weights in FP8": (["--megatron.fp8_param=true"], ["megatron.fp8_param = True", "distributed optimizer"]),
+    "weights in FP8": (["--model.fp8_params=true"], ["model.fp8_params = True", "optimizer.distributed=true"]),
+    "Megatron's name for it": (["--megatron.fp8_param=true"], ["megatron.fp8_param = True", "model.fp8"]),
     "ours, not Megatron's": (["--megatron.hidden_size=8"], ["megatron.hidden_size = 8", "model.path", "leave it out"]),
     "cut distribution": (
         ["--rollout.top_p=0.9"],

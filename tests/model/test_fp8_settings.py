@@ -12,6 +12,7 @@ import torch
 from flowrl_mega.config import ConfigError, ModelSettings
 from flowrl_mega.model import fp8
 from flowrl_mega.model.architecture import Architecture, transformer_config
+from flowrl_mega.model.weights import fill
 from flowrl_mega.parallel import backends
 from flowrl_mega.parallel.backends import Found
 from flowrl_mega.parallel.layout import Layout
@@ -108,6 +109,23 @@ def test_local_layers_have_no_fusions(nothing: None) -> None:
 def test_rotary_fusion_goes_with_the_layers(engine: None) -> None:
     assert fp8.layer_fields(settings(dtype="bf16"))["apply_rope_fusion"]
     assert not fp8.layer_fields(settings(dtype="bf16", spec="local"))["apply_rope_fusion"]
+
+
+def test_weights_in_fp8(engine: None) -> None:
+    """The policy's alone: no optimizer makes the reference's of fp32 ones."""
+    model = settings(dtype="bf16", fp8="tensorwise", fp8_params=True, reference_fp8="tensorwise")
+    assert built(model).fp8_param and not built(fp8.reference_settings(model)).fp8_param
+    assert "weights kept in FP8" in fp8.describe_fp8(model)
+
+
+def test_a_weight_in_fp8_is_filled_with_its_exact_value_beside_it() -> None:
+    """The fp32 weight is made of the latter; of the former it would start with FP8's rounding."""
+    parameter = torch.zeros(4, dtype=torch.float8_e4m3fn)
+    parameter._high_precision_init_val = torch.zeros(4, dtype=torch.bfloat16)  # type: ignore[attr-defined]
+    values = torch.tensor([1.0, 1.03125, -3.1875, 0.1], dtype=torch.bfloat16)
+    fill(parameter, values)
+    assert torch.equal(parameter._high_precision_init_val, values)  # type: ignore[attr-defined]
+    assert parameter.float().tolist() == [1.0, 1.0, -3.25, 0.1015625]
 
 
 def test_the_reference_has_a_recipe_of_its_own() -> None:

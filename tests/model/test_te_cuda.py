@@ -192,13 +192,13 @@ def saved(path: Path, run_dir: Path, model: dict[str, Any]) -> tuple[dict[str, n
     return weights(policy), weights(local)
 
 
-def resumed(path: Path, run_dir: Path, model: dict[str, Any]) -> list[dict[str, np.ndarray]]:
+def resumed(path: Path, run_dir: Path, model: dict[str, Any], kept: dict[str, bool]) -> list[dict[str, np.ndarray]]:
     """The weights after a third update: of a run that goes on, and of one that loads its checkpoint."""
     found = []
     for load in (False, True):
         policy = build(path, **model)
-        trained, batch = wrap(policy.stages), packed(policy)
-        settings = OptimizerSettings(lr=1e-3, warmup_steps=0)
+        settings = OptimizerSettings(lr=1e-3, warmup_steps=0, **kept)
+        trained, batch = wrap(policy.stages, settings.distributed), packed(policy)
         optimizer = Optimizer(trained, settings, bf16=True, total_updates=9)
         if load:
             load_checkpoint(run_dir / "checkpoints" / "step_2", policy, optimizer)
@@ -230,10 +230,20 @@ def test_checkpoints_load_under_the_local_spec(recipe, gpu, folder, tmp_path) ->
     assert all(np.array_equal(trained[name], loaded[name]) for name in trained)
 
 
-@pytest.mark.parametrize("recipe", ["off", "tensorwise"])
-def test_a_resumed_run_makes_the_same_update(recipe, gpu, folder, tmp_path) -> None:
-    """With Transformer Engine's FusedAdam, whose count of steps is its own."""
-    model = TE if recipe == "off" else supported(recipe)
-    through, again = gpu(resumed, folder, tmp_path, model)
+@pytest.mark.parametrize(
+    ("recipe", "params", "kept"),
+    [
+        ("off", False, {}),
+        ("off", False, {"offload": True}),
+        ("off", False, {"distributed": True}),
+        ("tensorwise", False, {}),
+        ("tensorwise", True, {"distributed": True}),
+    ],
+    ids=["bf16", "offload", "distributed", "tensorwise", "weights in FP8"],
+)
+def test_a_resumed_run_makes_the_same_update(recipe, params, kept, gpu, folder, tmp_path) -> None:
+    """With Transformer Engine's FusedAdam, whose count of steps is its own, wherever moments and weights are kept."""
+    model = TE if recipe == "off" else {**supported(recipe), "fp8_params": params}
+    through, again = gpu(resumed, folder, tmp_path, model, kept)
     for name, tensor in through.items():
         assert np.abs(tensor - again[name]).max() <= 2**-8 * np.abs(tensor).max(), name
