@@ -54,10 +54,10 @@ def test_a_run_leaves_its_records_and_its_newest_checkpoints(finished: Path) -> 
 @pytest.mark.parametrize(
     ("crash", "left", "unfinished"),
     [
-        ("before_the_first_checkpoint", [], []),
-        ("between_updates", ["step_2", "step_4"], []),
+        pytest.param("before_the_first_checkpoint", [], [], marks=pytest.mark.integration),
+        pytest.param("between_updates", ["step_2", "step_4"], [], marks=pytest.mark.integration),
         ("while_saving", ["step_2"], [".step_4.partial"]),
-        ("while_removing", ["step_2", "step_4"], []),
+        pytest.param("while_removing", ["step_2", "step_4"], [], marks=pytest.mark.integration),
     ],
 )
 def test_killed_and_resumed(
@@ -162,7 +162,9 @@ def test_fork_from_a_folder_at_another_layout(finished: Path, model: Path, tmp_p
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("setting", ["model.dtype=bf16", "optimizer.log_z_lr=1e-3"])
+@pytest.mark.parametrize(
+    "setting", ["model.dtype=bf16", pytest.param("optimizer.log_z_lr=1e-3", marks=pytest.mark.integration)]
+)
 def test_other_optimizers_resume_to_the_bit(setting: str, model: Path, tmp_path: Path) -> None:
     """Weights in bf16 have fp32 masters, which the checkpoint must hold too; and where log Z has the policy's own rate,
     Megatron could not tell its saved parameter groups from the policy's."""

@@ -51,25 +51,20 @@ CASES = [
     case(tp=1, pp=1, dp=4),
     case(tp=2, pp=2, dp=1),
     case(tp=2, pp=2, dp=1, **SP),
-    case(tp=2, pp=1, dp=2),
     case(tp=2, pp=1, dp=2, **SP),
     case(tp=1, pp=2, dp=2),
     case(tp=1, pp=2, dp=2, vpp=2),
     case(tp=2, pp=2, dp=1, vpp=2, **SP),
     case(tp=1, pp=2, dp=2, budget=1000),  # one micro-batch: the pipeline is never full
     case(tp=2, pp=2, dp=1, budget=1, **SP),  # one sequence each, the smallest padded to tp
-    case(tp=1, pp=1, dp=4, budget=1000),
     case(tp=2, pp=2, dp=1, recompute=FULL, **SP),
-    case(tp=1, pp=2, dp=2, vpp=2, recompute=FULL),
     case(tp=2, pp=1, dp=2, recompute=SELECTIVE, **SP),
     case(tp=1, pp=1, cp=4, dp=1),
     case(tp=2, pp=1, cp=2, dp=1, **SP),
     case(tp=1, pp=2, cp=2, dp=1, budget=20),
     case("qwen2", tp=2, pp=2, dp=1, **SP),
-    case("qwen2", tp=1, pp=4, dp=1),
     case("qwen3", tp=2, pp=2, dp=1, **SP),
     case("llama-untied-rope", tp=2, pp=2, dp=1, **SP),
-    case("llama-untied-rope", tp=1, pp=2, dp=2, vpp=2),
 ]
 MODELS = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
 COMMON = {

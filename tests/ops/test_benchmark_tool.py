@@ -62,6 +62,7 @@ def nan(logits, target):
     return logp, entropy * torch.nan
 
 
+@pytest.mark.integration
 def test_the_command_writes_rows_of_the_agreed_form(tool, tmp_path):
     """The command itself, once, with its processes for memory."""
     file = tmp_path / "rows.json"

@@ -83,6 +83,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     return Place(tmp_path, monkeypatch)
 
 
+@pytest.mark.integration
 def test_ten_ranks_build_once(place: Place):
     ranks = [place.rank() for _ in range(10)]
     found = {rank.communicate(timeout=200)[0].strip() for rank in ranks}
