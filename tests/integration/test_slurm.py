@@ -33,13 +33,13 @@ def score(row, response):
         print(os.environ.get("SLURMD_NODENAME"), os.environ["RANK"], os.environ["LOCAL_RANK"], file=file)
     return sums.score(row, response)
 """
-# For what is between SLURM and the script alone: as the trainer answers SIGTERM, without its start of ten seconds. What
-# a rank does it leaves in a file: of a step that is cancelled, srun may lose the last line.
+# For what is between SLURM and the script alone: as the trainer answers SIGTERM, without its start of ten seconds.
+# SIGTERM goes to each process of a rank: one that waited for a single sleep could see that end first, and end with 0.
 STAND_IN = """
 trap 'touch saved.$SLURM_PROCID; exit 75' TERM
 if [ "$SLURM_RESTART_COUNT" ]; then touch gone_on.$SLURM_PROCID; exit 0; fi
 echo training
-sleep 200 & wait  # which SIGTERM interrupts
+for _ in $(seq 1000); do sleep 0.2 & wait; done  # which SIGTERM interrupts
 """
 
 pytestmark = [
