@@ -12,7 +12,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from flowrl_mega.config import ConfigError, RunError, load_config
+from flowrl_mega.config import ConfigError, RunError
+from flowrl_mega.config_file import load_config
 
 BAD_INPUT, CANNOT_GO_ON, INTERRUPTED = 2, 70, 130
 

@@ -1,4 +1,4 @@
-"""The one tree of settings: read from YAML, changed by dotted flags, checked before anything starts.
+"""The one tree of settings. config_file.py reads it from YAML and dotted flags, and checks what one field cannot know.
 
 Every error is a `ConfigError` with one message that names the field, the value and the fix.
 """
@@ -6,11 +6,8 @@ Every error is a `ConfigError` with one message that names the field, the value 
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
-from urllib.parse import urlsplit
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 
@@ -282,139 +279,3 @@ def nearest(name: str, names: list[str]) -> str:
     """The words of a near miss: the known name that was probably meant, or all of them."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(names))}"
-
-
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The checked settings of a YAML file with `section.field=value` overrides (values are read as YAML)."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; give the path of a YAML file of settings") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds {type(tree).__name__}, not a mapping of settings")
-    for override in overrides:
-        _apply(tree, override)
-    config = validated(Config, tree, "")
-    _check_together(config)
-    return config
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one `section.field=value` in the tree."""
-    name, found, text = override.lstrip("-").partition("=")
-    if not found or not name:
-        raise ConfigError(f"{override!r}: not a setting; write --section.field=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    *sections, field = name.split(".")
-    for depth, section in enumerate(sections):
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            place = ".".join(sections[: depth + 1])
-            raise ConfigError(f"{name} = {text!r}: {place} is a value, not a section; set {place} itself")
-    tree[field] = _number(value)
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-6 as text; people mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _check_together(config: Config) -> None:
-    """What one field alone cannot know."""
-    data, rollout, batch = config.data, config.rollout, config.batch
-    if (data.path is None) == (data.task is None):
-        raise ConfigError(f"data.path = {data.path!r}, data.task = {data.task!r}: set exactly one of the two")
-    if data.path is not None and not Path(data.path).is_file():
-        raise ConfigError(f"data.path = {data.path!r}: no such file; give a JSON lines file")
-    if isinstance(data.held_out, str) and not Path(data.held_out).is_file():
-        raise ConfigError(f"data.held_out = {data.held_out!r}: no such file; give a share (0.1) or a JSON lines file")
-    if isinstance(data.held_out, float) and not 0 < data.held_out < 1:
-        raise ConfigError(f"data.held_out = {data.held_out}: a share must lie between 0 and 1")
-    if config.evaluation.every and data.held_out is None:
-        raise ConfigError(f"evaluation.every = {config.evaluation.every}: needs prompts; set data.held_out (0.1)")
-    total = config.sequences_per_step
-    if batch.mini_batch is not None and total % batch.mini_batch:
-        raise ConfigError(
-            f"batch.mini_batch = {batch.mini_batch}: does not divide the {total} sequences of a step "
-            f"(rollout.prompts_per_step x rollout.group_size); take a divisor of {total}"
-        )
-    updates = config.steps * config.updates_per_step
-    if config.optimizer.decay != "constant" and config.optimizer.warmup_steps >= updates:
-        raise ConfigError(
-            f"optimizer.warmup_steps = {config.optimizer.warmup_steps}: leaves none of the {updates} updates to "
-            f"optimizer.decay = {config.optimizer.decay}; take fewer"
-        )
-    _check_fp8(config.model, config.optimizer.distributed)
-    _check_rollout(rollout)
-    if (rollout.top_p < 1 or rollout.top_k) and not rollout.allow_truncated_sampling:
-        raise ConfigError(
-            f"rollout.top_p = {rollout.top_p}, rollout.top_k = {rollout.top_k}: answers would be drawn from another "
-            "distribution than the one scored; use 1.0 and 0, or set rollout.allow_truncated_sampling=true"
-        )
-
-
-def _check_fp8(model: ModelSettings, distributed: bool) -> None:
-    """What does not go together in the model section; what the machine lacks is found in model/fp8.py."""
-    for field in ("fp8", "reference_fp8"):
-        recipe = getattr(model, field)
-        if recipe == "off":
-            continue
-        if model.dtype != "bf16":
-            raise ConfigError(f"model.{field} = {recipe}: needs bf16 weights beside it; set model.dtype=bf16")
-        if model.spec == "local":
-            raise ConfigError(
-                f"model.{field} = {recipe}: only Transformer Engine's layers compute in FP8; set model.spec=te"
-            )
-    if model.fp8_params and (model.fp8 == "off" or not distributed):
-        raise ConfigError(
-            f"model.fp8_params = True: needs a recipe (model.fp8 = {model.fp8}) and the distributed optimizer, which "
-            "alone makes FP8 weights of fp32 ones; set model.fp8=tensorwise and optimizer.distributed=true, or leave "
-            "this out (bf16 weights are then quantised as they are multiplied)"
-        )
-    if model.fp8 == "delayed" and model.fp8_first_last_bf16:
-        raise ConfigError(
-            "model.fp8_first_last_bf16 = True: the recipe delayed updates its scales once for all layers together, so "
-            "none can be left out; leave this out, or set model.fp8=tensorwise"
-        )
-
-
-def _check_rollout(rollout: RolloutSettings) -> None:
-    """What does not go together in the rollout section."""
-    if rollout.engine == "embedded":
-        used = {name: getattr(rollout, name) for name in ("ahead", "partial_tokens", "colocated")}
-        for name, value in used.items():
-            if value:
-                raise ConfigError(f"rollout.{name} = {value}: needs servers; set rollout.engine=sglang")
-    if rollout.partial_tokens is not None and rollout.partial_tokens >= rollout.max_tokens:
-        raise ConfigError(
-            f"rollout.partial_tokens = {rollout.partial_tokens}: no answer is longer than rollout.max_tokens = "
-            f"{rollout.max_tokens}; take fewer, or leave it out"
-        )
-    attached = isinstance(rollout.servers, list)
-    if rollout.servers == []:
-        raise ConfigError("rollout.servers = []: give at least one URL, or how many servers to start")
-    for url in rollout.servers if isinstance(rollout.servers, list) else []:
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"rollout.servers: {url!r} is no URL; write it as http://HOST:PORT")
-        if rollout.sync.transfer == "tensor" and urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"):
-            raise ConfigError(
-                f"rollout.sync.transfer = tensor: shares memory, and {url} is another host; take distributed or disk"
-            )
-    if rollout.colocated and rollout.ahead:
-        raise ConfigError("rollout.ahead = 1: servers that share the trainer's GPUs sleep while it trains; set ahead=0")
-    if rollout.colocated and attached:
-        raise ConfigError("rollout.colocated = True: only for servers that are started here; give rollout.servers=1")
-    if rollout.api_key_file is not None and not Path(rollout.api_key_file).is_file():
-        raise ConfigError(f"rollout.api_key_file = {rollout.api_key_file!r}: no such file; give one that holds the key")

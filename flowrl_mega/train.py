@@ -149,8 +149,7 @@ class Trainer:
         config, temperature = self.config, self.config.rollout.temperature
         rewards = torch.tensor([score.reward for score in scores], dtype=torch.float64)
         credit = self.objective.credit(rewards, torch.arange(len(rewards)) // config.rollout.group_size)
-        per_update = config.batch.mini_batch or len(sequences)
-        mini_batches = plan(sequences, per_update, self.layout, config.batch.tokens_per_microbatch)
+        mini_batches = plan(sequences, *self.packing(sequences))
         self.gate.before_training(self.step_done + 1, mini_batches[0][0], temperature)
         batches = [batch for mini_batch in mini_batches for batch in mini_batch]
         for batch in batches:
@@ -163,6 +162,11 @@ class Trainer:
             with self.reference_offload or nullcontext():
                 keep_logp("ref_logp", batches, self.reference.score(batches, temperature))
         return mini_batches
+
+    def packing(self, sequences: list[Sequence]) -> tuple[int, Layout, int]:
+        """How a step's sequences become micro-batches: what `plan` and `efficiency` ask for."""
+        batch = self.config.batch
+        return batch.mini_batch or len(sequences), self.layout, batch.tokens_per_microbatch
 
     def update(self, mini_batch: list[PackedBatch]) -> dict[str, float]:
         """One optimizer step on the mean loss over the mini-batch's sequences, on all ranks together."""
@@ -208,7 +212,7 @@ class Trainer:
             "response_length": sum(lengths) / len(lengths),
             "stopped": sum(r.finish_reason == "stop" for r in rollouts) / len(rollouts),
             **merge_updates(updates),
-            "packing_efficiency": efficiency(sequences, self.config.batch.mini_batch or len(sequences), self.layout),
+            "packing_efficiency": efficiency(sequences, *self.packing(sequences)),
             **cost_metrics(self.seconds, sum(s.rows + 1 for s in sequences), sum(lengths)),
         }
 

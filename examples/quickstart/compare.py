@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.quickstart.run import run_trials, summarise, table
-from flowrl_mega.config import load_config
+from flowrl_mega.config_file import load_config
 from flowrl_mega.data import sums
 from flowrl_mega.monitor.plots import reward_against_diversity
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch.distributed as dist
 
 from examples.quickstart.warm_start import warm_start
-from flowrl_mega.config import Config, load_config
+from flowrl_mega.config import Config
+from flowrl_mega.config_file import load_config
 from flowrl_mega.evaluation.exact import exact_metrics, spread_metrics
 from flowrl_mega.model.policy import Policy, build_reference
 from flowrl_mega.model.weights import load_hf

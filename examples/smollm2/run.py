@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flowrl_mega import cli
-from flowrl_mega.config import load_config
+from flowrl_mega.config_file import load_config
 from flowrl_mega.data.reasoning_gym import make_rows, write_jsonl
 from tools.fetch_smollm2 import fetch
 

@@ -6,6 +6,7 @@ Row t of a packed micro-batch predicts the token after it, so response rows star
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -79,7 +80,7 @@ def pack(
     inputs = [[*s.prompt, *s.response[:-1]] for s in ordered]
     tokens = [token for ids in inputs for token in (*ids, *[0] * (-len(ids) % each))]
     lengths = [s.rows for s in ordered]
-    rows = [n + -n % each for n in lengths]
+    rows = [_up(n, each) for n in lengths]
     tail = -len(tokens) % multiple
     tokens, all_rows = tokens + [0] * tail, rows + [tail] * (tail > 0)
     starts = torch.tensor([0, *all_rows]).cumsum(0)
@@ -92,7 +93,7 @@ def pack(
         cu_seqlens=starts.to(torch.int32),
         lengths=torch.tensor(lengths + [tail] * (tail > 0), dtype=torch.int32),
         longest=max(all_rows),
-        buckets=_buckets(all_rows),
+        buckets=to_buckets(all_rows),
         index=torch.tensor([s.index for s in ordered]),
         response_rows=_ranges(sequence_starts + prompt_lengths - 1, response_lengths),
         target=torch.tensor([token for s in ordered for token in s.response]),
@@ -110,7 +111,7 @@ def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
     return torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts - offsets, lengths)
 
 
-def _buckets(rows: list[int], fill: float = 0.8) -> list[Bucket]:
+def to_buckets(rows: list[int], fill: float = 0.8) -> list[Bucket]:
     """Cut sequences, longest first, where one would fill less than `fill` of the padded view.
 
     The tail padding comes last and may be longer than the sequence before it: then it is a bucket of its own.
@@ -175,40 +176,52 @@ def split_by_tokens(sequences: list[Sequence], budget: int, multiple: int = 1) -
     return groups
 
 
-def plan(
+def _shared_out(
     sequences: list[Sequence], per_update: int, layout: Layout, tokens_per_microbatch: int
-) -> list[list[PackedBatch]]:
-    """This rank's micro-batches for each update (mini-batch) of `per_update` sequences, in the order given.
+) -> Iterator[list[list[list[Sequence]]]]:
+    """Of each update (mini-batch) of `per_update` sequences, in the order given, every data-parallel rank's
+    micro-batches.
 
     The budget is a rank's: under context parallelism a micro-batch has cp times as many rows.
     """
     least = layout.pp if layout.vpp > 1 else 1  # micro-batches that an interleaved pipeline needs
-    updates = []
     for start in range(0, len(sequences), per_update):
         shares = split_data_parallel(sequences[start : start + per_update], layout.dp, least)
-        groups = split_by_tokens(shares[layout.dp_rank], tokens_per_microbatch * layout.cp, least)
-        updates.append([_packed(group, layout) for group in groups])
-    return updates
+        yield [split_by_tokens(share, tokens_per_microbatch * layout.cp, least) for share in shares]
+
+
+def plan(
+    sequences: list[Sequence], per_update: int, layout: Layout, tokens_per_microbatch: int
+) -> list[list[PackedBatch]]:
+    """This rank's micro-batches for each update."""
+    updates = _shared_out(sequences, per_update, layout, tokens_per_microbatch)
+    return [[_packed(group, layout) for group in ranks[layout.dp_rank]] for ranks in updates]
 
 
 def _packed(sequences: list[Sequence], layout: Layout) -> PackedBatch:
-    if layout.cp == 1:
-        return pack(sequences, layout.row_multiple, layout.device)
-    whole = pack(sequences, layout.row_multiple, each=layout.sequence_multiple)
-    return _to(share(whole, layout.cp, layout.cp_rank), layout.device)
+    batch = pack(sequences, layout.row_multiple, each=layout.sequence_multiple)
+    return _to(share(batch, layout.cp, layout.cp_rank) if layout.cp > 1 else batch, layout.device)
 
 
-def efficiency(sequences: list[Sequence], per_update: int, layout: Layout) -> float:
-    """Rows of sequences / rows that all ranks together have time for while the one with the most computes its own."""
-    real = computed = 0
-    for start in range(0, len(sequences), per_update):
-        shares = split_data_parallel(sequences[start : start + per_update], layout.dp)
-        rows = [sum(s.rows for s in share) for share in shares]
-        real, computed = real + sum(rows), computed + layout.dp * max(rows)
-    return real / computed
+def efficiency(sequences: list[Sequence], per_update: int, layout: Layout, tokens_per_microbatch: int) -> float:
+    """Rows of sequences / rows, padding included, that all replicas have time for while the one with the most computes
+    its own."""
+    computed = 0
+    for ranks in _shared_out(sequences, per_update, layout, tokens_per_microbatch):
+        computed += layout.dp * max(sum(_padded_rows(group, layout) for group in groups) for groups in ranks)
+    return sum(s.rows for s in sequences) / computed
 
 
-def _rank_rows(cu_seqlens: Tensor, cp: int, cp_rank: int) -> Tensor:
+def _padded_rows(sequences: list[Sequence], layout: Layout) -> int:
+    rows = sum(_up(s.rows, layout.sequence_multiple) for s in sequences)
+    return _up(rows, layout.row_multiple)
+
+
+def _up(number: int, multiple: int) -> int:
+    return number + -number % multiple
+
+
+def rank_rows(cu_seqlens: Tensor, cp: int, cp_rank: int) -> Tensor:
     """[T / cp] which rows of a packed batch a context-parallel rank has.
 
     A sequence is cut into 2 cp chunks (its length is a multiple of that), and rank r gets chunks r and 2 cp - 1 - r, as
@@ -226,7 +239,7 @@ def share(batch: PackedBatch, cp: int, cp_rank: int) -> PackedBatch:
 
     Targets were shifted before, so they belong to rows wherever these go.
     """
-    rows = _rank_rows(batch.cu_seqlens, cp, cp_rank)
+    rows = rank_rows(batch.cu_seqlens, cp, cp_rank)
     place = torch.full((batch.tokens.numel(),), -1)
     place[rows] = torch.arange(rows.numel())
     mine = (place[batch.response_rows] >= 0).nonzero()[:, 0]

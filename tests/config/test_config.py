@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flowrl_mega.config import Config, ConfigError, Settings, load_config, validated
+from flowrl_mega.config import Config, ConfigError, Settings, validated
+from flowrl_mega.config_file import load_config
 
 SMALLEST = {
     "run_dir": "run",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowrl_mega.model import layers
 from flowrl_mega.parallel.context import total
-from flowrl_mega.parallel.packing import _buckets, _rank_rows
+from flowrl_mega.parallel.packing import rank_rows, to_buckets
 
 
 class AttentionOverRanks(layers.PackedAttention):
@@ -22,12 +22,12 @@ class AttentionOverRanks(layers.PackedAttention):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         given: layers.PackedRows = kwargs["packed_seq_params"]
-        rows = _rank_rows(given.cu_seqlens_q, self.group.size(), self.group.rank()).to(query.device)
+        rows = rank_rows(given.cu_seqlens_q, self.group.size(), self.group.rank()).to(query.device)
         whole = []
         for x in (query, key, value):
             empty = x.new_zeros(x.shape[0] * self.group.size(), *x.shape[1:])
             whole.append(total(empty.index_copy(0, rows, x), self.group))
-        buckets = _buckets(given.cu_seqlens_q.diff().tolist())
+        buckets = to_buckets(given.cu_seqlens_q.diff().tolist())
         attended = super().forward(*whole, packed_seq_params=layers.PackedRows(buckets=buckets))
         return attended[rows]
 

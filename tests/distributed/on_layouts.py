@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from attention_over_ranks import attention_over_ranks
-from megatron.core.tensor_parallel import layers, mappings
-from on_ranks import trainer, whole_gradients
+from on_ranks import sums_left_out, trainer, whole_gradients
 from torch import Tensor
 
 from flowrl_mega.parallel.packing import Sequence
@@ -107,37 +106,11 @@ def kept_gradients(job: Trainer) -> Iterator[dict[str, Any]]:
         del job.optimizer.inner.prepare_grads
 
 
-@contextmanager
-def without_sums(job: Trainer, left_out: str | None) -> Iterator[None]:
-    """All-reduces and reduce-scatters over this group give back what the rank itself put in."""
+def without_sums(job: Trainer, left_out: str | None) -> AbstractContextManager[None]:
+    """Nothing is summed over this group."""
     layout = job.layout
     members = {"tp": layout.tp_group, "dp": layout.dp_group, "cp": layout.cp_group, "embd": layout.groups.embd}
     members |= {"mp": layout.replica_group, "dp_cp": layout.groups.dp_cp}
-    skipped = dist.get_process_group_ranks(members[left_out]) if left_out and members[left_out] else None
-    real_reduce, real_scatter = dist.all_reduce, mappings.dist_reduce_scatter_func
-
-    def is_skipped(group: Any) -> bool:
-        return skipped is not None and dist.get_process_group_ranks(group or dist.group.WORLD) == skipped
-
-    def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
-        if op == dist.ReduceOp.SUM and is_skipped(group):
-            return _Done() if async_op else None
-        return real_reduce(tensor, op=op, group=group, async_op=async_op)
-
-    def reduce_scatter(output: Tensor, whole: Tensor, group: Any = None, **rest: Any) -> Any:
-        if is_skipped(group):
-            output.copy_(whole.chunk(dist.get_world_size(group))[dist.get_rank(group)])
-            return _Done()
-        return real_scatter(output, whole, group=group, **rest)
-
-    dist.all_reduce = all_reduce
-    mappings.dist_reduce_scatter_func = layers.dist_reduce_scatter_func = reduce_scatter
-    try:
-        yield
-    finally:
-        dist.all_reduce = real_reduce
-        mappings.dist_reduce_scatter_func = layers.dist_reduce_scatter_func = real_scatter
-
-
-class _Done:
-    def wait(self) -> None: ...
+    group = members[left_out] if left_out else None
+    skipped = dist.get_process_group_ranks(group) if group else []
+    return sums_left_out(lambda group: dist.get_process_group_ranks(group) == skipped)

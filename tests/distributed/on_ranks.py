@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -177,23 +177,17 @@ class _Done:
 
 
 @contextmanager
-def counted_sums(leave_out: int | None) -> Iterator[list[int]]:
-    """Counts the sums over more than one rank (all-reduce, reduce-scatter), and skips number `leave_out` everywhere."""
-    calls: list[int] = []
+def sums_left_out(is_left_out: Callable[[Any], bool]) -> Iterator[None]:
+    """All-reduces and reduce-scatters over a group that `is_left_out` give back what the rank itself has put in."""
     real_reduce, real_scatter = dist.all_reduce, mappings.dist_reduce_scatter_func
 
-    def left_out(numel: int, group: Any) -> bool:
-        if dist.get_world_size(group) > 1:
-            calls.append(numel)
-        return dist.get_world_size(group) > 1 and len(calls) - 1 == leave_out
-
     def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
-        if op == dist.ReduceOp.SUM and left_out(tensor.numel(), group):
+        if op == dist.ReduceOp.SUM and is_left_out(group or dist.group.WORLD):
             return _Done() if async_op else None
         return real_reduce(tensor, op=op, group=group, async_op=async_op)
 
     def reduce_scatter(output: Tensor, whole: Tensor, group: Any = None, **rest: Any) -> Any:
-        if left_out(whole.numel(), group):
+        if is_left_out(group or dist.group.WORLD):
             output.copy_(whole.chunk(dist.get_world_size(group))[dist.get_rank(group)])
             return _Done()
         return real_scatter(output, whole, group=group, **rest)
@@ -201,7 +195,21 @@ def counted_sums(leave_out: int | None) -> Iterator[list[int]]:
     dist.all_reduce = all_reduce
     mappings.dist_reduce_scatter_func = layers.dist_reduce_scatter_func = reduce_scatter
     try:
-        yield calls
+        yield
     finally:
         dist.all_reduce = real_reduce
         mappings.dist_reduce_scatter_func = layers.dist_reduce_scatter_func = real_scatter
+
+
+@contextmanager
+def counted_sums(leave_out: int | None) -> Iterator[list[int]]:
+    """The sizes of the groups summed over, of more than one rank; leaves out number `leave_out` everywhere."""
+    calls: list[int] = []
+
+    def left_out(group: Any) -> bool:
+        if group.size() > 1:
+            calls.append(group.size())
+        return group.size() > 1 and len(calls) - 1 == leave_out
+
+    with sums_left_out(left_out):
+        yield calls

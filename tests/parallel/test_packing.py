@@ -124,9 +124,22 @@ def test_ranks_hardly_wait_for_each_other(count, dp):
     lengths = [min(8192, int(rng.lognormvariate(7, 0.8))) for _ in range(count)]
     sequences = [Sequence(i, [5] * n, [1]) for i, n in enumerate(lengths)]
     best = min(1.0, sum(lengths) / dp / max(lengths))
-    layout = SimpleNamespace(dp=dp, pp=1, vpp=1)
-    assert efficiency(sequences, count, layout) >= 0.97 * best
-    assert efficiency(sequences, count // 2, layout) < 1
+    layout = SimpleNamespace(dp=dp, pp=1, vpp=1, cp=1, sequence_multiple=1, row_multiple=1)
+    assert efficiency(sequences, count, layout, 16384) >= 0.97 * best
+    layout.row_multiple = 64  # tp 4 under sequence parallelism, in FP8
+    assert efficiency(sequences, count, layout, 16384) >= 0.97 * best
+
+
+def test_padding_and_waiting_count_as_computed():
+    """By hand: rows 5 and 3 against 4, each padded to 4, the micro-batch to 8."""
+    sequences = [Sequence(i, [5] * n, [1]) for i, n in enumerate((5, 4, 3))]
+    layout = SimpleNamespace(dp=2, pp=1, vpp=1, cp=1, sequence_multiple=1, row_multiple=1)
+    assert efficiency(sequences, 3, layout, 100) == 12 / (2 * 7)
+    layout.sequence_multiple = 4
+    assert efficiency(sequences, 3, layout, 100) == 12 / (2 * 8)
+    layout.row_multiple = 16
+    assert efficiency(sequences, 3, layout, 100) == 12 / (2 * 16)
+    assert efficiency(sequences, 3, layout, 1) == 12 / (2 * 32), "two micro-batches"
 
 
 @pytest.mark.parametrize("cp", [2, 4])
