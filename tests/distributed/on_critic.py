@@ -53,7 +53,7 @@ def learn(
 
 def _set_head(job: Trainer) -> None:
     stage = (job.critic or job.policy).stages[-1]
-    if stage.post_process:
+    if stage.value_head is not None:
         with torch.no_grad():
             for parameter, value in zip(stage.value_head.parameters(), head(job.policy.arch.hidden), strict=True):
                 parameter.copy_(value)

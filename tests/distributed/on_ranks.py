@@ -41,7 +41,7 @@ def build(path: Path | str, log_z: Any = None, **sections: Any) -> Policy:
     """The policy of the Hugging Face folder in the layout that `parallel` says."""
     config = config_for(path, **sections)
     layout = layouts.init(config.parallel, config.seed)
-    policy = Policy(read_architecture(path), config, layout, LogZ(kind=log_z) if log_z else None)
+    policy = Policy(read_architecture(path), config, layout, LogZ(kind=log_z) if isinstance(log_z, str) else log_z)
     load_hf(policy, path)
     return policy
 

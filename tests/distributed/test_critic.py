@@ -194,3 +194,23 @@ def test_the_critic_learns_first(alone, model, reference, ranks1):
     assert all(torch.equal(a, b) for a, b in zip(before.weights["policy"], start.weights["policy"], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(before.weights["critic"], start.weights["critic"], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(warm.weights["policy"], start.weights["policy"], strict=True))
+
+
+WHOLE_STEP: dict[str, dict[str, Any]] = {
+    "reinforce_pp": {"name": "reinforce_pp", "kl_coef": KL},
+    "flowrl-group": {"name": "flowrl", "beta": 3.0, "z": "group"},
+    "flowrl-group-loo": {"name": "flowrl", "beta": 3.0, "z": "group", "z_leave_one_out": True},
+}
+
+
+@pytest.mark.parametrize("objective", WHOLE_STEP)
+def test_what_an_objective_reads_of_the_whole_step(objective, model, reference, ranks1, ranks2):
+    """A mean over the step's tokens, or over a group whose answers lie on several ranks, is one in every layout."""
+    sections = SECTIONS | {"objective": WHOLE_STEP[objective]}
+    (wanted,) = ranks1.run(learn, model, reference, STEPS, None, False, **sections)
+    for layout in ("dp2", "pp2"):
+        for found in ranks2.run(learn, model, reference, STEPS, None, False, parallel=LAYOUTS[layout], **sections):
+            error, where = worst(found.gradients["policy"], wanted.gradients["policy"])
+            assert error < TOLERANCE, where
+            for ours, theirs in zip(found.metrics, wanted.metrics, strict=True):
+                assert ours == pytest.approx(theirs, rel=2e-5, abs=6e-4)
