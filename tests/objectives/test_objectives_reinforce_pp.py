@@ -1,17 +1,15 @@
-"""REINFORCE++ against arXiv 2501.03262 in NumPy, and the statistics of a step on more than one replica."""
+"""REINFORCE++ against arXiv 2501.03262 in NumPy."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from threading import Barrier
 
 import numpy as np
 import pytest
 import torch
 from numpy_oracles import assert_loss, kl, normalised, policy_gradient, split
 
-from flowrl_mega.objectives import PPO, ReinforcePP
+from flowrl_mega.objectives import ReinforcePP
 
 LENGTHS = (3, 1, 7, 2, 5, 9, 1, 4)
 
@@ -63,41 +61,3 @@ def test_credit(rng, baseline):
         means = {g: expected[group.numpy() == g].mean() for g in (7, 2)}
         expected = expected - [means.get(g, 0.0) for g in group.tolist()]
     np.testing.assert_allclose(ReinforcePP(baseline=baseline).credit(rewards, group), expected, rtol=1e-12, atol=1e-15)
-
-
-def on_replicas(objective, shares, groups):
-    """`prepare` of each replica's micro-batches, all at once, their `total`s meeting as all-reduces do."""
-    barrier, given = Barrier(len(shares)), [None] * len(shares)
-
-    def replica(rank):
-        def total(x):
-            given[rank] = x
-            barrier.wait(timeout=10)
-            summed = torch.stack(given).sum(0)
-            barrier.wait(timeout=10)
-            return summed
-
-        return objective.prepare(shares[rank], total, groups)
-
-    with ThreadPoolExecutor(len(shares)) as pool:
-        return list(pool.map(replica, range(len(shares))))
-
-
-@pytest.mark.parametrize("objective", [ReinforcePP(kl_coef=0.2), PPO(kl_coef=0.2, lam=0.9)], ids=lambda o: o.name)
-def test_the_layout_of_a_step_changes_nothing(packed, rng, objective):
-    """Advantages are normalised over the tokens of the whole step: two replicas with unequal numbers of micro-batches
-    and tokens must come to what one micro-batch of everything gives."""
-    s = packed(lengths=LENGTHS, log_z=False)
-    s = replace(s, value=torch.randn(sum(LENGTHS), generator=rng, dtype=torch.float64))
-    whole = objective.prepare([s], lambda x: x, 8)[0]
-    parts = [part(s, a, b) for a, b in ((0, 2), (2, 3), (3, 8))]
-    first, second = on_replicas(objective, [parts[:2], parts[2:]], 8)
-    for name, expected in whole.items():
-        torch.testing.assert_close(torch.cat([p[name] for p in first + second]), expected, rtol=1e-12, atol=1e-13)
-
-
-def part(s, start, stop):
-    """Sequences start to stop of a micro-batch, as one of its own."""
-    a, b = s.cu_seqlens[start], s.cu_seqlens[stop]
-    tokens = {name: getattr(s, name)[a:b] for name in ("logp", "old_logp", "ref_logp", "value")}
-    return replace(s, **tokens, cu_seqlens=s.cu_seqlens[start : stop + 1] - a, credit=s.credit[start:stop])
