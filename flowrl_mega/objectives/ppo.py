@@ -57,6 +57,7 @@ class PPO(PolicyGradient):
         """The reward itself [N]: the baseline is the critic's."""
         return rewards.double()
 
+    @torch.no_grad()
     def prepare(self, batches: list[Sequences], total: Total, groups: int) -> list[dict[str, Tensor]]:
         """Advantages and returns, "advantage" and "returns" [T]."""
         advantages, returns = [], []
