@@ -151,6 +151,12 @@ def test_controller_of_ziegler(kl_now, change):
     assert after.model_copy(update={"kl_coef": 0.3}) == objective
 
 
+def test_a_horizon_shorter_than_a_step_cannot_turn_the_kl_around():
+    """1 - 0.2 n / horizon is negative where n > 5 horizon: training would then flee the reference."""
+    objective = PPO(kl_coef=0.3, kl_target=0.1, kl_horizon=100)
+    assert objective.adapted({"kl": 0.01}, 4096).kl_coef == pytest.approx(0.3 * 0.8)
+
+
 def test_without_a_target_the_coefficient_stays():
     """A fixed coefficient is the default, and must stay one whatever the KL does."""
     objective = PPO(kl_coef=0.3)
