@@ -45,6 +45,16 @@ class PPO(PolicyGradient):
         "token", description="of an update: mean over its answers of their token means, or over all its tokens"
     )
 
+    @field_validator("kl_in")
+    @classmethod
+    def _pulls(cls, value: str, info: ValidationInfo) -> str:
+        if value == "loss" and info.data.get("kl_coef") and info.data.get("kl_estimator") == "k1":
+            raise ValueError(
+                "pulls at nothing with objective.kl_estimator = k1, whose gradient is 0 on average; set kl_estimator "
+                "to k2 or k3"
+            )
+        return value
+
     @field_validator("kl_target")
     @classmethod
     def _can_adapt(cls, value: float | None, info: ValidationInfo) -> float | None:

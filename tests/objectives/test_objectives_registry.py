@@ -83,6 +83,7 @@ def test_every_objective_does_what_the_trainer_asks(name, packed, rng):
         ({"name": "ppo", "lam": -0.1}, ["objective.lam", "-0.1"]),
         ({"name": "ppo", "value_clip": 0}, ["objective.value_clip", "0"]),
         ({"name": "ppo", "kl_in": "both"}, ["objective.kl_in", "both", "reward", "loss"]),
+        ({"name": "ppo", "kl_in": "loss", "kl_coef": 0.1}, ["objective.kl_in", "kl_estimator", "k1", "k2", "k3"]),
         ({"name": "ppo", "kl_target": 0}, ["objective.kl_target", "0"]),
         ({"name": "ppo", "kl_target": 0.1}, ["objective.kl_target", "kl_coef"]),
         ({"name": "ppo", "kl_coef": 0.1, "kl_target": 0.1, "kl_horizon": 0}, ["objective.kl_horizon", "0"]),
