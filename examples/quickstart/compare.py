@@ -57,9 +57,10 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"))
     options, overrides = parser.parse_known_args()
     folder: Path = options.folder
-    methods = {name: [*own, *COMMON, *overrides] for name, own in all_methods().items()}
+    common = [*COMMON, *overrides]
+    methods = {name: [*own, *common] for name, own in all_methods().items()}
 
-    starts = [Trial(f"{folder}/seed_{seed}", seed, "start", overrides) for seed in (TUNING_SEED, *SEEDS)]
+    starts = [Trial(f"{folder}/seed_{seed}", seed, "start", common) for seed in (TUNING_SEED, *SEEDS)]
     tuning = tuning_trials(folder, methods)
     if code := run(folder, "start", starts) or run(folder, "tuning", list(tuning.values())):
         return code
