@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 Table = Mapping[str, Mapping[str, Any]]
@@ -20,7 +22,7 @@ Curves = Mapping[str, Sequence[Mapping[str, Any]]]
 
 # Okabe and Ito's palette: told apart with every kind of colour blindness. A method looks the same in every picture.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-KNOWN = {"flowrl": PALETTE[0], "grpo": PALETTE[1], "grpo_kl": PALETTE[2]}
+KNOWN = {"flowrl": PALETTE[0], "grpo": PALETTE[1], "grpo_kl": PALETTE[2], "ppo": PALETTE[3]}
 START_COLOUR = "#333333"
 MARKERS = "osD^vPX<>"
 LABELS = {
@@ -28,6 +30,9 @@ LABELS = {
     "flowrl": "FlowRL",
     "grpo": "GRPO",
     "grpo_kl": "GRPO + KL",
+    "gspo": "GSPO",
+    "ppo": "PPO",
+    "reinforce_pp": "REINFORCE++",
     "pass_rate": "pass rate",
     "distinct": "distinct right answers",
     "kl": "KL to the reference",
@@ -59,14 +64,17 @@ def training_curves(curves: Curves, path: str | Path, names: Sequence[str] = CUR
 def reward_against_diversity(table: Table, path: str | Path) -> None:
     """Pass rate (up) against distinct right answers (right), a labelled point a method: top right is best.
 
-    Methods named "family setting" ("grpo_kl 0.01") are one family: one colour, joined by a line in the table's order.
+    Methods named "family value" ("grpo_kl 0.01") or "family, variant" ("grpo, token mean") are one family: one colour.
+    Those with values are a sweep, joined by a line in the table's order.
     """
-    figure = _figure(6.4, 4.4)
+    # The list of names takes its width and height from the axes, which need half of a wide picture.
+    figure = _figure(6.4, 4.4) if len(table) <= len(MARKERS) else _figure(10.0, max(5.4, 0.28 * len(table)))
     axes = _plain(figure.add_subplot(), "")
     colours = _colours(table)
     for family in dict.fromkeys(map(_family, table)):
-        points = [(row["distinct"], row["pass_rate"]) for method, row in table.items() if _family(method) == family]
-        axes.plot(*zip(*points, strict=True), color=colours[family], linewidth=1.2, alpha=0.5)
+        sweep = [row for method, row in table.items() if method.startswith(f"{family} ")]
+        points = [[row["distinct"] for row in sweep], [row["pass_rate"] for row in sweep]]
+        axes.plot(*points, color=colours[family], linewidth=1.2, alpha=0.5)
     for place, (method, row) in enumerate(table.items()):
         axes.errorbar(
             row["distinct"],
@@ -75,11 +83,12 @@ def reward_against_diversity(table: Table, path: str | Path) -> None:
             yerr=row.get("pass_rate_std"),
             fmt=MARKERS[place % len(MARKERS)],
             color=colours[_family(method)],
-            label=_label(method),
+            ecolor=to_rgba(colours[_family(method)], 0.6),
+            label=label(method),
             markersize=9,
             markeredgecolor="white",
-            elinewidth=1.3,
-            capsize=3,
+            elinewidth=1.2,
+            capsize=2,
         )
     axes.grid(alpha=0.25)
     axes.set(xlabel="distinct right answers", ylabel="pass rate")
@@ -103,7 +112,7 @@ def quickstart_figure(summary: Mapping[str, Any], curves: Curves, path: str | Pa
         over_time = _plain(figure.add_subplot(2, 2, 2 * line + 2, sharey=bars), f"{LABELS[name]}, held-out prompts")
         for method, rows in curves.items():
             steps, values = _points(rows, name)
-            over_time.plot(steps, values, color=_colours(table)[_family(method)], label=_label(method), linewidth=2)
+            over_time.plot(steps, values, color=_colours(table)[_family(method)], label=label(method), linewidth=2)
         over_time.set_xlabel("step" if line else "")
     _legend_above(figure, figure.axes[1], len(curves))
     _save(figure, path)
@@ -114,7 +123,7 @@ def _bars(axes: Axes, table: Table, name: str) -> None:
     methods = [method for method in table if method != "start"]
     values = [table[method][name] for method in methods]
     bars = axes.bar(
-        [_label(method) for method in methods],
+        [label(method) for method in methods],
         values,
         width=0.6,
         color=[_colours(table)[_family(method)] for method in methods],
@@ -133,7 +142,7 @@ def _has_std(table: Table, name: str) -> bool:
 def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, method: str, colour: str) -> None:
     steps, values = _points(rows, name)
     axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
-    axes.plot(steps, _running_mean(values, len(values) // 40), color=colour, linewidth=2, label=_label(method))
+    axes.plot(steps, _running_mean(values, len(values) // 40), color=colour, linewidth=2, label=label(method))
 
 
 def _points(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
@@ -157,12 +166,14 @@ def _colours(methods: Iterable[str]) -> dict[str, str]:
 
 
 def _family(method: str) -> str:
-    return method.partition(" ")[0]
+    """ "grpo" of "grpo, token mean", and "grpo_kl" of "grpo_kl 0.05"."""
+    return re.split("[ ,]", method, maxsplit=1)[0]
 
 
-def _label(method: str) -> str:
-    family, space, setting = method.partition(" ")
-    return LABELS.get(family, family) + space + setting
+def label(method: str) -> str:
+    """A method's name as it is shown."""
+    family = _family(method)
+    return LABELS.get(family, family) + method[len(family) :]
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -92,6 +92,28 @@ def test_reward_against_diversity_places_and_names_each_method(drawn, tmp_path):
     assert_picture(tmp_path / "scatter.png")
 
 
+def test_variants_share_a_colour_but_are_no_sweep(drawn, tmp_path):
+    """A line between methods says that a setting goes from one to the other. With many methods, too, every one has a
+    look of its own, and the list of names leaves the axes half of the picture."""
+    names = ["flowrl", "flowrl, no w", "grpo", "grpo, token mean", "grpo_kl 0.1", "grpo_kl 0.2", "grpo_kl, k2", "ppo"]
+    names += ["ppo, KL 0.1", "reinforce_pp", "reinforce_pp, KL 0.1, a very long name indeed", "gspo"]
+    plots.reward_against_diversity(
+        {n: {"pass_rate": i, "distinct": i} for i, n in enumerate(names)}, tmp_path / "a.png"
+    )
+    (figure,) = drawn
+    (axes,) = figure.axes
+    points = [bars.lines[0] for bars in axes.containers]
+    assert points[2].get_color() == points[3].get_color() and points[4].get_color() == points[6].get_color()
+    assert len({(p.get_color(), p.get_marker()) for p in points}) == len(names)
+    drawn_through = [
+        list(line.get_xdata()) for line in axes.lines if line.get_linestyle() == "-" and len(line.get_xdata())
+    ]
+    assert drawn_through == [[4, 5]]
+    assert "REINFORCE++, KL 0.1, a very long name indeed" in [text.get_text() for text in axes.get_legend().texts]
+    assert_no_overlaps(figure)
+    assert axes.get_window_extent().width > 0.4 * figure.bbox.width
+
+
 def test_quickstart_figure_shows_bars_start_and_curves(drawn, tmp_path):
     """The README's picture: bars at the summary's numbers, the start as a dashed line, equal colours left and right."""
     plots.quickstart_figure({"methods": TABLE, "seeds": [0]}, CURVES, tmp_path / "quickstart.png")
