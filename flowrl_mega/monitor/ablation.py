@@ -53,7 +53,7 @@ def table(summary: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> str
     """
     names = list(dict.fromkeys(name for row in summary.values() for name in row["mean"]))
     names.sort(key=lambda name: (name == "seconds", name.startswith(HELD_OUT)))  # stable: else as they came
-    lines = [["", "seeds", *(heading(name) for name in names)]]
+    lines = [["cell", "seeds", *(heading(name) for name in names)]]
     digits = {name: _decimals([row["mean"].get(name, 0.0) for row in summary.values()]) for name in names}
     for cell, row in summary.items():
         done = len(row["runs"])

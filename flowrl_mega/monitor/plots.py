@@ -123,13 +123,13 @@ def ablation_figure(cells: Mapping[str, Sequence[tuple[Records, Records]]], path
     panels = [(0, name) for name in ("reward", "entropy")] + [(1, name) for name in held_out if name != "step"]
     columns = min(len(panels), 3)
     lines = math.ceil(len(panels) / columns)
-    longest = max(map(len, cells))
-    legend_columns = min(len(cells), max(1, int(4.0 * columns * 12 / (longest + 6))))  # 12 letters an inch, 6 the line
-    legend_lines = math.ceil(len(cells) / legend_columns)
-    figure = _figure(4.0 * columns, 2.7 * lines + 0.25 + 0.21 * legend_lines)
+    name_width = (max(map(len, cells)) + 6) / 12  # inches, with the line before it
+    width = max(4.0 * columns, name_width)
+    legend_columns = min(len(cells), int(width / name_width), 6)
+    figure = _figure(width, 2.7 * lines + 0.25 + 0.21 * math.ceil(len(cells) / legend_columns))
     for place, (kind, name) in enumerate(panels, start=1):
         title = LABELS.get(name, heading(name))
-        axes = _plain(figure.add_subplot(lines, columns, place), f"held-out: {title}" if kind else title)
+        axes = _plain(figure.add_subplot(lines, columns, place), f"held-out {title}" if kind else title)
         axes.set_xlabel("step")
         for number, (cell, seeds) in enumerate(cells.items()):
             style = LINE_STYLES[number // len(PALETTE) % len(LINE_STYLES)]
