@@ -186,9 +186,9 @@ def cell_names(choices: Sequence[Choice]) -> list[str]:
 
 
 def _word(value: Any) -> str:
-    """A value as part of a file name; a mapping's `name` goes without its key."""
+    """A value as part of a file name; a mapping's `name` goes without its key, and {} means the defaults."""
     if isinstance(value, Mapping):
-        return "-".join(_word(v) if key == "name" else f"{key}={_word(v)}" for key, v in value.items())
+        return "-".join(_word(v) if key == "name" else f"{key}={_word(v)}" for key, v in value.items()) or "default"
     if isinstance(value, list):
         return "-".join(map(_word, value))
     text = value if isinstance(value, str) else json.dumps(value, default=str)

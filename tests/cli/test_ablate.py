@@ -66,6 +66,7 @@ def test_settings_that_change_together() -> None:
         ([{"optimizer.lr": 0.5, "critic.optimizer.lr": None}], ["optimizer.lr=0.5,critic.optimizer.lr=null"]),
         ([{"objective": {"name": "flowrl", "beta": 6, "z": None}}], ["objective=flowrl-beta=6-z=null"]),
         ([{"model.path": "../models/Qwen 2.5"}], ["path=..-models-Qwen-2.5"]),
+        ([{"objective.name": "ppo", "critic": {}}], ["name=ppo,critic=default"]),
         ([{"optimizer.betas": [0.9, 0.95]}], ["betas=0.9-0.95"]),
     ],
 )  # fmt: skip
@@ -163,6 +164,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ["--vary", "batch.mini_batch=8,4", "--vary", "rollout.group_size=4,3"],
         ["cell mini_batch=8,group_size=3: batch.mini_batch = 8", "divisor of 12"],
     ),
+    "PPO without a critic": (["--vary", "objective.name=grpo,ppo"], ["cell name=ppo: ", "critic = None"]),
     "no such model": (["--vary", "model.path=nowhere"], ["cell path=nowhere: model.path = 'nowhere'"]),
     "twice": (["--vary", "steps=3,4", "--vary", "steps=5,6"], ["--vary steps: this setting is given twice"]),
     "varied and set": (["--vary", "steps=3,4", "--steps=5"], ["--vary steps: this setting is given twice"]),
