@@ -164,7 +164,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ["--vary", "batch.mini_batch=8,4", "--vary", "rollout.group_size=4,3"],
         ["cell mini_batch=8,group_size=3: batch.mini_batch = 8", "divisor of 12"],
     ),
-    "PPO without a critic": (["--vary", "objective.name=grpo,ppo"], ["cell name=ppo: ", "critic = None"]),
+    "PPO without a critic": (["--vary", "objective=[{name: grpo}, {name: ppo}]"], ["cell objective=ppo: critic = None"]),
     "no such model": (["--vary", "model.path=nowhere"], ["cell path=nowhere: model.path = 'nowhere'"]),
     "twice": (["--vary", "steps=3,4", "--vary", "steps=5,6"], ["--vary steps: this setting is given twice"]),
     "varied and set": (["--vary", "steps=3,4", "--steps=5"], ["--vary steps: this setting is given twice"]),
@@ -184,7 +184,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_refused_before_anything_runs(case: str, model: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_refused_before_anything_runs(case: str, trains: Trains, model: Path, tmp_path: Path, capsys: Capture) -> None:
     arguments, parts = BAD[case]
     config = write_config(tmp_path, model)
     assert cli.main(["ablate", str(config), *arguments]) == 2
@@ -192,7 +192,7 @@ def test_refused_before_anything_runs(case: str, model: Path, tmp_path: Path, ca
     assert said.out == "" and said.err.startswith("flowrl-mega: ") and said.err.count("\n") == 1
     for part in parts:
         assert part in said.err, said.err
-    assert sorted(tmp_path.iterdir()) == [config], "nothing may be written"
+    assert trains.ran == [] and sorted(tmp_path.iterdir()) == [config], "nothing may run or be written"
 
 
 def test_not_as_one_of_many(model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
