@@ -164,7 +164,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ["--vary", "batch.mini_batch=8,4", "--vary", "rollout.group_size=4,3"],
         ["cell mini_batch=8,group_size=3: batch.mini_batch = 8", "divisor of 12"],
     ),
-    "PPO without a critic": (["--vary", "objective=[{name: grpo}, {name: ppo}]"], ["cell objective=ppo: critic = None"]),
+    "PPO without a critic": (
+        ["--vary", "objective=[{name: grpo}, {name: ppo}]"],
+        ["cell objective=ppo: critic = None", "critic={}"],
+    ),
     "no such model": (["--vary", "model.path=nowhere"], ["cell path=nowhere: model.path = 'nowhere'"]),
     "twice": (["--vary", "steps=3,4", "--vary", "steps=5,6"], ["--vary steps: this setting is given twice"]),
     "varied and set": (["--vary", "steps=3,4", "--steps=5"], ["--vary steps: this setting is given twice"]),
@@ -378,6 +381,7 @@ CLI = [sys.executable, "-m", "flowrl_mega.cli", "ablate"]
 
 @pytest.mark.integration
 @pytest.mark.ranks
+@pytest.mark.timeout(900)
 def test_a_real_grid_stopped_killed_and_gone_on_with(model: Path, tmp_path: Path) -> None:
     """Two cells, two seeds: SIGTERM in the second run, SIGKILL in the third. In the end all have the records, to the
     bit, of a plain `train` with these settings that nothing disturbed."""
