@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+
+from flowrl_mega.monitor.ablation import Records, heading
 
 Table = Mapping[str, Mapping[str, Any]]
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -41,6 +44,7 @@ LABELS = {
     "tokens_per_second": "tokens / s",
 }
 BEHIND_NUMBERS = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # the start line may pass there
+LINE_STYLES = ("-", "--", ":", "-.")
 CURVES = ("reward", "entropy", "kl", "loss", "log_z", "grad_norm", "response_length", "tokens_per_second")
 
 
@@ -116,6 +120,47 @@ def quickstart_figure(summary: Mapping[str, Any], curves: Curves, path: str | Pa
         over_time.set_xlabel("step" if line else "")
     _legend_above(figure, figure.axes[1], len(curves))
     _save(figure, path)
+
+
+def ablation_figure(cells: Mapping[str, Sequence[tuple[Records, Records]]], path: str | Path) -> None:
+    """Learning curves of an ablation: reward, entropy and each held-out figure. A cell is a line, the mean of its
+    seeds, in a band of ± a sample standard deviation.
+
+    `cells` is cell -> for each seed its records of steps and those of evaluations.
+    """
+    held_out = dict.fromkeys(n for seeds in cells.values() for _, rows in seeds for row in rows for n in row)
+    panels = [(0, name) for name in ("reward", "entropy")] + [(1, name) for name in held_out if name != "step"]
+    columns = min(len(panels), 3)
+    lines = math.ceil(len(panels) / columns)
+    name_width = (max(map(len, cells)) + 6) / 12  # inches, with the line before it
+    width = max(4.0 * columns, name_width)
+    legend_columns = min(len(cells), int(width / name_width), 6)
+    figure = _figure(width, 2.7 * lines + 0.25 + 0.21 * math.ceil(len(cells) / legend_columns))
+    for place, (kind, name) in enumerate(panels, start=1):
+        title = LABELS.get(name, heading(name))
+        axes = _plain(figure.add_subplot(lines, columns, place), f"held-out {title}" if kind else title)
+        axes.set_xlabel("step")
+        for number, (cell, seeds) in enumerate(cells.items()):
+            style = LINE_STYLES[number // len(PALETTE) % len(LINE_STYLES)]
+            curves = [_points(records[kind], name) for records in seeds]
+            _band(axes, curves, cell, PALETTE[number % len(PALETTE)], style)
+    _legend_above(figure, figure.axes[0], legend_columns)
+    _save(figure, path)
+
+
+def _band(axes: Axes, curves: Sequence[tuple[list[int], list[float]]], label: str, colour: str, style: str) -> None:
+    """Mean and standard deviation, at each step, of the curves that have it; many steps are smoothed first."""
+    at: dict[int, list[float]] = {}
+    for steps, values in curves:
+        for step, value in zip(steps, _running_mean(values, len(values) // 40), strict=True):
+            at.setdefault(step, []).append(value)
+    steps = sorted(at)
+    mean = [statistics.fmean(at[step]) for step in steps]
+    std = [statistics.stdev(at[step]) if len(at[step]) > 1 else 0.0 for step in steps]
+    axes.plot(steps, mean, color=colour, linestyle=style, linewidth=2, label=label)
+    if any(std):
+        low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def _bars(axes: Axes, table: Table, name: str) -> None:

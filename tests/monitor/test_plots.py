@@ -1,6 +1,7 @@
 """The pictures: right data in the right place (checked on the drawn objects), and a PNG of the expected size."""
 
 import matplotlib.image
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -129,6 +130,62 @@ def test_quickstart_figure_shows_bars_start_and_curves(drawn, tmp_path):
     assert matplotlib.colors.same_color(grpo.get_color(), pass_bars.patches[0].get_facecolor())
     assert_no_overlaps(figure)
     assert_picture(tmp_path / "quickstart.png")
+
+
+def ablation(seeds, cells, name_length, figures=("reward", "pass_rate", "distinct")):
+    """Cells with names of this length, and [cells, seeds, 11 steps] of random numbers for each of their figures."""
+    draw = np.random.default_rng(0).uniform(size=(len(figures), cells, seeds, 11))
+    names = [f"weight={'x' * name_length}"[: name_length - 2] + f"{cell:02}" for cell in range(cells)]
+    return draw, {
+        name: [
+            (
+                [{"step": s + 1, "reward": r, "entropy": 2.0} for s, r in enumerate(draw[0, cell, seed])],
+                [{"step": 20 * s, **dict(zip(figures, draw[:, cell, seed, s], strict=True))} for s in range(11)],
+            )
+            for seed in range(seeds)
+        ]
+        for cell, name in enumerate(names)
+    }
+
+
+def test_ablation_figure_draws_mean_and_deviation(drawn, tmp_path):
+    """Against NumPy, over seeds; a null is left out of the mean of its step."""
+    numbers, cells = ablation(seeds=3, cells=2, name_length=20)
+    first = next(iter(cells))
+    cells[first][0][1][4]["pass_rate"] = None
+    plots.ablation_figure(cells, tmp_path / "ablation.png")
+    (figure,) = drawn
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["reward", "entropy", "held-out reward", "held-out pass rate", "held-out distinct right answers"]
+    for axes, steps, values in (
+        (figure.axes[0], range(1, 12), numbers[0]),
+        (figure.axes[4], range(0, 201, 20), numbers[2]),
+    ):
+        mean, std = values.mean(1), values.std(1, ddof=1)
+        for cell, (line, band) in enumerate(zip(axes.lines, axes.collections, strict=True)):
+            assert list(line.get_xdata()) == list(steps)
+            np.testing.assert_allclose(line.get_ydata(), mean[cell])
+            edge = {round(float(y), 9) for _, y in band.get_paths()[0].vertices}
+            for sign in (-1, 1):
+                assert edge >= {round(float(y), 9) for y in mean[cell] + sign * std[cell]}
+    assert figure.axes[3].lines[0].get_ydata()[4] == pytest.approx(numbers[1, 0, 1:, 4].mean())
+    assert not figure.axes[1].collections, "no spread, no band"
+    assert_no_overlaps(figure)
+
+
+@pytest.mark.parametrize(("cells", "name_length"), [(1, 12), (6, 60), (13, 12), (2, 129)])
+def test_ablation_figure_can_be_read(cells, name_length, drawn, tmp_path):
+    """Many cells look different and long names stay on the picture; without an evaluation it has two panels."""
+    _, curves = ablation(seeds=1, cells=cells, name_length=name_length)
+    if cells == 2:
+        curves = {name: [(steps, []) for steps, _ in seeds] for name, seeds in curves.items()}
+    plots.ablation_figure(curves, tmp_path / "ablation.png")
+    (figure,) = drawn
+    assert len(figure.axes) == (2 if cells == 2 else 5)
+    assert len({(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}) == cells
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(curves)
+    assert_no_overlaps(figure)
+    assert_picture(tmp_path / "ablation.png")
 
 
 def test_unknown_methods_get_colours_of_their_own():
