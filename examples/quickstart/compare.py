@@ -30,7 +30,7 @@ from flowrl_mega.monitor.plots import label, reward_against_diversity
 
 CONFIG = Path(__file__).with_name("quickstart.yaml")
 BETA = 2
-RATES = (5e-4, 1e-3)
+RATES = (2e-4, 5e-4)  # in an earlier comparison at 5e-4 and 1e-3 no method took 1e-3
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
 NEAR_BEST = 0.02
 # At a constant rate; the quick start lets its own decay.
@@ -104,8 +104,9 @@ def all_methods() -> Methods:
         f"flowrl, beta {BETA}": [f"objective={{{raw}}}"],
         f"flowrl, beta {BETA}, no w": [f"objective={{{raw}, weight: none}}"],
         "grpo": ["objective={name: grpo}"],
-        # Its paper's clip of 3e-4 is for answers of thousands of tokens; here it has GRPO's.
-        "gspo": ["objective={name: gspo, clip_eps: 0.2, clip_eps_high: 0.2}"],
+        # The clip is for the ratio of a mean: its paper's 3e-4 and 4e-4 are for answers of thousands of tokens. GRPO's
+        # 0.2 came to a pass rate of 0.60 after 100 steps of the tuning seed, this to 0.92.
+        "gspo": ["objective={name: gspo, clip_eps: 0.03, clip_eps_high: 0.04}"],
     }
     return one_update | {f"{name}, 4 updates": [*own, FOUR_UPDATES] for name, own in four_updates.items()}
 
