@@ -59,7 +59,7 @@ def merge_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     merged = {}
     for name in names:
         values = [update[name] for update in updates if name in update]
-        largest = name.startswith("max_") or name == "skipped_updates"
+        largest = name.startswith("max_") or name.endswith("skipped_updates")
         merged[name] = max(values) if largest else sum(values) / len(values)
     return merged
 
