@@ -10,16 +10,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import exact_space
 import pytest
 import torch
-from exact_space import Trained
 from rank_pool import RankPool
 from torch import Tensor
 
+from examples.exact import space, targets
+from examples.exact.job import Trained, train
+
 pytestmark = [pytest.mark.exact, pytest.mark.ranks, pytest.mark.timeout(1800)]
 
-STEPS, ANSWERS = 280, 192
+STEPS, WATCH = 280, 5
 BETA, BETA_PER_TOKEN = 3.0, 1.0  # without and with length normalisation: the same pull at three tokens
 FLOWRL = {"name": "flowrl", "beta": BETA, "reward_norm": "none", "weight": "paper", "length_norm": False}
 METHODS: dict[str, dict[str, Any]] = {
@@ -33,12 +34,12 @@ TOLERANCE = 0.02  # of KL (nats) and of log Z
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exact_space.write_task(tmp_path_factory.mktemp("exact"))
+    return space.write_task(tmp_path_factory.mktemp("exact"))
 
 
 @pytest.fixture(scope="module")
 def ref_logp(task: Path) -> Tensor:
-    return exact_space.reference_logp(task)
+    return space.reference_logp(task)
 
 
 class Runs:
@@ -49,13 +50,9 @@ class Runs:
 
     def __getitem__(self, method: str) -> Trained:
         if method not in self.done:
-            sections = {
-                "rollout": {"prompts_per_step": 3, "group_size": ANSWERS, "max_tokens": exact_space.MAX_TOKENS},
-                "optimizer": {"lr": 1e-3, "log_z_lr": 5e-4, "weight_decay": 0.0},
-                "objective": METHODS[method],
-            }
             steps = 0 if method == "start" else STEPS
-            first, second = self.pool.run(exact_space.train, self.task, method, steps, sections, timeout=800)
+            where = (self.task, self.task / method, steps, {"objective": METHODS[method]})
+            first, second = self.pool.run(train, *where, tp=2, watch=WATCH, timeout=800)
             torch.testing.assert_close(first.logp, second.logp, rtol=0, atol=0)  # both ranks see one policy
             self.done[method] = first
         return self.done[method]
@@ -68,9 +65,9 @@ def runs(ranks2: RankPool, task: Path) -> Runs:
 
 def row(name: str, run: Trained, log_p: Tensor, log_z: Tensor) -> str:
     """One line of the table: mean and largest KL(pi || pi*), E[r], the largest error of log Z."""
-    kl = run.kl(log_p)
+    kl = targets.kl(run.logp, log_p)
     error = f"{largest_error(run.log_z, log_z):14.4f}" if run.log_z is not None else f"{'-':>14}"
-    return f"{name:14} {kl.mean():12.4f} {kl.max():12.4f} {run.expected_reward():8.4f} {error}"
+    return f"{name:14} {kl.mean():12.4f} {kl.max():12.4f} {targets.mean_reward(run.logp):8.4f} {error}"
 
 
 def largest_error(log_z: Tensor | None, exact: Tensor) -> float:
@@ -80,7 +77,7 @@ def largest_error(log_z: Tensor | None, exact: Tensor) -> float:
 
 def check_temperature(run: Trained, ref_logp: Tensor, beta: float, length_norm: bool) -> None:
     """A small KL alone does not tell beta from 1.1 beta."""
-    measured = float(run.inverse_temperature(ref_logp, length_norm).mean())
+    measured = float(targets.inverse_temperature(run.logp, ref_logp, length_norm).mean())
     assert abs(measured / beta - 1) < 0.05, f"beta = {beta}, but the policy follows {measured:.3f}"
 
 
@@ -99,22 +96,23 @@ def test_every_outcome_is_listed(runs: Runs, ref_logp: Tensor) -> None:
     for logp in (ref_logp, start):
         torch.testing.assert_close(logp.exp().sum(1), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-6)
     torch.testing.assert_close(start, ref_logp, rtol=0, atol=1e-5)
-    log_p, _ = exact_space.target(ref_logp, BETA, False)
-    torch.testing.assert_close(log_p, (ref_logp + BETA * exact_space.rewards()).log_softmax(1))
-    assert runs["start"].kl(log_p).mean() > 10 * TOLERANCE, "a target this near would be met without training"
+    log_p, _ = targets.free_target(ref_logp, BETA, False)
+    torch.testing.assert_close(log_p, (ref_logp + BETA * space.rewards()).log_softmax(1))
+    assert targets.kl(start, log_p).mean() > 10 * TOLERANCE, "a target this near would be met without training"
 
 
 def test_flowrl_becomes_the_reward_distribution_and_grpo_does_not(
     runs: Runs, ref_logp: Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Check 2. A policy still off its target biases log Z by -KL(pi || pi*), so the tolerance holds for both."""
-    log_p, log_z = exact_space.target(ref_logp, BETA, False)
+    log_p, log_z = targets.free_target(ref_logp, BETA, False)
     table = report(capsys, "exact", [row(name, runs[name], log_p, log_z) for name in ("start", "flowrl", "grpo")])
-    flowrl, kl = runs["flowrl"], runs["flowrl"].kl(log_p).mean()
+    flowrl, kl = runs["flowrl"], targets.kl(runs["flowrl"].logp, log_p).mean()
     assert kl < TOLERANCE, table
     assert largest_error(flowrl.log_z, log_z) < TOLERANCE, table
-    assert runs["grpo"].kl(log_p).mean() > 10 * max(kl, TOLERANCE), table
-    assert runs["grpo"].expected_reward() > flowrl.expected_reward() > runs["start"].expected_reward() + 0.1, table
+    assert targets.kl(runs["grpo"].logp, log_p).mean() > 10 * max(kl, TOLERANCE), table
+    grpo, ours, start = (targets.mean_reward(runs[name].logp) for name in ("grpo", "flowrl", "start"))
+    assert grpo > ours > start + 0.1, table
     check_temperature(flowrl, ref_logp, BETA, False)
 
 
@@ -122,9 +120,9 @@ def test_length_normalised_flowrl_reaches_its_own_target(
     runs: Runs, ref_logp: Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Check 3: with 1/|y| and answers of one to three tokens, pi* = pi_ref e^{|y| (beta r - c)} and log Z is c."""
-    log_p, log_z = exact_space.target(ref_logp, BETA_PER_TOKEN, True)
+    log_p, log_z = targets.free_target(ref_logp, BETA_PER_TOKEN, True)
     table = report(capsys, "exact, 1/|y|", [row(name, runs[name], log_p, log_z) for name in ("start", "flowrl_norm")])
-    run, kl = runs["flowrl_norm"], runs["flowrl_norm"].kl(log_p).mean()
+    run, kl = runs["flowrl_norm"], targets.kl(runs["flowrl_norm"].logp, log_p).mean()
     assert kl < TOLERANCE, table
     assert largest_error(run.log_z, log_z) < TOLERANCE, table
     check_temperature(run, ref_logp, BETA_PER_TOKEN, True)
@@ -134,7 +132,7 @@ def test_length_normalised_flowrl_reaches_its_own_target(
 def test_the_logged_log_z_is_the_exact_one(runs: Runs, ref_logp: Tensor, method: str) -> None:
     """The number that a user watches in metrics.jsonl is the normaliser, and no update was skipped."""
     settings = METHODS[method]
-    _, log_z = exact_space.target(ref_logp, settings["beta"], settings["length_norm"])
+    _, log_z = targets.free_target(ref_logp, settings["beta"], settings["length_norm"])
     lines = runs[method].metrics
     assert len(lines) == STEPS and lines[-1]["skipped_updates"] == 0
     logged = sum(line["log_z"] for line in lines[-20:]) / 20
