@@ -30,6 +30,19 @@ class Settings(BaseModel):
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise"]
 
 
+class LogZ(Settings):
+    """Which partition function the model has: what FlowRL's settings of `objective` ask of it."""
+
+    kind: Literal["mlp", "mlp-detached", "zero", "constant", "group"] = "mlp"
+    prompt: Literal["all", "drop-last"] = "all"
+    dropout: float = 0.0
+
+    @property
+    def learned(self) -> bool:
+        """Whether the model has parameters for it."""
+        return self.kind not in ("zero", "group")
+
+
 class ModelSettings(Settings):
     path: str = Field(description="Hugging Face folder with *.safetensors and tokenizer, or a Megatron checkpoint")
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -252,7 +265,8 @@ def _explain(model: type[Settings], details: Any, where: str) -> tuple[str, str]
         return field, f"{field}: no such setting; {nearest(location[-1], names)}"
     if details["type"] == "missing" and isinstance(details["loc"][-1], str):
         return field, f"{field}: missing; set it in the YAML file or with --{field}=VALUE"
-    return field, f"{field} = {details['input']!r}: {details['msg'][0].lower()}{details['msg'][1:]}"
+    message = details["msg"].removeprefix("Value error, ")  # what pydantic puts before a message of ours
+    return field, f"{field} = {details['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def _own_names(model: type[Settings], location: tuple[str | int, ...]) -> list[str]:

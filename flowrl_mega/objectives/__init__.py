@@ -1,7 +1,8 @@
 """Training objectives: pure functions from per-token log-probs to a loss.
 
 Adding one is one file and one line: subclass `Objective` in its own module (settings as fields, `credit`, `loss`),
-then name it in REGISTRY. The trainer asks the objective what it needs (`needs_reference`, `log_z`) and nothing else.
+then name it in REGISTRY. The trainer asks the objective what it needs (`needs_reference`, `needs_critic`, `log_z`) and
+nothing else.
 """
 
 from __future__ import annotations
@@ -13,12 +14,20 @@ from flowrl_mega.config import ConfigError, validated
 from flowrl_mega.objectives.common import LossOutput, Objective, Sequences
 from flowrl_mega.objectives.flowrl import FlowRL
 from flowrl_mega.objectives.grpo import GRPO
+from flowrl_mega.objectives.gspo import GSPO
+from flowrl_mega.objectives.ppo import PPO
+from flowrl_mega.objectives.reinforce_pp import ReinforcePP
 
-__all__ = ["GRPO", "REGISTRY", "FlowRL", "LossOutput", "Objective", "Sequences", "build"]
+__all__ = [
+    "GRPO", "GSPO", "PPO", "REGISTRY", "FlowRL", "LossOutput", "Objective", "ReinforcePP", "Sequences", "build",
+]  # fmt: skip
 
 REGISTRY: dict[str, type[Objective]] = {
     "flowrl": FlowRL,
     "grpo": GRPO,
+    "gspo": GSPO,
+    "ppo": PPO,
+    "reinforce_pp": ReinforcePP,
 }
 
 

@@ -7,17 +7,18 @@ Log-probabilities are in nats. A token's value belongs to sequence b when cu_seq
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from flowrl_mega.config import Settings
+from flowrl_mega.config import LogZ, Settings
 
-LogZ = Literal["mlp", "zero", "constant"]
+Total = Callable[[Tensor], Tensor]  # adds a tensor up over the data-parallel replicas
 
 STD_EPS = 1e-6  # added to a group's standard deviation, as the authors' code does
 LARGEST_LOG_WEIGHT = 300.0  # of a trajectory: the sum over a step of e^(2 * 300) is still a float64
@@ -38,6 +39,9 @@ class Sequences:
     cu_seqlens: Tensor  # [B + 1] int64, starts at 0 and ends at T
     credit: Tensor  # [B] what `Objective.credit` gave these responses
     rollout_logp: Tensor | None = None  # [T] log-probs of the sampled tokens that the engine reported
+    group: Tensor | None = None  # [B] int64, each response's prompt, by its number in the step
+    value: Tensor | None = None  # [T] the critic's V(x, y_<t), before the step's first update
+    prepared: Mapping[str, Tensor] = field(default_factory=dict)  # what `Objective.prepare` gave for this micro-batch
 
     def __post_init__(self) -> None:
         tokens, batch = self.logp.shape, self.credit.shape
@@ -46,6 +50,8 @@ class Sequences:
         assert self.ref_logp is None or self.ref_logp.shape == tokens, "ref_logp is not [T]"
         assert self.log_z is None or self.log_z.shape == batch, "log_z is not [B]"
         assert self.rollout_logp is None or self.rollout_logp.shape == tokens, "rollout_logp is not [T]"
+        assert self.group is None or self.group.shape == batch, "group is not [B]"
+        assert self.value is None or self.value.shape == tokens, "value is not [T]"
         assert self.cu_seqlens.shape == (batch[0] + 1,), "cu_seqlens is not [B + 1]"
         ends = self.cu_seqlens.tolist()
         assert ends[0] == 0 and ends[-1] == tokens[0], f"cu_seqlens spans {ends[0]}..{ends[-1]}, not 0..{tokens[0]}"
@@ -91,13 +97,13 @@ class Sequences:
 class LossOutput:
     """An objective's answer for one micro-batch."""
 
-    loss_sum: Tensor  # 0-dim float64, the SUM over sequences; the trainer divides once, by the step's sequence count
-    count: int  # B
+    loss_sum: Tensor  # 0-dim float64, a SUM; the trainer divides once, by the counts of the whole update
+    count: int  # B, or T where the loss is a mean over tokens
     metrics: dict[str, Tensor]  # each [B], detached; logged as the step's mean, or its maximum when named "max_..."
 
 
 class Objective(Settings):
-    """Base of all objectives: settings, plus two pure functions. No Megatron and no torch.distributed in here."""
+    """Base of all objectives: settings and pure functions. No Megatron and no torch.distributed in here."""
 
     name: str
     # An objective whose loss has no tokens narrows this to the first three.
@@ -112,19 +118,46 @@ class Objective(Settings):
         """Whether `Sequences.ref_logp` must be given."""
 
     @property
-    @abstractmethod
     def log_z(self) -> LogZ | None:
-        """Which partition function to build; None when the objective has none. `Sequences.log_z` is given for
-        "mlp" and "constant", and None otherwise."""
+        """Which partition function to build; None when the objective has none. `Sequences.log_z` is given where it is
+        learned, and None otherwise."""
+        return None
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether `Sequences.value` must be given, and `value_loss` trained."""
+        return False
+
+    @property
+    def needs_old_logp(self) -> bool:
+        """Whether `prepare` reads `Sequences.old_logp`; NaN is in it otherwise, where a step has one update."""
+        return False
 
     @abstractmethod
     def credit(self, rewards: Tensor, group: Tensor) -> Tensor:
         """Rewards [N] to credits [N] float64; called once a step on the whole batch. group [N] int64 names each
         response's prompt: any ids, any order, groups of any size."""
 
+    def prepare(self, batches: list[Sequences], total: Total, groups: int) -> list[dict[str, Tensor]]:
+        """What the loss needs of the whole step, by micro-batch: `Sequences.prepared` of all its updates.
+
+        Called once a step, before the first update, with this rank's micro-batches as pi_old has scored them (logp is
+        old_logp). `total` adds a tensor up over the data-parallel replicas, which all call it alike; `groups` is the
+        number of prompts in the step.
+        """
+        return [{} for _ in batches]
+
     @abstractmethod
     def loss(self, s: Sequences) -> LossOutput:
-        """The loss of one micro-batch, summed over its sequences. Its metrics include `mismatch_metrics`."""
+        """The loss of one micro-batch, summed. Its metrics include `mismatch_metrics`."""
+
+    def value_loss(self, value: Tensor, s: Sequences) -> LossOutput:
+        """The critic's loss from its values [T], with gradient; only where `needs_critic`."""
+        raise NotImplementedError(f"{self.name} has no critic")
+
+    def adapted(self, metrics: Mapping[str, float], sequences: int) -> Self:
+        """The objective of the next step, from this step's metrics and its number of sequences."""
+        return self
 
     def tis_weight(self, s: Sequences) -> tuple[Tensor, dict[str, Tensor]]:
         """Truncated importance sampling: min(pi_old / pi_rollout, tis_cap), float64 without gradient, and its metrics.
@@ -185,10 +218,11 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     return sums.index_add(0, row_of_token, values.double())
 
 
-def group_normalise(rewards: Tensor, group: Tensor) -> Tensor:
+def group_normalise(rewards: Tensor, group: Tensor, divide: bool = True) -> Tensor:
     """(r - mean_group) / (std_group + 1e-6), unbiased std; a group of one has mean 0 and std 1. [N] -> [N] float64.
 
-    Source: FlowRL's r_hat and GRPO's advantage, as the authors' code computes both. A uniform group gives 0.
+    Source: FlowRL's r_hat and GRPO's advantage, as the authors' code computes both. A uniform group gives 0. Without
+    `divide` r - mean_group alone ("Dr. GRPO", arXiv 2503.20783).
     """
     assert rewards.shape == group.shape and rewards.dim() == 1, "rewards and group are both [N]"
     r = rewards.double()
@@ -197,6 +231,8 @@ def group_normalise(rewards: Tensor, group: Tensor) -> Tensor:
     alone = size == 1
     mean = (r.new_zeros(size.shape).index_add(0, row, r) / size).masked_fill(alone, 0.0)
     centred = r - mean[row]
+    if not divide:
+        return centred
     variance = r.new_zeros(size.shape).index_add(0, row, centred.square()) / (size - 1).clamp(min=1)
     std = variance.sqrt().masked_fill(alone, 1.0)
     return centred / (std[row] + STD_EPS)

@@ -9,15 +9,16 @@ Source: "FlowRL: Matching Reward Distributions for LLM Reasoning", arXiv 2509.15
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from flowrl_mega.objectives.common import LogZ, LossOutput, Objective, Sequences, group_normalise, mismatch_metrics
+from flowrl_mega.config import LogZ
+from flowrl_mega.objectives.common import LossOutput, Objective, Sequences, Total, group_normalise, mismatch_metrics
 
-Weight = Literal["paper", "max10", "none"]
+Weight = Literal["paper", "released", "max10", "asym", "gspo", "none"]
 
 
 class FlowTerms(NamedTuple):
@@ -29,16 +30,28 @@ class FlowTerms(NamedTuple):
     clipped: Tensor  # 1.0 where w is not the ratio pi_theta / pi_old itself, else 0.0
 
 
-def trajectory_weight(sum_d: Tensor, weight: Weight, eps: float) -> tuple[Tensor, Tensor]:
+def trajectory_weight(
+    sum_d: Tensor, length: Tensor, weight: Weight, eps: float, eps_high: float = 0.28
+) -> tuple[Tensor, Tensor]:
     """w and where it was clipped, both [B] without gradient, from sum_d [B] = log pi_theta(y|x) - log pi_old(y|x).
 
-    paper: clip(e^sum_d, 1 - eps, 1 + eps), Eq. 7.  max10: min(e^sum_d, 10), the authors' later release.  none: 1.
+    paper: clip(e^sum_d, 1 - eps, 1 + eps), Eq. 7.  released: e^sum_d, the authors' first release.  max10:
+    min(e^sum_d, 10), their later one.  asym, gspo (their branches): clip(r, 1 - eps, 1 + eps_high) of r = e^sum_d, or
+    of r = e^(sum_d / |y|), the ratio of the mean token.  none: 1.
     """
     # Detached: with gradient, w would add delta^2 grad w, and the fixed point would no longer be the target.
-    ratio = sum_d.detach().exp()
+    sum_d = sum_d.detach()
+    ratio = (sum_d / length if weight == "gspo" else sum_d).exp()
     if weight == "none":
         return torch.ones_like(ratio), torch.zeros_like(ratio)
-    w = ratio.clamp(1 - eps, 1 + eps) if weight == "paper" else ratio.clamp(max=10.0)
+    low, high = {
+        "paper": (1 - eps, 1 + eps),
+        "released": (None, None),
+        "max10": (None, 10.0),
+        "asym": (1 - eps, 1 + eps_high),
+        "gspo": (1 - eps, 1 + eps_high),
+    }[weight]
+    w = ratio if low is None and high is None else ratio.clamp(low, high)
     return w, (w != ratio).to(ratio.dtype)
 
 
@@ -53,6 +66,7 @@ def flowrl_loss(
     beta: float,
     weight: Weight = "paper",
     eps: float = 0.2,
+    eps_high: float = 0.28,
     length_norm: bool = True,
 ) -> FlowTerms:
     """FlowRL's loss per sequence (Eq. 6-7) from per-sequence sums, all [B]: delta^2 is not linear in the sums, so
@@ -60,12 +74,12 @@ def flowrl_loss(
 
     log_z: log Z_phi(x), or 0.  sum_logp, sum_ref_logp: log pi_theta(y|x), log pi_ref(y|x).
     sum_d: sum over tokens of log pi_theta - log pi_old.  length: |y|.  credit: r_hat, or the raw reward.
-    The residual uses token means (sums without length_norm); the weight always uses the token sum, the ratio of
-    whole trajectories.
+    The residual uses token means (sums without length_norm); the weight uses the token sum, the ratio of whole
+    trajectories, but for `gspo`.
     """
     scale = length if length_norm else 1
     delta = log_z + sum_logp / scale - beta * credit - sum_ref_logp / scale
-    w, clipped = trajectory_weight(sum_d, weight, eps)
+    w, clipped = trajectory_weight(sum_d, length, weight, eps, eps_high)
     return FlowTerms(w * delta.square(), delta, w, clipped)
 
 
@@ -74,10 +88,18 @@ class FlowRL(Objective):
 
     name: Literal["flowrl"] = "flowrl"
     beta: float = Field(15.0, ge=0, allow_inf_nan=False, description="inverse temperature; short answers want less")
-    z: LogZ = Field("mlp", description="log Z: of the prompt's hidden states, fixed at 0, or one learned scalar")
-    weight: Weight = Field("paper", description="w: clipped to 1 +- eps, at most 10, or always 1")
-    # The paper gives no eps; 0.2 is the clip_ratio of the released scripts.
-    eps: float = Field(0.2, ge=0, lt=1, description="clip of the weight 'paper'")
+    z: Literal["mlp", "mlp-detached", "zero", "constant", "group"] = Field(
+        "mlp",
+        description="log Z: of the prompt's hidden states (detached: without gradient into them), fixed at 0, one "
+        "learned scalar, or the group's own estimate",
+    )
+    z_prompt: Literal["all", "drop-last"] = Field("all", description="prompt tokens that mlp reads; drop-last: but one")
+    z_dropout: float = Field(0.0, ge=0, lt=1, description="dropout in mlp, while training")
+    z_leave_one_out: bool = Field(False, description="an answer's own term stays out of its group's estimate")
+    weight: Weight = Field("paper", description="w: the ratio clipped, as it is, at most 10, ...; none: 1")
+    # The paper gives no eps; 0.2 is the clip_ratio of the released scripts, and 0.2 / 0.28 the recipe's.
+    eps: float = Field(0.2, ge=0, lt=1, description="the weights paper, asym and gspo are at least 1 - eps")
+    eps_high: float = Field(0.28, ge=0, allow_inf_nan=False, description="asym and gspo are at most 1 + eps_high")
     length_norm: bool = Field(True, description="token means in the residual; false: sums over the response")
     # w is the weight of a whole answer, and so is what multiplies it: L = mean of tis w delta^2.
     tis: Literal["none", "sum", "mean"] = Field(
@@ -85,22 +107,67 @@ class FlowRL(Objective):
     )
     reward_norm: Literal["group", "none"] = Field("group", description="credit: r_hat of the group, or the raw reward")
 
+    @field_validator("z_prompt", "z_dropout", "z_leave_one_out")
+    @classmethod
+    def _is_read(cls, value: Any, info: ValidationInfo) -> Any:
+        """A choice that nothing reads would pass for one that was made."""
+        of = ("group",) if info.field_name == "z_leave_one_out" else ("mlp", "mlp-detached")
+        if value not in ("all", 0, False) and (z := info.data.get("z")) not in of:
+            raise ValueError(f"is read with objective.z = {' or '.join(of)} only, and z is {z}; set one of the two")
+        return value
+
     @property
     def needs_reference(self) -> bool:
         return True
 
     @property
+    def needs_old_logp(self) -> bool:
+        return self.z == "group"
+
+    @property
     def log_z(self) -> LogZ:
-        return self.z
+        return LogZ(kind=self.z, prompt=self.z_prompt, dropout=self.z_dropout)
 
     def credit(self, rewards: Tensor, group: Tensor) -> Tensor:
         """r_hat [N], or the raw reward: only the raw one has a target that stays put while the policy moves."""
         return group_normalise(rewards, group) if self.reward_norm == "group" else rewards.double()
 
+    def prepare(self, batches: list[Sequences], total: Total, groups: int) -> list[dict[str, Tensor]]:
+        """With z: group, "log_z" [B]: the mean over the prompt's answers of beta credit - mean_logp + mean_ref_logp,
+        the log Z that makes their residuals 0 on average, from pi_old."""
+        if self.z != "group":
+            return super().prepare(batches, total, groups)
+        estimates = [self._own_estimate(s) for s in batches]
+        sums = torch.zeros(2, groups, dtype=torch.float64, device=batches[0].credit.device)
+        for s, own in zip(batches, estimates, strict=True):
+            assert s.group is not None, "z: group needs to know the prompts' groups"
+            sums[0].index_add_(0, s.group, own)
+            sums[1].index_add_(0, s.group, torch.ones_like(own))
+        sums = total(sums)
+        prepared = []
+        for s, own in zip(batches, estimates, strict=True):
+            summed, count = sums[:, s.group]
+            if self.z_leave_one_out:  # an answer without others has no estimate: 0
+                summed, count = summed - own, (count - 1).clamp(min=1)
+            prepared.append({"log_z": summed / count})
+        return prepared
+
+    def _own_estimate(self, s: Sequences) -> Tensor:
+        """[B] the log Z that makes each residual 0."""
+        assert s.ref_logp is not None, "FlowRL needs the reference's log-probs"
+        log_ratio = s.sum(s.old_logp) - s.sum(s.ref_logp)
+        return self.beta * s.credit.double() - log_ratio / (s.length if self.length_norm else 1)
+
+    def _log_z_of(self, s: Sequences) -> Tensor:
+        """[B] float64."""
+        assert (s.log_z is not None) == self.log_z.learned, f"z={self.z}, but log_z is {s.log_z}"
+        if s.log_z is not None:
+            return s.log_z.double()
+        return s.prepared["log_z"] if self.z == "group" else torch.zeros_like(s.credit, dtype=torch.float64)
+
     def loss(self, s: Sequences) -> LossOutput:
         assert s.ref_logp is not None, "FlowRL needs the reference's log-probs"
-        assert (s.log_z is None) == (self.z == "zero"), f"z={self.z}, but log_z is {s.log_z}"
-        log_z = torch.zeros_like(s.credit, dtype=torch.float64) if s.log_z is None else s.log_z.double()
+        log_z = self._log_z_of(s)
         sum_logp, sum_ref_logp, sum_d = s.sum(s.logp), s.sum(s.ref_logp), s.sum(s.log_ratio())
         terms = flowrl_loss(
             log_z,
@@ -112,6 +179,7 @@ class FlowRL(Objective):
             beta=self.beta,
             weight=self.weight,
             eps=self.eps,
+            eps_high=self.eps_high,
             length_norm=self.length_norm,
         )
         tis_weight, tis_metrics = self.tis_weight(s)

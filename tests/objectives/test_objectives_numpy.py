@@ -14,7 +14,7 @@ from torch.autograd import grad, gradcheck
 from flowrl_mega.objectives import GRPO, FlowRL, Sequences
 from flowrl_mega.objectives.common import k3
 from flowrl_mega.objectives.flowrl import flowrl_loss
-from flowrl_mega.objectives.grpo import clipped_surrogate
+from flowrl_mega.objectives.policy_gradient import clipped_surrogate
 
 
 def split(s):

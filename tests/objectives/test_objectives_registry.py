@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from flowrl_mega.config import ConfigError
 from flowrl_mega.objectives import GRPO, REGISTRY, FlowRL, build
@@ -23,10 +24,15 @@ def test_every_objective_does_what_the_trainer_asks(name, packed, rng):
     """The trainer knows only this surface, so a new registry line is covered from its first day."""
     objective = build({"name": name})
     assert objective.name == name
-    s = packed(log_z=objective.log_z in ("mlp", "constant"), reference=objective.needs_reference)
-    out = objective.loss(replace(s, credit=objective.credit(s.credit, s.length)))
-    assert out.loss_sum.dim() == 0 and out.count == 5
+    s = packed(log_z=bool(objective.log_z and objective.log_z.learned), reference=objective.needs_reference)
+    group = torch.tensor([0, 0, 1, 1, 1])
+    s = replace(s, credit=objective.credit(s.credit, group), group=group, value=torch.zeros_like(s.old_logp))
+    (prepared,) = objective.prepare([replace(s, logp=s.old_logp)], total=lambda x: x, groups=2)
+    s = replace(s, prepared=prepared)
+    out = objective.loss(s)
+    assert out.loss_sum.dim() == 0 and out.count in (5, s.logp.numel())
     assert all(value.shape == (5,) for value in out.metrics.values())
+    assert objective.adapted({name: float(value.mean()) for name, value in out.metrics.items()}, 5) == objective
     out.loss_sum.backward()
     assert s.logp.grad.isfinite().all()
 
@@ -58,8 +64,8 @@ def test_wrong_settings_name_the_field_and_the_fix(section, words):
 
 def test_reference_and_partition_function_follow_the_settings():
     """The trainer loads a reference and builds Z_phi by these two alone: a wrong answer costs memory or a crash."""
-    assert FlowRL().needs_reference and FlowRL().log_z == "mlp"
-    assert FlowRL(z="zero").log_z == "zero" and FlowRL(z="constant").log_z == "constant"
+    assert FlowRL().needs_reference and FlowRL().log_z.kind == "mlp"
+    assert not FlowRL(z="zero").log_z.learned and FlowRL(z="constant").log_z.kind == "constant"
     assert not GRPO().needs_reference and GRPO(kl_coef=0.1).needs_reference and GRPO().log_z is None
 
 
@@ -80,5 +86,5 @@ def test_inputs_that_do_not_fit_are_refused(packed):
         FlowRL().loss(replace(s, log_z=None))
     with pytest.raises(AssertionError, match="z=zero"):
         FlowRL(z="zero").loss(s)
-    with pytest.raises(AssertionError, match="GRPO with kl_coef"):
+    with pytest.raises(AssertionError, match="grpo with kl_coef"):
         GRPO(kl_coef=0.1).loss(replace(s, ref_logp=None))

@@ -35,7 +35,7 @@ def from_engine(s, drift, rng):
 
 
 def micro_batch(packed, objective, drift, rng, **choices):
-    s = packed(lengths=LENGTHS, log_z=objective.log_z in ("mlp", "constant"), **choices)
+    s = packed(lengths=LENGTHS, log_z=bool(objective.log_z and objective.log_z.learned), **choices)
     return from_engine(s, drift, rng)
 
 

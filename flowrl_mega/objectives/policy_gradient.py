@@ -1,0 +1,107 @@
+"""What the clipped policy gradients (PPO, GRPO, REINFORCE++) share: surrogate, KL term, importance weight, means."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from flowrl_mega.objectives.common import LossOutput, Objective, Sequences, Total, k3, mismatch_metrics
+
+KlEstimator = Literal["k1", "k2", "k3"]
+VARIANCE_EPS = 1e-8  # added to the variance of advantages, as verl and OpenRLHF do
+
+
+class SurrogateTerms(NamedTuple):
+    """Each [T]."""
+
+    loss: Tensor  # the negative clipped surrogate, with gradient
+    ratio: Tensor  # rho_t, with gradient
+    clipped: Tensor  # 1.0 where the clip is what the min chose, so no gradient passes, else 0.0
+
+
+def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip_eps: float, clip_eps_high: float) -> SurrogateTerms:
+    """-min(rho A, clip(rho, 1 - clip_eps, 1 + clip_eps_high) A) from log rho [T] and A [T].
+
+    Source: "Proximal Policy Optimization", arXiv 1707.06347, Eq. 7; two bounds: "DAPO", arXiv 2503.14476.
+    """
+    ratio = log_ratio.exp()
+    free = ratio * advantage
+    bound = ratio.clamp(1 - clip_eps, 1 + clip_eps_high) * advantage
+    return SurrogateTerms(-torch.minimum(free, bound), ratio, (bound < free).to(ratio.dtype))
+
+
+def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: KlEstimator) -> Tensor:
+    """KL(pi || pi_ref) of each token [T] float64, from one that pi has drawn.
+
+    Source: Schulman, "Approximating KL divergence", 2020. k1: log(pi / pi_ref), unbiased, but its gradient says nothing
+    of the KL.  k2: its square / 2, biased, but with the KL's gradient.  k3: unbiased and >= 0.
+    """
+    log_ratio = logp.double() - ref_logp.double()
+    if estimator == "k1":
+        return log_ratio
+    return log_ratio.square() / 2 if estimator == "k2" else k3(-log_ratio)
+
+
+def normalise_over_tokens(values: list[Tensor], total: Total) -> list[Tensor]:
+    """(v - mean) / sqrt(variance + 1e-8) over all tokens of the step, on all replicas; unbiased variance. By
+    micro-batch [T] -> [T] float64."""
+    device = values[0].device
+    count = torch.tensor(float(sum(v.numel() for v in values)), dtype=torch.float64, device=device)
+    count, summed = total(torch.stack([count, torch.stack([v.double().sum() for v in values]).sum()]))
+    mean = summed / count
+    squares = total(torch.stack([(v.double() - mean).square().sum() for v in values]).sum())
+    std = (squares / (count - 1).clamp(min=1) + VARIANCE_EPS).sqrt()
+    return [(v.double() - mean) / std for v in values]
+
+
+class PolicyGradient(Objective):
+    """Settings and loss that these objectives have in common; each brings its own advantages."""
+
+    clip_eps: float = Field(0.2, gt=0, lt=1, description="the ratio's lower bound is 1 - clip_eps")
+    clip_eps_high: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="the upper bound is 1 + clip_eps_high; null: clip_eps"
+    )
+    kl_coef: float = Field(0.0, ge=0, allow_inf_nan=False, description="weight of the KL to the reference, per token")
+    kl_estimator: KlEstimator = Field("k3", description="of a token's KL: log-ratio, half its square, or unbiased >= 0")
+    loss_mean: Literal["sequence", "token"] = Field(
+        "sequence", description="of an update: mean over its answers of their token means, or over all its tokens"
+    )
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_coef > 0
+
+    def mean_of(self, s: Sequences, values: Tensor) -> tuple[Tensor, int]:
+        """Values [T] as a sum and the count that it is to be divided by, as `loss_mean` says."""
+        if self.loss_mean == "token":
+            return values.double().sum(), values.numel()
+        return s.mean(values).sum(), len(s.credit)
+
+    def surrogate_loss(self, s: Sequences, advantage: Tensor, kl_in_loss: bool) -> LossOutput:
+        """The clipped surrogate of the advantages [T], and the KL term where it is part of the loss."""
+        high = self.clip_eps if self.clip_eps_high is None else self.clip_eps_high
+        log_ratio = s.log_ratio()
+        terms = clipped_surrogate(log_ratio, advantage.double(), self.clip_eps, high)
+        # tis weighs the surrogate alone: the KL term stays the pull to the reference that kl_coef names.
+        tis_weight, tis_metrics = self.tis_weight(s)
+        loss = terms.loss * (tis_weight if self.tis == "token" else s.per_token(tis_weight))
+        metrics = {
+            "advantage": s.mean(advantage),
+            "ratio": s.mean(terms.ratio),
+            "clip_fraction": s.mean(terms.clipped),
+            "mean_logp": s.mean(s.logp),
+            "max_abs_sum_d": s.sum(log_ratio).abs(),
+            **tis_metrics,
+            **mismatch_metrics(s),
+        }
+        if self.kl_coef > 0:
+            assert s.ref_logp is not None, f"{self.name} with kl_coef > 0 needs the reference's log-probs"
+            kl = kl_estimate(s.logp, s.ref_logp, self.kl_estimator)
+            if kl_in_loss:
+                loss = loss + self.kl_coef * kl
+            metrics["kl"] = s.mean(kl)
+        loss_sum, count = self.mean_of(s, loss)
+        return LossOutput(loss_sum, count, {k: v.detach() for k, v in metrics.items()})

@@ -1,0 +1,106 @@
+"""PPO: the clipped policy gradient with a critic.
+
+Source: "Proximal Policy Optimization", arXiv 1707.06347, Eq. 7; with a language model's tokens as actions and the KL to
+the reference in the reward: "Fine-Tuning Language Models from Human Preferences", arXiv 1909.08593, Eq. 2.
+
+    r_t = [t is last] r(x, y) - kl_coef KL_t           (kl_in: reward)
+    A_t = GAE(gamma, lam) of r_t and V_old             made mean 0, variance 1 over the step's tokens
+    L   = mean over tokens of -min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps_high) A_t) + kl_coef KL_t    (kl_in: loss)
+    L_V = mean over tokens of 1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2),   R = A + V_old
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from flowrl_mega.objectives.common import LossOutput, Sequences, Total
+from flowrl_mega.objectives.gae import gae, token_rewards
+from flowrl_mega.objectives.policy_gradient import KlEstimator, PolicyGradient, kl_estimate, normalise_over_tokens
+
+MOST_CHANGE = 0.2  # of the adaptive coefficient's relative error (arXiv 1909.08593, section 2.2)
+
+
+class PPO(PolicyGradient):
+    """Settings of PPO. It needs a `critic` section beside it."""
+
+    name: Literal["ppo"] = "ppo"
+    gamma: float = Field(1.0, gt=0, le=1, description="discount of a token")
+    lam: float = Field(1.0, ge=0, le=1, description="GAE: 1 is the answer's reward less the value, 0 one token ahead")
+    normalise: bool = Field(True, description="advantages have mean 0 and variance 1 over the step's tokens")
+    value_clip: float | None = Field(
+        0.2, gt=0, allow_inf_nan=False, description="a value's change in a step that is learnt from; null: any"
+    )
+    kl_in: Literal["reward", "loss"] = Field("reward", description="where the KL to the reference counts")
+    kl_estimator: KlEstimator = Field("k1", description="of a token's KL: log-ratio, half its square, or unbiased >= 0")
+    kl_target: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="KL, nats a token, that kl_coef is adapted to; null: fixed"
+    )
+    kl_horizon: float = Field(10000, gt=0, allow_inf_nan=False, description="answers that adapting takes")
+    loss_mean: Literal["sequence", "token"] = Field(
+        "token", description="of an update: mean over its answers of their token means, or over all its tokens"
+    )
+
+    @property
+    def needs_critic(self) -> bool:
+        return True
+
+    @property
+    def needs_old_logp(self) -> bool:
+        return self.kl_coef > 0 and self.kl_in == "reward"
+
+    def credit(self, rewards: Tensor, group: Tensor) -> Tensor:
+        """The reward itself [N]: the baseline is the critic's."""
+        return rewards.double()
+
+    def prepare(self, batches: list[Sequences], total: Total, groups: int) -> list[dict[str, Tensor]]:
+        """Advantages and returns, "advantage" and "returns" [T]."""
+        advantages, returns = [], []
+        for s in batches:
+            assert s.value is not None, "PPO needs the critic's values"
+            penalty = None
+            if self.needs_old_logp:
+                assert s.ref_logp is not None, "PPO with kl_coef > 0 needs the reference's log-probs"
+                penalty = self.kl_coef * kl_estimate(s.old_logp, s.ref_logp, self.kl_estimator)
+            advantages.append(gae(token_rewards(s, penalty), s.value, s.cu_seqlens, self.gamma, self.lam))
+            returns.append(advantages[-1] + s.value.double())
+        if self.normalise:
+            advantages = normalise_over_tokens(advantages, total)
+        return [{"advantage": a, "returns": r} for a, r in zip(advantages, returns, strict=True)]
+
+    def loss(self, s: Sequences) -> LossOutput:
+        return self.surrogate_loss(s, s.prepared["advantage"], kl_in_loss=self.kl_in == "loss")
+
+    def value_loss(self, value: Tensor, s: Sequences) -> LossOutput:
+        assert s.value is not None, "PPO needs the critic's values"
+        value, old, target = value.double(), s.value.double(), s.prepared["returns"]
+        error = (value - target).square()
+        clipped = torch.zeros_like(error)
+        if self.value_clip is not None:
+            bound = (old + (value - old).clamp(-self.value_clip, self.value_clip) - target).square()
+            clipped = (bound > error).double()
+            error = torch.maximum(error, bound)
+        loss_sum, count = self.mean_of(s, error / 2)
+        metrics = {
+            "value": s.mean(value),
+            "return": s.mean(target),
+            "return_sq": s.mean(target.square()),
+            "value_error": s.mean(target - value),
+            "value_error_sq": s.mean((target - value).square()),
+            "value_clip_fraction": s.mean(clipped),
+        }
+        return LossOutput(loss_sum, count, {k: v.detach() for k, v in metrics.items()})
+
+    def adapted(self, metrics: Mapping[str, float], sequences: int) -> Self:
+        """kl_coef times 1 + clip(kl / kl_target - 1, -0.2, 0.2) sequences / kl_horizon.
+
+        Source: arXiv 1909.08593, section 2.2, with the KL a token, as verl has it.
+        """
+        if self.kl_target is None:
+            return self
+        error = min(max(metrics["kl"] / self.kl_target - 1, -MOST_CHANGE), MOST_CHANGE)
+        return self.model_copy(update={"kl_coef": self.kl_coef * (1 + error * sequences / self.kl_horizon)})

@@ -1,0 +1,55 @@
+"""REINFORCE++: the clipped policy gradient with the reward to go, normalised over the whole step instead of a group.
+
+Source: "REINFORCE++", arXiv 2501.03262, Eq. 8-10:
+
+    A_t = r(x, y) - kl_coef sum_{i >= t} log(pi_old(y_i) / pi_ref(y_i)),  made mean 0, variance 1 over the step's tokens
+    L   = mean over tokens of -min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps_high) A_t)
+
+`baseline: group` takes the mean reward of the prompt's answers off first, as "REINFORCE++-baseline" does.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from flowrl_mega.objectives.common import LossOutput, Sequences, Total, group_normalise
+from flowrl_mega.objectives.gae import gae, token_rewards
+from flowrl_mega.objectives.policy_gradient import KlEstimator, PolicyGradient, kl_estimate, normalise_over_tokens
+
+
+class ReinforcePP(PolicyGradient):
+    """Settings of REINFORCE++; kl_coef counts in the reward."""
+
+    name: Literal["reinforce_pp"] = "reinforce_pp"
+    baseline: Literal["none", "group"] = Field("none", description="taken off the reward: nothing, or its group's mean")
+    kl_estimator: KlEstimator = Field("k1", description="of a token's KL: log-ratio, half its square, or unbiased >= 0")
+    loss_mean: Literal["sequence", "token"] = Field(
+        "token", description="of an update: mean over its answers of their token means, or over all its tokens"
+    )
+
+    @property
+    def needs_old_logp(self) -> bool:
+        return self.kl_coef > 0
+
+    def credit(self, rewards: Tensor, group: Tensor) -> Tensor:
+        """The reward [N], or what it is above its group's mean."""
+        return group_normalise(rewards, group, divide=False) if self.baseline == "group" else rewards.double()
+
+    def prepare(self, batches: list[Sequences], total: Total, groups: int) -> list[dict[str, Tensor]]:
+        """Advantages, "advantage" [T]."""
+        to_go = []
+        for s in batches:
+            penalty = None
+            if self.needs_old_logp:
+                assert s.ref_logp is not None, "REINFORCE++ with kl_coef > 0 needs the reference's log-probs"
+                penalty = self.kl_coef * kl_estimate(s.old_logp, s.ref_logp, self.kl_estimator)
+            reward = token_rewards(s, penalty)
+            to_go.append(gae(reward, torch.zeros_like(reward), s.cu_seqlens, gamma=1.0, lam=1.0))
+        return [{"advantage": advantage} for advantage in normalise_over_tokens(to_go, total)]
+
+    def loss(self, s: Sequences) -> LossOutput:
+        return self.surrogate_loss(s, s.prepared["advantage"], kl_in_loss=False)
