@@ -18,15 +18,18 @@ from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.packing import Sequence, pack
 from flowrl_mega.train import Trainer
 
-# What all runs share: the same answers, the same rates, and no weight decay, which would pull away from the target.
-ANSWERS = 192
+# What all runs share: the same rates, and no weight decay, which would pull away from the target.
 COMMON: dict[str, Any] = {
-    "rollout": {"prompts_per_step": len(PROMPTS), "group_size": ANSWERS, "max_tokens": MAX_TOKENS},
     "optimizer": {"lr": 1e-3, "log_z_lr": 5e-4, "weight_decay": 0.0},
     "reward": "examples.exact.space:reward",
     "checkpoint": {"at_end": False},
     "monitor": {"progress": False},
 }
+
+
+def rollout(answers: int) -> dict[str, int]:
+    """Every prompt in every step, with so many answers."""
+    return {"prompts_per_step": len(PROMPTS), "group_size": answers, "max_tokens": MAX_TOKENS}
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Trained:
 def train(task: Path, run_dir: Path, steps: int, sections: dict[str, Any], tp: int = 1, watch: int = 0) -> Trained:
     """Train on this rank (with the others) on what `space.write_task` wrote to `task`. `steps` = 0: the start.
 
-    `sections`: settings over COMMON. `watch`: steps between looks at the policy.
+    `sections`: settings over COMMON, `rollout` and `objective` among them. `watch`: steps between looks at the policy.
     """
     tree = {
         "run_dir": str(run_dir),

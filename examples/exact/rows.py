@@ -4,18 +4,19 @@ against."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from examples.exact import space, targets
-from examples.exact.job import ANSWERS
+from examples.exact.job import rollout
 
 BETA, BETA_PER_TOKEN = 3.0, 1.0  # without and with length normalisation: the same pull at three tokens
 BETA_GROUP = 0.5  # of r_hat: small enough for it to come to rest
-STEPS, UPDATES = 280, 4
+ANSWERS, STEPS = 96, 280
+UPDATES, STEPS_OF_UPDATES = 4, 140  # where a step has several updates
 MATCHED = 1 / BETA  # the coefficient of a KL whose optimum is the target of BETA
 
 # A target's short name in the table, and what it is.
@@ -55,19 +56,21 @@ class Row:
     updates: int = 1
     critic: Mapping[str, Any] | None = None
     steps: int = STEPS
-    sections: Mapping[str, Any] = field(init=False)
 
-    def __post_init__(self) -> None:
-        sections: dict[str, Any] = {"objective": dict(self.objective)}
+    @property
+    def sections(self) -> dict[str, Any]:
+        """The row's settings, over those that all rows share."""
+        sections: dict[str, Any] = {"objective": dict(self.objective), "rollout": rollout(ANSWERS)}
         if self.critic is not None:
             sections["critic"] = dict(self.critic)
         if self.updates > 1:
             sections["batch"] = {"mini_batch": len(space.PROMPTS) * ANSWERS // self.updates}
-        object.__setattr__(self, "sections", sections)
+        return sections
 
     @property
     def beta(self) -> float | None:
-        return self.objective.get("beta") if self.objective["name"] == "flowrl" else None
+        """FlowRL's, where the reward is the raw one."""
+        return self.objective["beta"] if self.objective.get("reward_norm") == "none" else None
 
     @property
     def length_norm(self) -> bool:
@@ -88,6 +91,7 @@ Z = {
     "tis": ("Z mlp, tis sum", {"tis": "sum"}),
 }
 WEIGHTS = ("paper", "released", "max10", "asym", "gspo", "none")
+SEVERAL = {"updates": UPDATES, "steps": STEPS_OF_UPDATES}
 CRITIC = {"trunk": "own", "optimizer": {"lr": 1e-3, "weight_decay": 0.0}}
 GRPO = {"name": "grpo"}
 TOKEN = {"loss_mean": "token"}
@@ -145,9 +149,9 @@ TABLES: dict[str, dict[str, Row]] = {
         "paper": Row("the paper's: r_hat, beta 15", {"name": "flowrl"}, "B", own=False),
     },
     f"FlowRL's weights, {UPDATES} updates a step": {
-        "grpo-4": Row("GRPO", GRPO, own=False, updates=UPDATES),
-        **{f"plain-w-{w}": Row(f"w {w}", PLAIN | {"weight": w}, updates=UPDATES) for w in WEIGHTS},
-        **{f"norm-w-{w}": Row(f"w {w}, 1/\\|y\\|", PER_TOKEN | {"weight": w}, "B", updates=UPDATES) for w in WEIGHTS},
+        "grpo-4": Row("GRPO", GRPO, own=False, **SEVERAL),
+        **{f"plain-w-{w}": Row(f"w {w}", PLAIN | {"weight": w}, **SEVERAL) for w in WEIGHTS},
+        **{f"norm-w-{w}": Row(f"w {w}, 1/|y|", PER_TOKEN | {"weight": w}, "B", **SEVERAL) for w in WEIGHTS},
     },
 }
 ROWS: dict[str, Row] = {key: row for rows in TABLES.values() for key, row in rows.items()}

@@ -109,6 +109,22 @@ def quickstart_figure(summary: Mapping[str, Any], curves: Curves, path: str | Pa
     _save(figure, path)
 
 
+def log_z_figure(panels: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
+    """A panel each (title -> numbers): log Z as logged ("logged") and as the step's own answers estimate it ("group")
+    at "step", the exact best one ("best") after "watched" steps, and where that ends ("limit", or None)."""
+    figure = _figure(4.8 * len(panels), 3.6)
+    for place, (title, values) in enumerate(panels.items(), start=1):
+        axes = _plain(figure.add_subplot(1, len(panels), place), f"log Z {title}")
+        axes.plot(values["step"], values["group"], ".", color=PALETTE[4], markersize=3, label="the group's estimate")
+        axes.plot(values["step"], values["logged"], color=PALETTE[0], linewidth=2, label="learned, as logged")
+        axes.plot(values["watched"], values["best"], "k+", markersize=6, label="exact best of the policy")
+        if values["limit"] is not None:
+            axes.axhline(values["limit"], color=START_COLOUR, linestyle="--", linewidth=1.2, label="of the target")
+        axes.set_xlabel("step")
+    _legend_above(figure, figure.axes[0], 4)
+    _save(figure, path)
+
+
 def _bars(axes: Axes, table: Table, name: str) -> None:
     """A bar a method with its number on top; the start is a dashed line behind them."""
     methods = [method for method in table if method != "start"]

@@ -16,11 +16,11 @@ from rank_pool import RankPool
 from torch import Tensor
 
 from examples.exact import space, targets
-from examples.exact.job import Trained, train
+from examples.exact.job import Trained, rollout, train
 
 pytestmark = [pytest.mark.exact, pytest.mark.ranks, pytest.mark.timeout(1800)]
 
-STEPS, WATCH = 280, 5
+STEPS, ANSWERS, WATCH = 280, 192, 4
 BETA, BETA_PER_TOKEN = 3.0, 1.0  # without and with length normalisation: the same pull at three tokens
 FLOWRL = {"name": "flowrl", "beta": BETA, "reward_norm": "none", "weight": "paper", "length_norm": False}
 METHODS: dict[str, dict[str, Any]] = {
@@ -28,18 +28,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "flowrl": FLOWRL,
     "flowrl_norm": FLOWRL | {"beta": BETA_PER_TOKEN, "length_norm": True},
     "grpo": {"name": "grpo"},
+    "flowrl_group": FLOWRL | {"z": "group"},
 }
+SHORT = 60  # steps of what is watched on its way only
 TOLERANCE = 0.02  # of KL (nats) and of log Z
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return space.write_task(tmp_path_factory.mktemp("exact"))
-
-
-@pytest.fixture(scope="module")
-def ref_logp(task: Path) -> Tensor:
-    return space.reference_logp(task)
 
 
 class Runs:
@@ -50,8 +42,9 @@ class Runs:
 
     def __getitem__(self, method: str) -> Trained:
         if method not in self.done:
-            steps = 0 if method == "start" else STEPS
-            where = (self.task, self.task / method, steps, {"objective": METHODS[method]})
+            steps = {"start": 0, "flowrl_group": SHORT}.get(method, STEPS)
+            sections = {"objective": METHODS[method], "rollout": rollout(ANSWERS)}
+            where = (self.task, self.task / method, steps, sections)
             first, second = self.pool.run(train, *where, tp=2, watch=WATCH, timeout=800)
             torch.testing.assert_close(first.logp, second.logp, rtol=0, atol=0)  # both ranks see one policy
             self.done[method] = first
@@ -137,3 +130,47 @@ def test_the_logged_log_z_is_the_exact_one(runs: Runs, ref_logp: Tensor, method:
     assert len(lines) == STEPS and lines[-1]["skipped_updates"] == 0
     logged = sum(line["log_z"] for line in lines[-20:]) / 20
     assert abs(logged - float(log_z.mean())) < TOLERANCE, f"logged {logged:.4f}, exact {float(log_z.mean()):.4f}"
+
+
+def looks(run: Trained, ref_logp: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """At every look but the last, means over the prompts: log Z as the next step logged it, what its answers estimate
+    (log Z less the mean residual), the exact best log Z of the policy, and the estimate's standard error, exactly."""
+    settings = METHODS[method]
+    beta, length_norm = settings["beta"], settings["length_norm"]
+    at = [(run.metrics[n], logp) for n, logp in run.watched.items() if n < len(run.metrics)]
+    logged = torch.tensor([line["log_z"] for line, _ in at], dtype=torch.float64)
+    residual = torch.tensor([line["residual"] for line, _ in at], dtype=torch.float64)
+    best = torch.stack([targets.best_log_z(logp, ref_logp, beta, length_norm).mean() for _, logp in at])
+    variance = torch.stack([targets.log_z_variance(logp, ref_logp, beta, length_norm).mean() for _, logp in at])
+    return logged, logged - residual, best, (variance / (ANSWERS * len(space.PROMPTS))).sqrt()
+
+
+@pytest.mark.parametrize("method", ["flowrl", "flowrl_norm"])
+def test_log_z_follows_the_exact_best_of_the_policy(runs: Runs, ref_logp: Tensor, method: str) -> None:
+    """While the policy is still on its way, too; the best one is not yet the target's."""
+    logged, _, best, _ = looks(runs[method], ref_logp, method)
+    begun = len(best) // 4  # log Z starts at about 0, where nothing is known of it
+    error = (logged - best)[begun:]
+    assert error.abs().mean() < TOLERANCE, f"off by {error.tolist()}"
+    assert best[-1] - best[0] > 10 * TOLERANCE, "had the best one not moved, a constant would pass"
+
+
+def test_the_best_log_z_is_that_of_the_facts(runs: Runs, ref_logp: Tensor) -> None:
+    """Check 2: log Z* - KL(pi || pi*), another formula than the mean residual's, all along the way."""
+    log_p, log_z = targets.free_target(ref_logp, BETA, False)
+    for logp in runs["flowrl"].watched.values():
+        expected = log_z - targets.kl(logp, log_p)
+        torch.testing.assert_close(targets.best_log_z(logp, ref_logp, BETA, False), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["flowrl", "flowrl_norm", "flowrl_group"])
+def test_the_groups_estimate_is_the_exact_best_in_expectation(runs: Runs, ref_logp: Tensor, method: str) -> None:
+    """Its errors average out, and are as large as the policy's own spread says. With z: group it is what is logged."""
+    logged, estimate, best, sigma = looks(runs[method], ref_logp, method)
+    z = (estimate - best) / sigma
+    mean_error = sigma.square().sum().sqrt() / len(sigma)
+    assert mean_error < TOLERANCE / 2, "a bias could not be told from chance"
+    assert (estimate - best).mean().abs() < 4 * mean_error, f"{method}: {z.tolist()}"
+    assert 0.3 < z.square().mean() < 2.5, f"{method}: {z.tolist()}"
+    if method == "flowrl_group":
+        torch.testing.assert_close(logged, estimate, rtol=0, atol=1e-6)
