@@ -171,6 +171,24 @@ class OptimizerSettings(Settings):
     offload: bool = Field(False, description="moments and fp32 weights lie in CPU memory between updates")
 
 
+class CriticSettings(Settings):
+    trunk: Literal["own", "shared"] = Field(
+        "own", description="a model of its own, or a second head on the policy's last hidden states"
+    )
+    path: str | None = Field(None, description="what its own trunk starts from, as model.path; null: model.path")
+    value_coef: float = Field(0.5, gt=0, description="weight of the value loss beside the policy's, shared trunk only")
+    warmup_steps: int = Field(0, ge=0, description="first steps, in which its own trunk learns and the policy waits")
+    optimizer: OptimizerSettings = Field(
+        OptimizerSettings(lr=1e-5), description="its own trunk's; of a shared one lr alone is read, the head's rate"
+    )
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _own_rate(cls, value: Any) -> Any:
+        """Setting one of its fields does not unset the critic's rate, ten times the policy's default."""
+        return {"lr": 1e-5, **value} if isinstance(value, dict) else value
+
+
 class BatchSettings(Settings):
     mini_batch: int | None = Field(None, ge=1, description="sequences an optimizer step; null: the whole batch")
     tokens_per_microbatch: int = Field(16384, ge=1)
@@ -215,6 +233,7 @@ class Config(Settings):
     rollout: RolloutSettings = RolloutSettings()
     objective: dict[str, Any] = Field(default_factory=lambda: {"name": "flowrl"})
     optimizer: OptimizerSettings = OptimizerSettings()
+    critic: CriticSettings | None = Field(None, description="the value function of objective ppo; {}: the defaults")
     batch: BatchSettings = BatchSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

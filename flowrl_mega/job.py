@@ -83,6 +83,7 @@ def check(config: Config, world: int, resume: str, checkpoint: Path | None, one_
     has given up; a checkpoint's bytes they check together when they load it.
     """
     objective = objectives.build(config.objective)
+    check_critic(config, objective.needs_critic)
     load_reward(config.reward)
     check_ops(config.ops.backend)
     layouts.check_world(config.parallel, world)
@@ -92,6 +93,8 @@ def check(config: Config, world: int, resume: str, checkpoint: Path | None, one_
     check_megatron(config.megatron)
     check_layers(config.model, arch, config.parallel.tp, config.parallel.cp)
     check_optimizer(config.optimizer)
+    if config.critic:
+        check_optimizer(config.critic.optimizer, "critic.optimizer")
     check_model(config.model.path, arch)
     load_prompts(config)
     check_wandb(config.monitor.wandb)
@@ -100,7 +103,54 @@ def check(config: Config, world: int, resume: str, checkpoint: Path | None, one_
         check_engine(config, arch, world)
     _check_run_dir(Path(config.run_dir), resume, checkpoint)
     if checkpoint and not one_of_many:
-        check_checkpoint(checkpoint, arch, objective.log_z)
+        check_checkpoint(checkpoint, arch, objective.log_z, config.critic.trunk if config.critic else None)
+
+
+def check_critic(config: Config, needed: bool) -> None:
+    """A critic where the objective needs one and only there, and a model that fits beside the policy."""
+    critic, name = config.critic, config.objective["name"]
+    if needed and critic is None:
+        raise ConfigError(
+            f"critic = None: objective {name} takes its advantages from a critic; set critic={{}} (a second model like "
+            "model.path) or critic={trunk: shared}, or choose an objective without one, such as reinforce_pp"
+        )
+    if critic is None:
+        return
+    if not needed:
+        raise ConfigError(f"critic: objective {name} has none; leave the section out, or set objective.name=ppo")
+    if critic.trunk == "shared":
+        for field in ("path", "warmup_steps"):
+            if value := getattr(critic, field):
+                raise ConfigError(
+                    f"critic.{field} = {value!r}: the trunk is the policy's, which learns with it; leave this out, or "
+                    "set critic.trunk=own"
+                )
+        return
+    if critic.warmup_steps >= config.steps:
+        raise ConfigError(
+            f"critic.warmup_steps = {critic.warmup_steps}: leaves none of steps = {config.steps} to the policy; take "
+            "fewer"
+        )
+    if critic.path is not None:
+        arch, policy = read_architecture(critic.path, "critic.path"), read_architecture(config.model.path)
+        if arch.vocab != policy.vocab:
+            raise ConfigError(
+                f"critic.path = {critic.path!r}: has a vocabulary of {arch.vocab}, and model.path one of "
+                f"{policy.vocab}; take a model with the same tokenizer"
+            )
+        check_layout(arch, config.parallel.tp)
+        check_pipeline(arch, config.parallel.pp, config.parallel.vpp)
+        check_model(critic.path, arch)
+
+
+def describe_critic(config: Config) -> str:
+    critic = config.critic
+    if critic is None:
+        return "none"
+    if critic.trunk == "shared":
+        return f"a second head on the policy's trunk, value_coef {critic.value_coef:g}"
+    warm = f", {critic.warmup_steps} steps before the policy learns" if critic.warmup_steps else ""
+    return f"a model of its own from {critic.path or 'model.path'}, lr {critic.optimizer.lr:g}{warm}"
 
 
 def check_ops(backend: Literal["auto", "native", "torch", "liger"]) -> str:
@@ -204,7 +254,8 @@ def describe(config: Config, world: int, checkpoint: Path | None) -> str:
         "log-probs": check_ops(config.ops.backend),
         "engine": check_engine(config, arch, world),
         "objective": f"{config.objective['name']} ({settings})",
-        "log Z": objective.log_z or "none",
+        "log Z": objective.log_z.kind if objective.log_z else "none",
+        "critic": describe_critic(config),
         "reference": "frozen copy of model.path" if objective.needs_reference else "not needed",
         "prompts": f"{len(store)} to train on, {len(held_out) if held_out else 0} held out",
         "reward": config.reward,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections import defaultdict
@@ -14,25 +13,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flowrl_mega import objectives, ops
+from flowrl_mega import objectives
 from flowrl_mega.checkpoint import load_checkpoint, load_model, read_side_files, save_checkpoint
 from flowrl_mega.checkpoint.folder import remove_unfinished
-from flowrl_mega.config import Config, RunError
+from flowrl_mega.config import Config, ConfigError, RunError
 from flowrl_mega.data.inputs import load_prompts
 from flowrl_mega.data.prompts import Prompt
 from flowrl_mega.evaluation.exact import exact_metrics, right_answer_probabilities
 from flowrl_mega.evaluation.held_out import held_out_metrics
+from flowrl_mega.learner import Learner, counts_of, keep, to_sequences
 from flowrl_mega.model.architecture import read_architecture
+from flowrl_mega.model.critic import Critic
 from flowrl_mega.model.fp8_gate import Fp8Gate
 from flowrl_mega.model.generation import Sampling
 from flowrl_mega.model.policy import Policy, PolicyOutput, build_reference
 from flowrl_mega.monitor import Monitor
-from flowrl_mega.monitor.step_metrics import cost_metrics, merge_updates, reduce_reports
-from flowrl_mega.objectives.common import Sequences
+from flowrl_mega.monitor.step_metrics import cost_metrics, merge_updates
 from flowrl_mega.parallel.layout import Layout, together
-from flowrl_mega.parallel.optimizer import Optimizer, wrap
 from flowrl_mega.parallel.packing import PackedBatch, Sequence, efficiency, plan
-from flowrl_mega.parallel.schedule import forward_backward
 from flowrl_mega.rewards.registry import Score, load_reward
 from flowrl_mega.rewards.shared import score_shared
 from flowrl_mega.rollout import Engine, Rollout, build_engine, generate
@@ -48,17 +46,26 @@ class Trainer:
         self.prompts, self.held_out, self.tokenizer, stop_ids = load_prompts(config)
         self.reward = load_reward(config.reward)
         arch = read_architecture(config.model.path)
-        self.policy = Policy(arch, config, layout, self.objective.log_z)
+        bf16, updates, critic = config.model.dtype == "bf16", config.steps * config.updates_per_step, config.critic
+        self.shares_trunk = critic is not None and critic.trunk == "shared"
+        self.policy = Policy(arch, config, layout, self.objective.log_z, with_value=self.shares_trunk)
         load_model(self.policy, config.model.path)
+        rates = {"*partition.*": config.optimizer.log_z_lr or config.optimizer.lr}
+        if critic and self.shares_trunk:
+            rates["*value_head.*"] = critic.optimizer.lr
+        self.learner = Learner(self.policy.stages, config.optimizer, layout, bf16, updates, rates)
+        self.critic: Critic | None = None
+        self.critic_learner: Learner | None = None
+        if critic and not self.shares_trunk:
+            self.critic = Critic(read_architecture(critic.path or config.model.path), config, layout)
+            load_model(self.critic, critic.path or config.model.path)
+            self.critic_learner = Learner(self.critic.stages, critic.optimizer, layout, bf16, updates)
         self.reference: Policy | None = None
         if self.objective.needs_reference:
             self.reference = build_reference(arch, config, layout)
             load_model(self.reference, config.model.path)
         self.reference_offload = self.reference.offload() if self.reference and config.model.reference_offload else None
-        self.model = wrap(self.policy.stages, config.optimizer.distributed)
         self.gate = Fp8Gate(self.policy, config.model, getattr(self.objective, "length_norm", True))
-        updates = config.steps * config.updates_per_step
-        self.optimizer = Optimizer(self.model, config.optimizer, config.model.dtype == "bf16", updates)
         self.side_files = read_side_files(config.model.path)
         self.engine: Engine = build_engine(config, layout, arch, self.side_files)
         rollout = config.rollout
@@ -71,10 +78,19 @@ class Trainer:
 
     def _resume(self, checkpoint: Path) -> int:
         """Fill all from the checkpoint; returns its step. Checkpoints without a rollout state took prompts in order."""
-        trainer = load_checkpoint(checkpoint, self.policy, self.optimizer)
+        trainer = load_checkpoint(checkpoint, self.learned())
+        adapted = {name: value for name, value in trainer.get("objective", {}).items() if name in self.objective.adapts}
+        self.objective = self.objective.model_copy(update=adapted)
         cursor = trainer["step"] * self.config.rollout.prompts_per_step
         self.batches.load(trainer.get("rollout", {"cursor": cursor, "groups": []}))
         return trainer["step"]
+
+    def learned(self) -> dict[str, tuple[Any, Any]]:
+        """What a checkpoint holds: models and their optimizers, the policy first."""
+        found: dict[str, tuple[Any, Any]] = {"policy": (self.policy, self.learner.optimizer)}
+        if self.critic and self.critic_learner:
+            found["critic"] = (self.critic, self.critic_learner.optimizer)
+        return found
 
     def _prompt(self, place: int) -> Prompt:
         """The prompt at a place of the endless stream."""
@@ -91,6 +107,8 @@ class Trainer:
             mini_batches = self.batch(sequences, rollouts, scores)
         with self.timed("update"):
             updates = [self.update(mini_batch) for mini_batch in mini_batches]
+            if "loss" in updates[0]:  # the policy has learnt, not the critic alone
+                self.objective = self.objective.adapted(merge_updates(updates), len(sequences))
             counts |= self.gate.after_step(step, mini_batches[0][0], self.config.rollout.temperature)
         with self.timed("sync"):
             counts |= self.engine.sync(self.policy, version=step)
@@ -144,24 +162,51 @@ class Trainer:
         """This rank's micro-batches of every update, with credit and the log-probs of engine, old policy and reference.
 
         The old policy is scored here, before the first update, with the update's own micro-batches: then w = 1 exactly
-        on the first. A step of one update has pi_old = pi_theta, and the update's own forward will do.
+        on the first. A step of one update has pi_old = pi_theta, and the update's own forward will do, but where the
+        objective's `prepare` reads it.
         """
-        config, temperature = self.config, self.config.rollout.temperature
-        rewards = torch.tensor([score.reward for score in scores], dtype=torch.float64)
-        credit = self.objective.credit(rewards, torch.arange(len(rewards)) // config.rollout.group_size)
+        rollout, objective = self.config.rollout, self.objective
+        temperature = rollout.temperature
         mini_batches = plan(sequences, *self.packing(sequences))
         self.gate.before_training(self.step_done + 1, mini_batches[0][0], temperature)
         batches = [batch for mini_batch in mini_batches for batch in mini_batch]
-        for batch in batches:
-            batch.scores["credit"] = credit.to(self.layout.device)[batch.index]
-            engine_logp = [logp for i in batch.index.tolist() for logp in rollouts[i].logp]
-            batch.scores["rollout_logp"] = torch.tensor(engine_logp, device=self.layout.device)
-        if len(mini_batches) > 1:
-            keep_logp("old_logp", batches, self.policy.score(batches, temperature))
+        self.note(batches, rollouts, scores)
+        if len(mini_batches) > 1 or objective.needs_old_logp or self.shares_trunk:
+            old = self.policy.score(batches, temperature)
+            keep("old_logp", batches, [output.logp for output in old])
+            if self.shares_trunk:
+                keep("value", batches, [output.value for output in old])
+        if self.critic is not None:
+            keep("value", batches, self.critic.score(batches))
         if self.reference is not None:
             with self.reference_offload or nullcontext():
-                keep_logp("ref_logp", batches, self.reference.score(batches, temperature))
+                scored = self.reference.score(batches, temperature)
+            keep("ref_logp", batches, [output.logp for output in scored])
+        if self.layout.is_last_stage:
+            scored_batches, groups = [to_sequences(batch) for batch in batches], len(rollouts) // rollout.group_size
+            prepared = objective.prepare(scored_batches, self.layout.sum_over_replicas, groups)
+            for batch, values in zip(batches, prepared, strict=True):
+                batch.prepared = values
         return mini_batches
+
+    def note(self, batches: list[PackedBatch], rollouts: list[Rollout], scores: list[Score]) -> None:
+        """Beside each micro-batch what came with its answers: credit, group and the engine's log-probs."""
+        rewards = torch.tensor([score.reward for score in scores], dtype=torch.float64)
+        group = torch.arange(len(rewards)) // self.config.rollout.group_size
+        credit, device = self.objective.credit(rewards, group), self.layout.device
+        reported = all(len(rollout.logp) == len(rollout.response) for rollout in rollouts)
+        if self.objective.tis != "none" and not reported:
+            raise ConfigError(
+                f"objective.tis = {self.objective.tis}: weighs by the engine's log-probs, and rollout.engine = "
+                f"{self.config.rollout.engine} has reported none; set objective.tis=none, or have it report them"
+            )
+        for batch in batches:
+            batch.draw = self.step_done + 1
+            batch.scores["credit"] = credit.to(device)[batch.index]
+            batch.scores["group"] = group.to(device)[batch.index]
+            if reported:
+                engine_logp = [logp for i in batch.index.tolist() for logp in rollouts[i].logp]
+                batch.scores["rollout_logp"] = torch.tensor(engine_logp, device=device)
 
     def packing(self, sequences: list[Sequence]) -> tuple[int, Layout, int]:
         """How a step's sequences become micro-batches: what `plan` and `efficiency` ask for."""
@@ -169,37 +214,35 @@ class Trainer:
         return batch.mini_batch or len(sequences), self.layout, batch.tokens_per_microbatch
 
     def update(self, mini_batch: list[PackedBatch]) -> dict[str, float]:
-        """One optimizer step on the mean loss over the mini-batch's sequences, on all ranks together."""
-        self.optimizer.zero_grad()
-        reports = forward_backward(self.model, mini_batch, self.forward, self.loss)
-        # Losses are the last pipeline stage's, and all stages must take or refuse the update together.
-        metrics = self.layout.from_last_stage(reports and reduce_reports(reports, self.layout.dp_group))
-        ops.raise_if_flagged()  # the metrics have waited for the device already
-        return metrics | self.optimizer.step(loss_is_finite=math.isfinite(metrics["loss"]))
+        """One optimizer step on the mean loss over the mini-batch, and one of a critic with a trunk of its own."""
+        metrics: dict[str, float] = {}
+        if self.critic_learner:
+            found = self.critic_learner.update(mini_batch, lambda stage, batch: stage(batch), self.value_loss)
+            metrics |= {f"critic/{name}": value for name, value in found.items()}
+        if self.config.critic is None or self.step_done >= self.config.critic.warmup_steps:
+            metrics |= self.learner.update(mini_batch, self.forward, self.loss)
+        return metrics
 
     def forward(self, stage: Any, batch: PackedBatch) -> PolicyOutput | torch.Tensor:
         """A pipeline stage's work on one micro-batch."""
         return stage(batch, self.config.rollout.temperature)
 
     def loss(self, output: PolicyOutput, batch: PackedBatch) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
-        """The objective on one micro-batch: the sum over its sequences, their number, and what to report."""
-        sequences = Sequences(
-            logp=output.logp,
-            old_logp=batch.scores.get("old_logp", output.logp.detach()),
-            ref_logp=batch.scores.get("ref_logp"),
-            rollout_logp=batch.scores.get("rollout_logp"),
-            log_z=output.log_z,
-            cu_seqlens=batch.response_cu_seqlens,
-            credit=batch.scores["credit"],
-        )
+        """The objective on one micro-batch: the sum that it gives, the count to divide it by, and what to report."""
+        sequences = to_sequences(batch, output)
         result = self.objective.loss(sequences)
-        report = {
-            **result.metrics,
-            "loss": result.loss_sum.detach()[None],
-            "entropy": sequences.mean(output.entropy),
-            "count": torch.tensor([result.count], device=output.logp.device),
-        }
-        return result.loss_sum, result.count, report
+        loss_sum, report = result.loss_sum, {**result.metrics, "entropy": sequences.mean(output.entropy)}
+        if output.value is not None:
+            assert self.config.critic is not None
+            values = self.objective.value_loss(output.value, sequences)
+            loss_sum = loss_sum + self.config.critic.value_coef * values.loss_sum
+            report |= values.metrics
+        return loss_sum, result.count, report | counts_of(loss_sum, result.count, batch)
+
+    def value_loss(self, value: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
+        """As `loss`, of the critic."""
+        result = self.objective.value_loss(value, to_sequences(batch))
+        return result.loss_sum, result.count, result.metrics | counts_of(result.loss_sum, result.count, batch)
 
     def metrics(
         self, sequences: list[Sequence], rollouts: list[Rollout], scores: list[Score], updates: list[dict[str, float]]
@@ -269,19 +312,19 @@ class Trainer:
         """Write checkpoints/step_N."""
         config = self.config.checkpoint
         with_model = (self.side_files, config.export_hf)
+        adapted = {name: getattr(self.objective, name) for name in self.objective.adapts}
         save_checkpoint(
             Path(self.config.run_dir),
-            self.policy,
-            self.optimizer,
-            {"step": step, "rollout": self.batches.state()},
+            self.learned(),
+            {"step": step, "rollout": self.batches.state(), "objective": adapted},
             config.keep_last,
             *with_model,
         )
 
     def _drifted(self, metrics: dict[str, float]) -> str | None:
         """Says so when the engine's log-probs are too far from the trainer's; the message that ends the run, if any."""
-        settings, found = self.config.rollout.mismatch, metrics["mismatch_abs_logp"]
-        if settings.budget is None or found <= settings.budget:
+        settings, found = self.config.rollout.mismatch, metrics.get("mismatch_abs_logp")
+        if settings.budget is None or found is None or found <= settings.budget:
             return None
         message = (
             f"step {self.step_done}: mean |engine - trainer| log-prob {found:.3g} nats a token is beyond "
@@ -328,12 +371,6 @@ class Trainer:
         if self.layout.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds[phase] += time.perf_counter() - start
-
-
-def keep_logp(name: str, batches: list[PackedBatch], outputs: list[PolicyOutput]) -> None:
-    """Beside each micro-batch what the objective reads; only the last pipeline stage has it, and needs it."""
-    for batch, output in zip(batches, outputs, strict=False):
-        batch.scores[name] = output.logp
 
 
 def as_sequences(prompts: list[list[int]], rollouts: list[Rollout]) -> list[Sequence]:

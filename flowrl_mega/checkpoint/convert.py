@@ -34,7 +34,6 @@ from flowrl_mega.config import ConfigError
 from flowrl_mega.model.architecture import Architecture, read_architecture
 from flowrl_mega.model.hf_folder import INDEX, SINGLE, HfFolder, ToWrite, side_files, write_safetensors
 from flowrl_mega.model.names import Place, joined_shape, kind_of, places, to_whole
-from flowrl_mega.model.partition import Kind
 from flowrl_mega.parallel.layout import rank, together, world
 
 LOG_Z = "log_z"  # a folder of its own: inference servers load every *.safetensors that lies beside config.json
@@ -145,7 +144,7 @@ def _log_z_chunks(hf: Path) -> list[Chunk]:
     ]
 
 
-def _kind(keys: Sequence[str]) -> Kind | None:
+def _kind(keys: Sequence[str]) -> str | None:
     """Which partition function these tensors are of."""
     if not keys:
         return None

@@ -7,8 +7,8 @@ import logging
 import queue
 import random
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,17 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch.distributed.checkpoint.api import CheckpointException
 
 from flowrl_mega.checkpoint.convert import megatron_to_hf
 from flowrl_mega.checkpoint.folder import is_megatron, new_folder, remove_old, verify_checkpoint
 from flowrl_mega.checkpoint.policy_tensors import MegatronTensors, write_side_files
-from flowrl_mega.config import ConfigError
+from flowrl_mega.config import ConfigError, LogZ
 from flowrl_mega.model.architecture import Architecture
 from flowrl_mega.model.hf_folder import HfFolder
-from flowrl_mega.model.partition import Kind
 from flowrl_mega.model.policy import Policy
+from flowrl_mega.model.stage import Model
 from flowrl_mega.model.weights import fill, load_hf
 from flowrl_mega.parallel.layout import Layout, together
 from flowrl_mega.parallel.optimizer import Optimizer
@@ -44,10 +45,13 @@ UNFIT = (CheckpointingException, CheckpointException, KeyError, RuntimeError)
 filesystem_async._results_queue = queue.Queue()
 
 
+# What a run trains, by name: each with its optimizer. "policy" is always there; another one's tensors carry its name.
+Learned = Mapping[str, tuple[Model, Optimizer]]
+
+
 def save_checkpoint(
     run_dir: Path,
-    policy: Policy,
-    optimizer: Optimizer,
+    learned: Learned,
     trainer: dict[str, Any],
     keep_last: int,
     side: dict[str, bytes] | None = None,
@@ -58,13 +62,14 @@ def save_checkpoint(
     `side` are the files of the model's folder that go with its weights (`read_side_files`): with them the checkpoint
     can be converted, or trained from, on its own. `export_hf` adds the policy as a Hugging Face folder, step_N/hf.
     """
+    policy, optimizer = _policy_of(learned)
     layout = policy.layout
     final = run_dir / "checkpoints" / f"step_{trainer['step']}"
     with new_folder(final) as partial:
-        state = _state(policy, optimizer, is_loading=False)
+        state = _state(learned, is_loading=False)
         counts = {"updates": optimizer.updates, "skipped": optimizer.skipped, "world": layout.world}
         state["trainer"] = {**trainer, **counts}
-        state["made_for"] = _made_for(policy.arch, policy.log_z_kind)
+        state["made_for"] = _made_for(policy.arch, policy.log_z, _critic_of(learned))
         state["random"] = _sharded_random(layout)
         dist_checkpointing.save(state, str(partial), async_strategy="mcore", verify_integrity=True)
         if layout.rank == 0:
@@ -78,27 +83,31 @@ def save_checkpoint(
     return final
 
 
-def check_checkpoint(path: Path, arch: Architecture, log_z: Kind | None) -> None:
-    """Refuse a broken checkpoint, or one of another model; needs no ranks."""
+def check_checkpoint(path: Path, arch: Architecture, log_z: LogZ | None, critic: str | None) -> None:
+    """Refuse a broken checkpoint, or one of another model; needs no ranks. `critic`: its trunk, or None."""
     verify_checkpoint(path)
-    _check_fits(path, arch, log_z)
+    _check_fits(path, arch, log_z, critic)
 
 
-def load_checkpoint(path: Path, policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
-    """Fill policy and optimizer; returns the `trainer` counts. Works in another layout. Collective.
+def load_checkpoint(path: Path, learned: Learned) -> dict[str, Any]:
+    """Fill the models and optimizers; returns the `trainer` counts. Works in another layout. Collective.
 
     Random states are restored where the number of ranks is the same; nothing in a step draws from them unless a
     reward function does.
     """
+    policy, _ = _policy_of(learned)
     with together():  # each rank reads a share of the files
         verify_checkpoint(path, policy.layout.rank, policy.layout.world)
-    with optimizer.on_device():
-        return _load(path, policy, optimizer)
+    with ExitStack() as on_device:
+        for _, optimizer in learned.values():
+            on_device.enter_context(optimizer.on_device())
+        return _load(path, learned)
 
 
-def _load(path: Path, policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
-    world = _check_fits(path, policy.arch, policy.log_z_kind)["trainer"]["world"]
-    state = _state(policy, optimizer, is_loading=True)
+def _load(path: Path, learned: Learned) -> dict[str, Any]:
+    policy, optimizer = _policy_of(learned)
+    world = _check_fits(path, policy.arch, policy.log_z, _critic_of(learned))["trainer"]["world"]
+    state = _state(learned, is_loading=True)
     if world == policy.layout.world:
         state["random"] = _sharded_random(policy.layout)
     try:
@@ -106,18 +115,35 @@ def _load(path: Path, policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
             state = dist_checkpointing.load(state, str(path))
     except UNFIT as error:
         raise ConfigError(f"{path}: does not fit these settings ({_reason(error)})") from None
-    policy.load_state_dict(state["model"])
-    adam = state["optimizer"].get(
-        "optimizer", state["optimizer"]
-    )  # one level down where bf16 weights have fp32 masters
+    _fill(policy, optimizer, state, path)
+    optimizer.updates, optimizer.skipped = state["trainer"]["updates"], state["trainer"]["skipped"]
+    for name, (model, its_optimizer) in learned.items():
+        if name != "policy":
+            _fill(model, its_optimizer, state[name], path)
+            its_optimizer.updates, its_optimizer.skipped = state[name]["counts"]
+    if world == policy.layout.world:
+        _set_random(state["random"])
+    return state["trainer"]
+
+
+def _fill(model: Model, optimizer: Optimizer, state: dict[str, Any], path: Path) -> None:
+    model.load_state_dict(state["model"])
+    adam = state["optimizer"].get("optimizer", state["optimizer"])  # one level down where bf16 weights have masters
     _keep_rates(adam["param_groups"], optimizer, path)
     optimizer.inner.load_state_dict(state["optimizer"])
     optimizer.schedule.num_steps = 0
     optimizer.schedule.step(increment=state["schedule_steps"])
-    optimizer.updates, optimizer.skipped = state["trainer"]["updates"], state["trainer"]["skipped"]
-    if world == policy.layout.world:
-        _set_random(state["random"])
-    return state["trainer"]
+
+
+def _policy_of(learned: Learned) -> tuple[Policy, Optimizer]:
+    policy, optimizer = learned["policy"]
+    assert isinstance(policy, Policy)
+    return policy, optimizer
+
+
+def _critic_of(learned: Learned) -> str | None:
+    """The trunk of the run's critic, as the settings call it."""
+    return "own" if "critic" in learned else "shared" if _policy_of(learned)[0].with_value else None
 
 
 def _reason(error: BaseException) -> str:
@@ -144,28 +170,29 @@ def check_model(path: str | Path, arch: Architecture) -> None:
         HfFolder(path).check(arch)
 
 
-def load_model(policy: Policy, path: str | Path) -> None:
-    """Fill the policy from a Hugging Face folder or a Megatron checkpoint; log Z stays as it is. Collective."""
+def load_model(model: Model, path: str | Path) -> None:
+    """Fill the model from a Hugging Face folder or a Megatron checkpoint; log Z and values stay as they are.
+    Collective."""
     if is_megatron(path):
-        load_megatron(policy, Path(path))
+        load_megatron(model, Path(path))
     else:
-        load_hf(policy, path)
+        load_hf(model, path)
 
 
 @torch.no_grad()
-def load_megatron(policy: Policy, path: Path) -> None:
-    """Fill the policy's shards from a Megatron checkpoint of whatever layout and layer spec. Collective."""
+def load_megatron(model: Model, path: Path) -> None:
+    """Fill the model's shards from a Megatron checkpoint of whatever layout and layer spec. Collective."""
     # The extra states are FP8's scales: another spec has others, and a new run starts with fresh ones.
     state = {
         str(piece): {k: part for k, part in stage.gpt.sharded_state_dict().items() if not k.endswith("_extra_state")}
-        for piece, stage in enumerate(policy.stages)
+        for piece, stage in enumerate(model.stages)
     }
     try:
         with _quietly():
             loaded = dist_checkpointing.load({"model": state}, str(path))["model"]
     except UNFIT as error:
         raise ConfigError(f"{path}: is not a checkpoint of this model ({_reason(error)})") from None
-    for piece, stage in enumerate(policy.stages):
+    for piece, stage in enumerate(model.stages):
         for name, parameter in stage.gpt.named_parameters():
             fill(parameter, loaded[str(piece)][name])
 
@@ -174,23 +201,24 @@ def _keep_rates(saved: list[dict[str, Any]], optimizer: Optimizer, path: Path) -
     """Put the configured learning rates into the saved parameter groups, so that a resumed run can change them.
 
     Megatron tells groups apart by their rates. Their order does not depend on the rates, only their number does, by
-    whether the partition function has one of its own.
+    whether the partition function, or a shared critic's head, has one of its own.
     """
     groups = optimizer.inner.param_groups
     if len(saved) != len(groups):
         raise ConfigError(
             f"optimizer.log_z_lr = {optimizer.settings.log_z_lr}: {path} was saved "
-            f"{'without' if len(saved) < len(groups) else 'with'} a rate of its own for log Z; keep it so"
+            f"{'without' if len(saved) < len(groups) else 'with'} a rate of its own for log Z (or a shared critic's "
+            "head, critic.optimizer.lr); keep it so"
         )
     for old, new in zip(saved, groups, strict=True):
         old.update({name: new[name] for name in ("max_lr", "min_lr") if name in new})
 
 
-def _check_fits(path: Path, arch: Architecture, log_z: Kind | None) -> dict[str, Any]:
+def _check_fits(path: Path, arch: Architecture, log_z: LogZ | None, critic: str | None) -> dict[str, Any]:
     """The checkpoint's common part, which says what model it was made for."""
     with _quietly():
         common = dist_checkpointing.load_common_state_dict(str(path))
-    for name, wanted in _made_for(arch, log_z).items():
+    for name, wanted in _made_for(arch, log_z, critic).items():
         found = common["made_for"].get(name)
         if found != wanted:
             raise ConfigError(
@@ -200,18 +228,30 @@ def _check_fits(path: Path, arch: Architecture, log_z: Kind | None) -> dict[str,
     return common
 
 
-def _made_for(arch: Architecture, log_z: Kind | None) -> dict[str, Any]:
+def _made_for(arch: Architecture, log_z: LogZ | None, critic: str | None) -> dict[str, Any]:
     """What must be the same when a checkpoint is loaded, in plain values."""
+    kind = log_z and log_z.kind.removesuffix("-detached")  # which has the same parameters
     fields = {field.name: getattr(arch, field.name) for field in dataclasses.fields(arch)}
-    return {**fields, "inv_freq": [f"{x:.4g}" for x in arch.inv_freq.tolist()], "log_z": log_z}
+    return {**fields, "inv_freq": [f"{x:.4g}" for x in arch.inv_freq.tolist()], "log_z": kind, "critic": critic}
 
 
-def _state(policy: Policy, optimizer: Optimizer, is_loading: bool) -> dict[str, Any]:
-    model = policy.sharded_state_dict()
+def _state(learned: Learned, is_loading: bool) -> dict[str, Any]:
+    """The policy's state, and the others' under their names."""
+    state = _state_of(*learned["policy"], "", is_loading)
+    for name, (model, optimizer) in learned.items():
+        if name != "policy":
+            counts = (optimizer.updates, optimizer.skipped)
+            state[name] = {**_state_of(model, optimizer, f"{name}.", is_loading), "counts": counts}
+    return state
+
+
+def _state_of(model: Model, optimizer: Optimizer, prefix: str, is_loading: bool) -> dict[str, Any]:
+    sharded = model.sharded_state_dict()
+    add_prefix_for_sharding(sharded, prefix)
     # The schedule's settings are the configuration's, so that a resumed run can change them; only its count is state.
     return {
-        "model": model,
-        "optimizer": optimizer.sharded_state_dict(model, is_loading),
+        "model": sharded,
+        "optimizer": optimizer.sharded_state_dict(sharded, is_loading),
         "schedule_steps": optimizer.schedule.num_steps,
     }
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowrl_mega.model.hf_folder import HfFolder
 from flowrl_mega.model.names import from_shards, hf_names, to_named, to_shard, to_whole
-from flowrl_mega.model.policy import Policy
+from flowrl_mega.model.stage import Model
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -33,14 +33,14 @@ def _plain(parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def load_hf(policy: Policy, path: str | Path) -> None:
-    """Fill the policy's shards from the safetensors of a Hugging Face folder, tensor by tensor."""
-    folder, arch, layout = HfFolder(path), policy.arch, policy.layout
+def load_hf(model: Model, path: str | Path) -> None:
+    """Fill the model's shards from the safetensors of a Hugging Face folder, tensor by tensor."""
+    folder, arch, layout = HfFolder(path), model.arch, model.layout
     folder.check(arch)
-    for name, parameter in policy.gpt_parameters().items():
+    for name, parameter in model.gpt_parameters().items():
         whole = to_whole(name, [folder.read(part) for part in hf_names(name, arch)], arch)
         fill(parameter, to_shard(name, whole, layout.tp, layout.tp_rank))
-    if (head := policy.tied_head()) is not None:
+    if (head := model.tied_head()) is not None:
         head.copy_(to_shard(EMBEDDING, folder.read(*hf_names(EMBEDDING, arch)), layout.tp, layout.tp_rank))
 
 
@@ -53,7 +53,7 @@ class Piece(NamedTuple):
     dtype: torch.dtype
 
 
-def pieces(policy: Policy) -> list[Piece]:
+def pieces(policy: Model) -> list[Piece]:
     """All parameters of the model, stage by stage; the same list on every rank. Collective."""
     layout = policy.layout
     mine = [Piece(name, layout.pp_rank, p.shape, p.dtype) for name, p in policy.gpt_parameters().items()]
@@ -71,7 +71,7 @@ class WholeWeights:
     from there to the other stages.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Model) -> None:
         self.policy, self.pieces = policy, pieces(policy)
         self.tensors: dict[str, Tensor] = {}
 
@@ -83,7 +83,7 @@ class WholeWeights:
         return self.tensors
 
 
-def named_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(policy: Model) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face names and tensors of the policy, on every rank; never the partition function."""
     for name, whole in WholeWeights(policy).gather().items():
         yield from zip(hf_names(name, policy.arch), to_named(name, whole, policy.arch), strict=True)
@@ -98,7 +98,7 @@ class Buckets:
     the other ranks of the replica get empty lists and must take all of them.
     """
 
-    def __init__(self, policy: Policy, bucket_bytes: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, policy: Model, bucket_bytes: int, dtype: torch.dtype | None = None) -> None:
         self.policy, self.dtype = policy, dtype
         self.buckets = list(_cut(pieces(policy), bucket_bytes, dtype, policy.layout.tp))
 
@@ -132,7 +132,7 @@ def _cut(found: Iterable[Piece], bucket_bytes: int, dtype: torch.dtype | None, t
 
 @torch.no_grad()
 def _gather(
-    policy: Policy, bucket: list[Piece], dtype: torch.dtype | None, to_all: bool = False
+    policy: Model, bucket: list[Piece], dtype: torch.dtype | None, to_all: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """Whole tensors of these pieces of one stage and type, in one flat collective; `to_all`: not on the first rank
     only."""

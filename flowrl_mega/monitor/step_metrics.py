@@ -14,8 +14,9 @@ def reduce_reports(reports: Sequence[Mapping[str, Tensor]], group: dist.ProcessG
     """Means over all sequences of an update, the same on every rank of the data-parallel group.
 
     A report holds, for one micro-batch, a vector a metric and its number of sequences under "count"; each metric is
-    summed and divided by the number of sequences ("max_..." metrics: their maximum). "is_weight" and "is_weight_sq",
-    each sequence's importance weight and its square, become "effective_sample_size".
+    summed and divided by the number of sequences ("max_..." metrics: their maximum). "loss" is divided by "loss_count",
+    which may count tokens. Of moments one figure is made: of "is_weight" and its square "effective_sample_size", of the
+    critic's "return" and "value_error" and their squares "explained_variance".
     """
     names = sorted(reports[0])
     sums = torch.stack([torch.cat([r[name] for r in reports]).double().sum() for name in names])
@@ -26,10 +27,21 @@ def reduce_reports(reports: Sequence[Mapping[str, Tensor]], group: dist.ProcessG
     count = float(sums[names.index("count")])
     pairs = zip(names, sums.tolist(), largest.tolist(), strict=True)
     metrics = {n: top if n.startswith("max_") else total / count for n, total, top in pairs if n != "count"}
+    if "loss_count" in metrics:
+        metrics["loss"] /= metrics.pop("loss_count")
     if "is_weight" in metrics:
         mean, mean_square = metrics.pop("is_weight"), metrics.pop("is_weight_sq")
         metrics["effective_sample_size"] = effective_sample_size(mean, mean_square)
+    if "value_error" in metrics:
+        error, error_square = metrics.pop("value_error"), metrics.pop("value_error_sq")
+        variance = metrics.pop("return_sq") - metrics["return"] ** 2
+        metrics["explained_variance"] = explained_variance(variance, error_square - error**2)
     return metrics
+
+
+def explained_variance(of_returns: float, of_errors: float) -> float:
+    """How much of the returns' variance the critic knows: 1 all, 0 no more than their mean, below 0 less than that."""
+    return 1 - of_errors / of_returns if of_returns > 1e-12 else 0.0
 
 
 def effective_sample_size(mean: float, mean_square: float) -> float:

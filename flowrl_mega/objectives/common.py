@@ -155,6 +155,11 @@ class Objective(Settings):
         """The critic's loss from its values [T], with gradient; only where `needs_critic`."""
         raise NotImplementedError(f"{self.name} has no critic")
 
+    @property
+    def adapts(self) -> tuple[str, ...]:
+        """The fields that `adapted` changes, which checkpoints keep."""
+        return ()
+
     def adapted(self, metrics: Mapping[str, float], sequences: int) -> Self:
         """The objective of the next step, from this step's metrics and its number of sequences."""
         return self

@@ -95,6 +95,10 @@ class PPO(PolicyGradient):
         }
         return LossOutput(loss_sum, count, {k: v.detach() for k, v in metrics.items()})
 
+    @property
+    def adapts(self) -> tuple[str, ...]:
+        return ("kl_coef",) if self.kl_target is not None else ()
+
     def adapted(self, metrics: Mapping[str, float], sequences: int) -> Self:
         """kl_coef times 1 + clip(kl / kl_target - 1, -0.2, 0.2) sequences / kl_horizon.
 

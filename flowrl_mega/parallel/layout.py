@@ -68,10 +68,15 @@ class Layout:
         dist.broadcast_object_list(items, group=self.pp_group, group_src=self.pp - 1, device=self.device)
         return items[0]
 
-    def sum_of_replicas(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The last stages' tensors added up over the data-parallel replicas, on every rank."""
+    def sum_over_replicas(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The data-parallel replicas' tensors added up, on the ranks of one pipeline stage."""
         if self.dp > 1:
             dist.all_reduce(tensor, group=self.dp_group)
+        return tensor
+
+    def sum_of_replicas(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The last stages' tensors added up over the data-parallel replicas, on every rank."""
+        self.sum_over_replicas(tensor)
         if self.pp > 1:
             dist.broadcast(tensor, group=self.pp_group, group_src=self.pp - 1)
         return tensor

@@ -20,7 +20,7 @@ from flowrl_mega.parallel import backends
 from flowrl_mega.parallel.offload import Offload
 
 
-def check_optimizer(settings: OptimizerSettings) -> None:
+def check_optimizer(settings: OptimizerSettings, section: str = "optimizer") -> None:
     """Refuse what the machine's Adam cannot do, before any rank starts.
 
     Megatron's distributed optimizer keeps one `step` for all the parameters that share a buffer, as FusedAdam does.
@@ -29,12 +29,12 @@ def check_optimizer(settings: OptimizerSettings) -> None:
     engine = backends.transformer_engine()
     if settings.distributed and not engine.usable:
         raise ConfigError(
-            f"optimizer.distributed = True: needs Transformer Engine's FusedAdam ({engine.why}); with torch's AdamW a "
-            "resumed run would be silently wrong. Set optimizer.distributed=false"
+            f"{section}.distributed = True: needs Transformer Engine's FusedAdam ({engine.why}); with torch's AdamW a "
+            f"resumed run would be silently wrong. Set {section}.distributed=false"
         )
     if settings.distributed and settings.offload:
         raise ConfigError(
-            "optimizer.offload = True: moves whole moments, and optimizer.distributed = True keeps them in shared "
+            f"{section}.offload = True: moves whole moments, and {section}.distributed = True keeps them in shared "
             "buffers; set one of the two to false"
         )
 
@@ -69,12 +69,18 @@ def _fuse_gradient_accumulation(model: Any) -> None:
 class Optimizer:
     """AdamW behind Megatron's optimizer, with warm-up and decay of the rates; non-finite updates are skipped.
 
-    `total_updates`: after how many updates a decay ends. `updates` counts those that were made, `skipped` those
-    refused for a non-finite loss or gradient.
+    `total_updates`: after how many updates a decay ends. `rates`: learning rates of parameters by pattern of their
+    name, where they are not the rest's. `updates` counts those that were made, `skipped` those refused for a non-finite
+    loss or gradient.
     """
 
     def __init__(
-        self, model: list[DistributedDataParallel], settings: OptimizerSettings, bf16: bool, total_updates: int
+        self,
+        model: list[DistributedDataParallel],
+        settings: OptimizerSettings,
+        bf16: bool,
+        total_updates: int,
+        rates: dict[str, float] | None = None,
     ) -> None:
         self.model, self.settings = model, settings
         lowest = 1.0 if settings.decay == "constant" else 0.0  # of each rate
@@ -92,11 +98,9 @@ class Optimizer:
             use_distributed_optimizer=settings.distributed,
         )
         overrides = get_standard_config_overrides(config)
-        if settings.log_z_lr not in (None, settings.lr):  # a checkpoint tells parameter groups apart by their rates
-            overrides[ParamKey(name="*partition.*")] = {
-                "max_lr": settings.log_z_lr,
-                "min_lr": lowest * settings.log_z_lr,
-            }
+        for pattern, rate in (rates or {}).items():
+            if rate != settings.lr:  # a checkpoint tells parameter groups apart by their rates
+                overrides[ParamKey(name=pattern)] = {"max_lr": rate, "min_lr": lowest * rate}
         self.inner = get_megatron_optimizer(config, model, config_overrides=overrides)
         self.schedule = OptimizerParamScheduler(
             self.inner,

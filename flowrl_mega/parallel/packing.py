@@ -62,6 +62,8 @@ class PackedBatch:
     rows: Tensor | None = None  # [T] int64, this rank's rows of the whole batch
     response_places: Tensor | None = None  # [R] int64, this rank's response tokens among all of the batch
     scores: dict[str, Tensor] = field(default_factory=dict)  # by response token of the whole batch; credit: [B]
+    prepared: dict[str, Tensor] = field(default_factory=dict)  # what the objective made of the step's scores
+    draw: int = 0  # the step, from which random numbers of a forward begin
 
     @property
     def size(self) -> int:

@@ -34,7 +34,7 @@ def save(path: Path, run_dir: Path, sequences: list[Sequence], rewards: list[flo
     job = _trainer(path, None, sections)
     for _ in range(3):
         metrics = _update(job, sequences, rewards)
-    save_checkpoint(run_dir, job.policy, job.optimizer, {"step": 3}, keep_last=1)
+    save_checkpoint(run_dir, job.learned(), {"step": 3}, keep_last=1)
     return _state(job, metrics)
 
 
@@ -63,7 +63,7 @@ def _update(job: Trainer, sequences: list[Sequence], rewards: list[float]) -> di
 
 
 def _adam(job: Trainer) -> Any:
-    (optimizer,) = job.optimizer.inner.chained_optimizers
+    (optimizer,) = job.learner.optimizer.inner.chained_optimizers
     return optimizer.optimizer
 
 
@@ -77,7 +77,7 @@ def _state(job: Trainer, metrics: dict[str, float]) -> State:
     stages: list[Any] = [None] * job.layout.pp
     dist.all_gather_object(stages, tensors, group=job.layout.pp_group)
     tensors = {name: tensor for stage in stages for name, tensor in stage.items()}
-    state = job.optimizer
+    state = job.learner.optimizer
     return State(tensors, state.updates, state.inner.param_groups[0]["lr"], metrics.get("loss"), metrics.get("log_z"))
 
 

@@ -93,17 +93,17 @@ def _scores(job: Trainer, mini_batches: list[Any], count: int) -> dict[str, Any]
 def kept_gradients(job: Trainer) -> Iterator[dict[str, Any]]:
     """The update's gradients, read when they are complete and before they are clipped."""
     kept: dict[str, Any] = {}
-    real = job.optimizer.inner.prepare_grads
+    real = job.learner.optimizer.inner.prepare_grads
 
     def prepare_grads() -> Any:
         kept["gradients"], kept["replica_difference"] = whole_gradients(job.policy)
         return real()
 
-    job.optimizer.inner.prepare_grads = prepare_grads
+    job.learner.optimizer.inner.prepare_grads = prepare_grads
     try:
         yield kept
     finally:
-        del job.optimizer.inner.prepare_grads
+        del job.learner.optimizer.inner.prepare_grads
 
 
 def without_sums(job: Trainer, left_out: str | None) -> AbstractContextManager[None]:

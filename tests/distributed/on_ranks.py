@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import layers, mappings
 from torch import Tensor
 
 import flowrl_mega.parallel  # noqa: F401
-from flowrl_mega.config import Config, validated
+from flowrl_mega.config import Config, LogZ, validated
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.names import from_shards, hf_names, to_named
 from flowrl_mega.model.policy import Policy
@@ -40,7 +40,7 @@ def build(path: Path | str, log_z: Any = None, **sections: Any) -> Policy:
     """The policy of the Hugging Face folder in the layout that `parallel` says."""
     config = config_for(path, **sections)
     layout = layouts.init(config.parallel, config.seed)
-    policy = Policy(read_architecture(path), config, layout, log_z)
+    policy = Policy(read_architecture(path), config, layout, LogZ(kind=log_z) if log_z else None)
     load_hf(policy, path)
     return policy
 
@@ -126,12 +126,12 @@ def _update(job: Trainer, batches: list[PackedBatch], leave_out: int | None) -> 
     found: dict[str, Any] = {}
 
     def gather_instead_of_step(loss_is_finite: bool) -> dict[str, float]:
-        job.optimizer.inner.prepare_grads()
-        norm = float(job.optimizer.inner.get_grad_norm())
+        job.learner.optimizer.inner.prepare_grads()
+        norm = float(job.learner.optimizer.inner.get_grad_norm())
         found["gradients"], found["difference"] = whole_gradients(job.policy)
         return {"grad_norm": norm}
 
-    job.optimizer.step = gather_instead_of_step  # type: ignore[method-assign]
+    job.learner.optimizer.step = gather_instead_of_step  # type: ignore[method-assign]
     with counted_sums(leave_out) as calls:
         metrics = job.update(batches)
     partition = {} if job.policy.partition is None else job.policy.partition.state_dict()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import in_float64, random_sequences
 
+from flowrl_mega.config import LogZ
 from flowrl_mega.model.partition import PartitionMLP, build_partition, prompt_sum
 
 LAYOUTS = {"tp1": {}, "tp2": {"tp": 2}, "tp2+sp": {"tp": 2, "sequence_parallel": True}}
@@ -33,9 +34,9 @@ def test_the_seed_rules_the_weights_and_nothing_else_does():
 
 
 def test_kinds():
-    assert build_partition(None, 8, 0) is None
-    assert build_partition("zero", 8, 0) is None
-    constant = build_partition("constant", 8, 0)
+    assert build_partition(LogZ(kind="group"), 8, 0) is None
+    assert build_partition(LogZ(kind="zero"), 8, 0) is None
+    constant = build_partition(LogZ(kind="constant"), 8, 0)
     assert constant is not None
     assert constant(torch.randn(3, 8)).tolist() == [0, 0, 0]
     constant(torch.randn(3, 8)).sum().backward()

@@ -186,7 +186,7 @@ def saved(path: Path, run_dir: Path, model: dict[str, Any]) -> tuple[dict[str, n
     optimizer = Optimizer(trained, settings, bf16=True, total_updates=9)
     for _ in range(2):
         one_update(trained, optimizer, batch)
-    folder = save_checkpoint(run_dir, policy, optimizer, {"step": 2}, keep_last=1)
+    folder = save_checkpoint(run_dir, {"policy": (policy, optimizer)}, {"step": 2}, keep_last=1)
     local = build(path, **LOCAL)
     load_model(local, folder)
     return weights(policy), weights(local)
@@ -205,7 +205,7 @@ def resumed(path: Path, run_dir: Path, model: dict[str, Any], kept: dict[str, bo
         else:
             for _ in range(2):
                 one_update(trained, optimizer, batch)
-            save_checkpoint(run_dir, policy, optimizer, {"step": 2}, keep_last=1)
+            save_checkpoint(run_dir, {"policy": (policy, optimizer)}, {"step": 2}, keep_last=1)
         one_update(trained, optimizer, batch)
         found.append(weights(policy))
     return found

@@ -9,10 +9,10 @@ import torch
 
 from flowrl_mega import objectives
 from flowrl_mega.config import Config, validated
+from flowrl_mega.learner import Learner
 from flowrl_mega.model.architecture import Architecture
 from flowrl_mega.model.policy import Policy
 from flowrl_mega.parallel.layout import Layout
-from flowrl_mega.parallel.optimizer import Optimizer, wrap
 from flowrl_mega.parallel.packing import PackedBatch, Sequence, plan
 from flowrl_mega.train import Trainer
 
@@ -96,8 +96,8 @@ class Job(Trainer):
         self.config, self.layout = config, layout
         self.objective = objectives.build(config.objective)
         self.policy = Policy(arch, config, layout, self.objective.log_z)
-        self.model = wrap(self.policy.stages)
-        self.optimizer = Optimizer(self.model, config.optimizer, config.model.dtype == "bf16", total_updates=1)
+        self.critic_learner, bf16 = None, config.model.dtype == "bf16"
+        self.learner = Learner(self.policy.stages, config.optimizer, layout, bf16, total_updates=1)
 
 
 def settings(precision: str, first_last_bf16: bool, megatron: dict[str, Any] | None = None) -> Config:
