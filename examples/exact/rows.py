@@ -97,6 +97,7 @@ GRPO = {"name": "grpo"}
 TOKEN = {"loss_mean": "token"}
 NO_STD = {"name": "grpo", "std": False, **TOKEN}
 PPO = {"name": "ppo"}
+IN_LOSS = {"kl_in": "loss", "kl_coef": MATCHED, "kl_estimator": "k2"}
 REINFORCE = {"name": "reinforce_pp"}
 
 
@@ -121,9 +122,10 @@ def _others() -> dict[str, Row]:
         "reinforce_pp-kl": Row("REINFORCE++, token KL 1/3", REINFORCE | {"kl_coef": MATCHED} | TOKEN),
         "ppo": Row("PPO", PPO, own=False, critic=CRITIC),
         "ppo-kl": Row("PPO, KL 1/3 in the reward", PPO | {"kl_in": "reward", "kl_coef": MATCHED}, critic=CRITIC),
-        "ppo-kl-loss": Row(
-            "PPO, KL 1/3 in the loss (k2)",
-            PPO | {"kl_in": "loss", "kl_coef": MATCHED, "kl_estimator": "k2"},
+        "ppo-kl-loss": Row("PPO, KL 1/3 in the loss (k2)", PPO | IN_LOSS, own=False, critic=CRITIC),
+        "ppo-kl-loss-plain": Row(
+            "PPO, advantages as they are, KL 1/3 in the loss (k2)",
+            PPO | IN_LOSS | {"normalise": False},
             own=False,
             critic=CRITIC,
         ),
