@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from examples.exact import space, targets
-from examples.exact.job import rollout
+from examples.exact.job import COMMON, rollout
 
 BETA, BETA_PER_TOKEN = 3.0, 1.0  # without and with length normalisation: the same pull at three tokens
 BETA_GROUP = 0.5  # of r_hat: small enough for it to come to rest
 ANSWERS, STEPS = 96, 280
+CONSTANT_LR = 0.02  # Adam moves a single number by its rate a step at most: 5e-4 would take it nowhere in 280
 UPDATES, STEPS_OF_UPDATES = 4, 140  # where a step has several updates
 MATCHED = 1 / BETA  # the coefficient of a KL whose optimum is the target of BETA
 
@@ -56,6 +57,7 @@ class Row:
     updates: int = 1
     critic: Mapping[str, Any] | None = None
     steps: int = STEPS
+    log_z_lr: float | None = None  # another than that of all rows
 
     @property
     def sections(self) -> dict[str, Any]:
@@ -63,6 +65,8 @@ class Row:
         sections: dict[str, Any] = {"objective": dict(self.objective), "rollout": rollout(ANSWERS)}
         if self.critic is not None:
             sections["critic"] = dict(self.critic)
+        if self.log_z_lr is not None:
+            sections["optimizer"] = COMMON["optimizer"] | {"log_z_lr": self.log_z_lr}
         if self.updates > 1:
             sections["batch"] = {"mini_batch": len(space.PROMPTS) * ANSWERS // self.updates}
         return sections
@@ -132,6 +136,12 @@ def _others() -> dict[str, Row]:
     }
 
 
+def _constant(objective: Mapping[str, Any], target: str) -> Row:
+    """One learned number, at a rate of its own."""
+    title = f"Z constant, its rate {CONSTANT_LR:g}"
+    return Row(title, {**objective, "z": "constant"}, target, log_z_lr=CONSTANT_LR)
+
+
 def _per_token_target(z: str) -> str:
     return {"zero": "B0", "constant": "B1"}.get(z, "B")
 
@@ -140,6 +150,7 @@ TABLES: dict[str, dict[str, Row]] = {
     "Other objectives": {"start": Row("start", PLAIN, own=False, steps=0), **_others()},
     "FlowRL without length normalisation": {
         **{f"plain-{key}": Row(title, PLAIN | change) for key, (title, change) in Z.items()},
+        "plain-constant-fast": _constant(PLAIN, "A"),
         "plain-r_hat": Row("Z mlp, r_hat", PLAIN | {"reward_norm": "group"}, own=False),
         "plain-r_hat-small": Row(
             f"Z mlp, r_hat, beta {BETA_GROUP:g}", PLAIN | {"reward_norm": "group", "beta": BETA_GROUP}, "G"
@@ -147,6 +158,7 @@ TABLES: dict[str, dict[str, Row]] = {
     },
     "FlowRL with 1/|y|": {
         **{f"norm-{key}": Row(title, PER_TOKEN | change, _per_token_target(key)) for key, (title, change) in Z.items()},
+        "norm-constant-fast": _constant(PER_TOKEN, "B1"),
         "norm-r_hat": Row("Z mlp, r_hat", PER_TOKEN | {"reward_norm": "group"}, "B", own=False),
         "paper": Row("the paper's: r_hat, beta 15", {"name": "flowrl"}, "B", own=False),
     },
