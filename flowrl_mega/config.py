@@ -6,7 +6,7 @@ Every error is a `ConfigError` with one message that names the field, the value 
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -291,20 +291,25 @@ def _explain(model: type[Settings], details: Any, where: str) -> tuple[str, str]
 def _own_names(model: type[Settings], location: tuple[str | int, ...]) -> list[str]:
     """A pydantic location without the branch names of unions, which follow the field's own name."""
     for depth, part in enumerate(location):
-        annotation = model.model_fields[str(part)].annotation if part in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, Settings)):
+        section = _section(model, str(part))
+        if section is None:
             places = [place for place in location[depth + 1 :] if isinstance(place, int)]
             return [str(p) for p in (*location[: depth + 1], *places)]
-        model = annotation
+        model = section
     return [str(part) for part in location]
+
+
+def _section(model: type[Settings], field: str) -> type[Settings] | None:
+    """The settings that are a field's own, also where null may stand in their place."""
+    annotation = model.model_fields[field].annotation if field in model.model_fields else None
+    kinds = [kind for kind in (get_args(annotation) or (annotation,)) if kind is not type(None)]
+    return kinds[0] if len(kinds) == 1 and isinstance(kinds[0], type) and issubclass(kinds[0], Settings) else None
 
 
 def _names_at(model: type[Settings], path: list[str]) -> list[str]:
     """The setting names of the section at `path`."""
     for part in path:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if isinstance(annotation, type) and issubclass(annotation, Settings):
-            model = annotation
+        model = _section(model, part) or model
     return list(model.model_fields)
 
 

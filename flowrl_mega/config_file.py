@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from flowrl_mega.config import Config, ConfigError, ModelSettings, RolloutSettings, validated
+from flowrl_mega.config import Config, ConfigError, ModelSettings, OptimizerSettings, RolloutSettings, validated
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -78,17 +78,23 @@ def _check_together(config: Config) -> None:
             f"(rollout.prompts_per_step x rollout.group_size); take a divisor of {total}"
         )
     updates = config.steps * config.updates_per_step
-    if config.optimizer.decay != "constant" and config.optimizer.warmup_steps >= updates:
-        raise ConfigError(
-            f"optimizer.warmup_steps = {config.optimizer.warmup_steps}: leaves none of the {updates} updates to "
-            f"optimizer.decay = {config.optimizer.decay}; take fewer"
-        )
+    _check_decay("optimizer", config.optimizer, updates)
+    if config.critic:
+        _check_decay("critic.optimizer", config.critic.optimizer, updates)
     _check_fp8(config.model, config.optimizer.distributed)
     _check_rollout(rollout)
     if (rollout.top_p < 1 or rollout.top_k) and not rollout.allow_truncated_sampling:
         raise ConfigError(
             f"rollout.top_p = {rollout.top_p}, rollout.top_k = {rollout.top_k}: answers would be drawn from another "
             "distribution than the one scored; use 1.0 and 0, or set rollout.allow_truncated_sampling=true"
+        )
+
+
+def _check_decay(section: str, settings: OptimizerSettings, updates: int) -> None:
+    if settings.decay != "constant" and settings.warmup_steps >= updates:
+        raise ConfigError(
+            f"{section}.warmup_steps = {settings.warmup_steps}: leaves none of the {updates} updates to "
+            f"{section}.decay = {settings.decay}; take fewer"
         )
 
 

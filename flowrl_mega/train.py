@@ -16,7 +16,7 @@ import torch.distributed as dist
 from flowrl_mega import objectives
 from flowrl_mega.checkpoint import load_checkpoint, load_model, read_side_files, save_checkpoint
 from flowrl_mega.checkpoint.folder import remove_unfinished
-from flowrl_mega.config import Config, ConfigError, RunError
+from flowrl_mega.config import Config, ConfigError, CriticSettings, OptimizerSettings, RunError
 from flowrl_mega.data.inputs import load_prompts
 from flowrl_mega.data.prompts import Prompt
 from flowrl_mega.evaluation.exact import exact_metrics, right_answer_probabilities
@@ -27,6 +27,7 @@ from flowrl_mega.model.critic import Critic
 from flowrl_mega.model.fp8_gate import Fp8Gate
 from flowrl_mega.model.generation import Sampling
 from flowrl_mega.model.policy import Policy, PolicyOutput, build_reference
+from flowrl_mega.model.stage import Model
 from flowrl_mega.monitor import Monitor
 from flowrl_mega.monitor.step_metrics import cost_metrics, merge_updates
 from flowrl_mega.parallel.layout import Layout, together
@@ -46,20 +47,17 @@ class Trainer:
         self.prompts, self.held_out, self.tokenizer, stop_ids = load_prompts(config)
         self.reward = load_reward(config.reward)
         arch = read_architecture(config.model.path)
-        bf16, updates, critic = config.model.dtype == "bf16", config.steps * config.updates_per_step, config.critic
-        self.shares_trunk = critic is not None and critic.trunk == "shared"
+        self.shares_trunk = config.critic is not None and config.critic.trunk == "shared"
         self.policy = Policy(arch, config, layout, self.objective.log_z, with_value=self.shares_trunk)
         load_model(self.policy, config.model.path)
-        rates = {"*partition.*": config.optimizer.log_z_lr or config.optimizer.lr}
-        if critic and self.shares_trunk:
-            rates["*value_head.*"] = critic.optimizer.lr
-        self.learner = Learner(self.policy.stages, config.optimizer, layout, bf16, updates, rates)
+        self.learner = self._learner(self.policy, config.optimizer, config.critic)
         self.critic: Critic | None = None
         self.critic_learner: Learner | None = None
-        if critic and not self.shares_trunk:
-            self.critic = Critic(read_architecture(critic.path or config.model.path), config, layout)
-            load_model(self.critic, critic.path or config.model.path)
-            self.critic_learner = Learner(self.critic.stages, critic.optimizer, layout, bf16, updates)
+        if config.critic and not self.shares_trunk:
+            path = config.critic.path or config.model.path
+            self.critic = Critic(read_architecture(path), config, layout)
+            load_model(self.critic, path)
+            self.critic_learner = self._learner(self.critic, config.critic.optimizer)
         self.reference: Policy | None = None
         if self.objective.needs_reference:
             self.reference = build_reference(arch, config, layout)
@@ -75,6 +73,15 @@ class Trainer:
         self.step_done = self._resume(resume) if resume else 0
         self.engine.sync(self.policy, version=self.step_done)
         self.seconds: dict[str, float] = defaultdict(float)
+
+    def _learner(self, model: Model, settings: OptimizerSettings, critic: CriticSettings | None = None) -> Learner:
+        """The model with its optimizer; partition function and a shared critic's head may have rates of their own."""
+        config = self.config
+        rates = {"*partition.*": settings.log_z_lr or settings.lr}
+        if critic:
+            rates["*value_head.*"] = critic.optimizer.lr
+        updates = config.steps * config.updates_per_step
+        return Learner(model.stages, settings, self.layout, config.model.dtype == "bf16", updates, rates)
 
     def _resume(self, checkpoint: Path) -> int:
         """Fill all from the checkpoint; returns its step. Checkpoints without a rollout state took prompts in order."""

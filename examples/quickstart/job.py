@@ -1,14 +1,17 @@
-"""What each rank of the quick start runs: warm start, then every method from it, measured exactly.
+"""What each rank of the quick start runs: trials, each measured exactly. The trial "start" makes the model that the
+others of its folder start from.
 
     python -m examples.quickstart.job TRIALS.json     (run.py and compare.py write the file and start the ranks)
 
-TRIALS.json: {"dir", "seed", "trials": {name: [overrides]}}. Each trial's figures go to DIR/results.json as it ends;
-trials that are there already are not run again.
+TRIALS.json: {"trials": [{"folder", "seed", "name", "overrides"}], "side_by_side", "overrides"}. All ranks work on each
+trial, or, side by side, each is a job of its own and takes every n-th one. A trial's figures go to its run folder when
+it ends; one that has them already, of the same overrides, is not run again.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from examples.quickstart.trials import Figures, Trial
 from examples.quickstart.warm_start import warm_start
 from flowrl_mega.config import Config
 from flowrl_mega.config_file import load_config
@@ -23,6 +27,7 @@ from flowrl_mega.evaluation.exact import exact_metrics, spread_metrics
 from flowrl_mega.model.policy import Policy, build_reference
 from flowrl_mega.model.weights import load_hf
 from flowrl_mega.parallel import layout as layouts
+from flowrl_mega.parallel.launch import free_port
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.train import Trainer, as_sequences
 
@@ -31,7 +36,7 @@ K = 64
 SPREAD_ANSWERS = 32
 
 
-def measure(trainer: Trainer, reference: Policy) -> dict[str, float]:
+def measure(trainer: Trainer, reference: Policy) -> Figures:
     """Exact figures over the training prompts, the held-out prompts', and entropy and KL by sampling."""
     assert trainer.held_out is not None
     prompts = trainer.prompts.prompts
@@ -43,12 +48,18 @@ def measure(trainer: Trainer, reference: Policy) -> dict[str, float]:
     return figures | spread
 
 
-def run_trial(config: Config, layout: Layout) -> dict[str, float]:
+def clock(layout: Layout) -> float:
+    """Seconds; of a rank that is alone on a CPU those of its one core, whatever else the machine does."""
+    alone_on_cpu = layout.world == 1 and layout.device.type == "cpu"
+    return time.process_time() if alone_on_cpu else time.perf_counter()
+
+
+def run_trial(config: Config, layout: Layout) -> Figures:
     """Train with these settings; the figures of the trained policy."""
-    began = time.perf_counter()
+    began = clock(layout)
     trainer = Trainer(config, layout)
     trainer.run()
-    seconds = time.perf_counter() - began
+    seconds = clock(layout) - began
     reference = trainer.reference
     if reference is None:  # plain GRPO trains without one
         reference = build_reference(trainer.policy.arch, config, layout)
@@ -56,41 +67,45 @@ def run_trial(config: Config, layout: Layout) -> dict[str, float]:
     return measure(trainer, reference) | {"seconds": seconds}
 
 
-def run_warm_start(config: Config, layout: Layout) -> dict[str, float]:
+def run_warm_start(config: Config, layout: Layout) -> Figures:
     """Make the warm start; its own figures, in the same columns."""
-    began = time.perf_counter()
+    began = clock(layout)
     steps = warm_start(config, layout)
-    seconds = time.perf_counter() - began
+    seconds = clock(layout) - began
     trainer = Trainer(config, layout)
     return measure(trainer, trainer.policy) | {"seconds": seconds, "steps": steps}
 
 
 def main(path: str) -> None:
     job: dict[str, Any] = json.loads(Path(path).read_text())
-    folder = Path(job["dir"])
-    common = [f"seed={job['seed']}", f"model.path={folder / 'start'}", *job.get("overrides", [])]
-    config = load_config(CONFIG, [*common, f"run_dir={folder / 'start_run'}"])
+    trials = [Trial(**trial) for trial in job["trials"]]
+    for trial in share(trials) if job["side_by_side"] else trials:
+        if not trial.done:
+            run(trial, job["overrides"])
+    if dist.is_initialized():
+        layouts.shutdown()
+
+
+def share(trials: list[Trial]) -> list[Trial]:
+    """This rank's trials; from here on it is the only rank of a job of its own (LOCAL_RANK still names its GPU)."""
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": str(free_port())}
+    return trials[rank::ranks]
+
+
+def run(trial: Trial, overrides: list[str]) -> None:
+    """Run it, with `overrides` beside its own, and write its figures. Collective."""
+    settings = [f"seed={trial.seed}", f"model.path={Path(trial.folder) / 'start'}", f"run_dir={trial.run_dir}"]
+    config = load_config(CONFIG, [*settings, *overrides, *trial.overrides])
     layout = layouts.init(config.parallel, config.seed)
-    file = folder / "results.json"
-    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    if "start" not in results:
-        results["start"] = run_warm_start(config, layout)
-        _write(file, results, layout)
-    for name, overrides in job["trials"].items():
-        if name not in results:
-            trial = load_config(CONFIG, [*common, f"run_dir={folder / name.replace(' ', '_')}", *overrides])
-            if layout.rank == 0:
-                print(f"\n{name} (seed {job['seed']})", flush=True)
-            results[name] = run_trial(trial, layout)
-            _write(file, results, layout)
-    layouts.shutdown()
-
-
-def _write(file: Path, results: dict[str, Any], layout: Layout) -> None:
     if layout.rank == 0:
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(results, indent=1))
-        partial.rename(file)
+        print(f"\n{trial.name} (seed {trial.seed})", flush=True)
+    figures = run_warm_start(config, layout) if trial.name == "start" else run_trial(config, layout)
+    if layout.rank == 0:
+        partial = trial.file.with_suffix(".partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps({"overrides": trial.overrides, "figures": figures}, indent=1))
+        partial.rename(trial.file)
     dist.barrier()
 
 

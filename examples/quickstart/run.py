@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
+from examples.quickstart.trials import Trial, gpus, run_trials
 from flowrl_mega.monitor.plots import quickstart_figure
-from flowrl_mega.parallel.launch import launch
 
 FOLDER = Path("runs/quickstart")
-METHODS = {
+METHODS: dict[str, list[str]] = {
+    "start": [],
     "grpo": ["objective={name: grpo}"],
     "grpo_kl": ["objective={name: grpo, kl_coef: 0.05}"],
     "flowrl": [],
@@ -46,10 +47,10 @@ def main() -> int:
     shutil.rmtree(FOLDER, ignore_errors=True)
     results = []
     for seed in seeds:
-        code = run_trials(FOLDER / f"seed_{seed}", seed, METHODS)
-        if code:
+        trials = [Trial(f"{FOLDER}/seed_{seed}", seed, name, overrides) for name, overrides in METHODS.items()]
+        if code := run_trials(trials, FOLDER / "trials.json"):
             return code
-        results.append(json.loads((FOLDER / f"seed_{seed}" / "results.json").read_text()))
+        results.append({trial.name: trial.figures for trial in trials})
     summary = {
         "methods": summarise(results),
         "seeds": seeds,
@@ -57,26 +58,11 @@ def main() -> int:
         "machine": {"torch": torch.__version__, "gpus": gpus()},
     }
     (FOLDER / "summary.json").write_text(json.dumps(summary, indent=1))
-    curves = {method: learning_curve(FOLDER / "seed_0" / method) for method in METHODS}
+    curves = {method: learning_curve(FOLDER / "seed_0" / method) for method in METHODS if method != "start"}
     quickstart_figure(summary, curves, FOLDER / "quickstart.png")
     print("\n" + table(summary["methods"]))
     print(f"\n{summary['seconds']['job']:.0f} s; {FOLDER}/summary.json and quickstart.png; every run is beside them")
     return 0
-
-
-def run_trials(folder: Path, seed: int, trials: Mapping[str, list[str]], timeout_s: float = 3600) -> int:
-    """Start the ranks on these trials; two ranks with tp = 2, but one on a machine with a single GPU."""
-    ranks = 1 if gpus() == 1 else 2
-    folder.mkdir(parents=True, exist_ok=True)
-    job = folder / "trials.json"
-    content = {"dir": str(folder), "seed": seed, "trials": dict(trials), "overrides": [f"parallel.tp={ranks}"]}
-    job.write_text(json.dumps(content, indent=1))
-    return launch([sys.executable, "-m", "examples.quickstart.job", str(job)], ranks, timeout_s=timeout_s)
-
-
-def gpus() -> int:
-    # Where there is none, Megatron needs device_count() to say 1 all the same (parallel/cuda_is_cpu.py).
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def summarise(results: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
@@ -92,15 +78,17 @@ def summarise(results: list[dict[str, dict[str, float]]]) -> dict[str, dict[str,
 
 def table(methods: Mapping[str, Mapping[str, Any]]) -> str:
     """The figures as text, a method a line."""
-    lines = ["".join(["method".ljust(10), *(title.rjust(16) for title in COLUMNS.values())])]
+    width = max(10, *(len(method) + 2 for method in methods))
+    lines = ["".join(["method".ljust(width), *(title.rjust(16) for title in COLUMNS.values())])]
     for method, row in methods.items():
-        cells = [_cell(row, name).rjust(16) for name in COLUMNS]
-        lines.append("".join([method.ljust(10), *cells]))
+        cells = [cell(row, name).rjust(16) for name in COLUMNS]
+        lines.append("".join([method.ljust(width), *cells]))
     return "\n".join(lines)
 
 
-def _cell(row: Mapping[str, Any], name: str) -> str:
-    digits = 0 if name == "seconds" else 2 if name in ("distinct", "entropy", "kl") else 3
+def cell(row: Mapping[str, Any], name: str) -> str:
+    """A figure of a summary as text, with its spread."""
+    digits = 0 if name == "seconds" else 2 if name in ("distinct", "held_out_distinct", "entropy", "kl") else 3
     spread = f" ±{row[f'{name}_std']:.{digits}f}" if f"{name}_std" in row else ""
     return f"{row[name]:.{digits}f}{spread}"
 

@@ -7,20 +7,25 @@
 from __future__ import annotations
 
 import math
+import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+
+from flowrl_mega.monitor.ablation import Records, heading
 
 Table = Mapping[str, Mapping[str, Any]]
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
 
 # Okabe and Ito's palette: told apart with every kind of colour blindness. A method looks the same in every picture.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-KNOWN = {"flowrl": PALETTE[0], "grpo": PALETTE[1], "grpo_kl": PALETTE[2]}
+KNOWN = {"flowrl": PALETTE[0], "grpo": PALETTE[1], "grpo_kl": PALETTE[2], "ppo": PALETTE[3]}
 START_COLOUR = "#333333"
 MARKERS = "osD^vPX<>"
 LABELS = {
@@ -28,6 +33,9 @@ LABELS = {
     "flowrl": "FlowRL",
     "grpo": "GRPO",
     "grpo_kl": "GRPO + KL",
+    "gspo": "GSPO",
+    "ppo": "PPO",
+    "reinforce_pp": "REINFORCE++",
     "pass_rate": "pass rate",
     "distinct": "distinct right answers",
     "kl": "KL to the reference",
@@ -36,6 +44,7 @@ LABELS = {
     "tokens_per_second": "tokens / s",
 }
 BEHIND_NUMBERS = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # the start line may pass there
+LINE_STYLES = ("-", "--", ":", "-.")
 CURVES = ("reward", "entropy", "kl", "loss", "log_z", "grad_norm", "response_length", "tokens_per_second")
 
 
@@ -59,14 +68,17 @@ def training_curves(curves: Curves, path: str | Path, names: Sequence[str] = CUR
 def reward_against_diversity(table: Table, path: str | Path) -> None:
     """Pass rate (up) against distinct right answers (right), a labelled point a method: top right is best.
 
-    Methods named "family setting" ("grpo_kl 0.01") are one family: one colour, joined by a line in the table's order.
+    Methods named "family value" ("grpo_kl 0.01") or "family, variant" ("grpo, token mean") are one family: one colour.
+    Those with values are a sweep, joined by a line in the table's order.
     """
-    figure = _figure(6.4, 4.4)
+    # The list of names takes its width and height from the axes, which need half of a wide picture.
+    figure = _figure(6.4, 4.4) if len(table) <= len(MARKERS) else _figure(10.0, max(5.4, 0.28 * len(table)))
     axes = _plain(figure.add_subplot(), "")
     colours = _colours(table)
     for family in dict.fromkeys(map(_family, table)):
-        points = [(row["distinct"], row["pass_rate"]) for method, row in table.items() if _family(method) == family]
-        axes.plot(*zip(*points, strict=True), color=colours[family], linewidth=1.2, alpha=0.5)
+        sweep = [row for method, row in table.items() if method.startswith(f"{family} ")]
+        points = [[row["distinct"] for row in sweep], [row["pass_rate"] for row in sweep]]
+        axes.plot(*points, color=colours[family], linewidth=1.2, alpha=0.5)
     for place, (method, row) in enumerate(table.items()):
         axes.errorbar(
             row["distinct"],
@@ -75,11 +87,12 @@ def reward_against_diversity(table: Table, path: str | Path) -> None:
             yerr=row.get("pass_rate_std"),
             fmt=MARKERS[place % len(MARKERS)],
             color=colours[_family(method)],
-            label=_label(method),
+            ecolor=to_rgba(colours[_family(method)], 0.6),
+            label=label(method),
             markersize=9,
             markeredgecolor="white",
-            elinewidth=1.3,
-            capsize=3,
+            elinewidth=1.2,
+            capsize=2,
         )
     axes.grid(alpha=0.25)
     axes.set(xlabel="distinct right answers", ylabel="pass rate")
@@ -103,7 +116,7 @@ def quickstart_figure(summary: Mapping[str, Any], curves: Curves, path: str | Pa
         over_time = _plain(figure.add_subplot(2, 2, 2 * line + 2, sharey=bars), f"{LABELS[name]}, held-out prompts")
         for method, rows in curves.items():
             steps, values = _points(rows, name)
-            over_time.plot(steps, values, color=_colours(table)[_family(method)], label=_label(method), linewidth=2)
+            over_time.plot(steps, values, color=_colours(table)[_family(method)], label=label(method), linewidth=2)
         over_time.set_xlabel("step" if line else "")
     _legend_above(figure, figure.axes[1], len(curves))
     _save(figure, path)
@@ -125,12 +138,53 @@ def log_z_figure(panels: Mapping[str, Mapping[str, Any]], path: str | Path) -> N
     _save(figure, path)
 
 
+def ablation_figure(cells: Mapping[str, Sequence[tuple[Records, Records]]], path: str | Path) -> None:
+    """Learning curves of an ablation: reward, entropy and each held-out figure. A cell is a line, the mean of its
+    seeds, in a band of ± a sample standard deviation.
+
+    `cells` is cell -> for each seed its records of steps and those of evaluations.
+    """
+    held_out = dict.fromkeys(n for seeds in cells.values() for _, rows in seeds for row in rows for n in row)
+    panels = [(0, name) for name in ("reward", "entropy")] + [(1, name) for name in held_out if name != "step"]
+    columns = min(len(panels), 3)
+    lines = math.ceil(len(panels) / columns)
+    name_width = (max(map(len, cells)) + 6) / 12  # inches, with the line before it
+    width = max(4.0 * columns, name_width)
+    legend_columns = min(len(cells), int(width / name_width), 6)
+    figure = _figure(width, 2.7 * lines + 0.25 + 0.21 * math.ceil(len(cells) / legend_columns))
+    for place, (kind, name) in enumerate(panels, start=1):
+        title = LABELS.get(name, heading(name))
+        axes = _plain(figure.add_subplot(lines, columns, place), f"held-out {title}" if kind else title)
+        axes.set_xlabel("step")
+        for number, (cell, seeds) in enumerate(cells.items()):
+            style = LINE_STYLES[number // len(PALETTE) % len(LINE_STYLES)]
+            curves = [_points(records[kind], name) for records in seeds]
+            _band(axes, curves, cell, PALETTE[number % len(PALETTE)], style)
+    _legend_above(figure, figure.axes[0], legend_columns)
+    _save(figure, path)
+
+
+def _band(axes: Axes, curves: Sequence[tuple[list[int], list[float]]], label: str, colour: str, style: str) -> None:
+    """Mean and standard deviation, at each step, of the curves that have it; many steps are smoothed first."""
+    at: dict[int, list[float]] = {}
+    for steps, values in curves:
+        for step, value in zip(steps, _running_mean(values, len(values) // 40), strict=True):
+            at.setdefault(step, []).append(value)
+    steps = sorted(at)
+    mean = [statistics.fmean(at[step]) for step in steps]
+    std = [statistics.stdev(at[step]) if len(at[step]) > 1 else 0.0 for step in steps]
+    axes.plot(steps, mean, color=colour, linestyle=style, linewidth=2, label=label)
+    if any(std):
+        low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
 def _bars(axes: Axes, table: Table, name: str) -> None:
     """A bar a method with its number on top; the start is a dashed line behind them."""
     methods = [method for method in table if method != "start"]
     values = [table[method][name] for method in methods]
     bars = axes.bar(
-        [_label(method) for method in methods],
+        [label(method) for method in methods],
         values,
         width=0.6,
         color=[_colours(table)[_family(method)] for method in methods],
@@ -149,7 +203,7 @@ def _has_std(table: Table, name: str) -> bool:
 def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, method: str, colour: str) -> None:
     steps, values = _points(rows, name)
     axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
-    axes.plot(steps, _running_mean(values, len(values) // 40), color=colour, linewidth=2, label=_label(method))
+    axes.plot(steps, _running_mean(values, len(values) // 40), color=colour, linewidth=2, label=label(method))
 
 
 def _points(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
@@ -173,12 +227,14 @@ def _colours(methods: Iterable[str]) -> dict[str, str]:
 
 
 def _family(method: str) -> str:
-    return method.partition(" ")[0]
+    """ "grpo" of "grpo, token mean", and "grpo_kl" of "grpo_kl 0.05"."""
+    return re.split("[ ,]", method, maxsplit=1)[0]
 
 
-def _label(method: str) -> str:
-    family, space, setting = method.partition(" ")
-    return LABELS.get(family, family) + space + setting
+def label(method: str) -> str:
+    """A method's name as it is shown."""
+    family = _family(method)
+    return LABELS.get(family, family) + method[len(family) :]
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -13,7 +13,7 @@ import yaml
 
 from flowrl_mega.config import ConfigError
 
-METRICS, EVALUATION, SAMPLES = "metrics.jsonl", "evaluation.jsonl", "samples.jsonl"
+CONFIG, METRICS, EVALUATION, SAMPLES = "config.yaml", "metrics.jsonl", "evaluation.jsonl", "samples.jsonl"
 
 
 class RunFolder:
@@ -33,7 +33,7 @@ class RunFolder:
             ) from None
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        _replace(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        _replace(self.path / CONFIG, yaml.safe_dump(dict(config), sort_keys=False))
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._append(METRICS, [{"step": step, **metrics}])

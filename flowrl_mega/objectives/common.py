@@ -113,9 +113,9 @@ class Objective(Settings):
     tis_cap: float = Field(2.0, gt=0, description="the most that the weight of tis can be")
 
     @property
-    @abstractmethod
     def needs_reference(self) -> bool:
         """Whether `Sequences.ref_logp` must be given."""
+        return False
 
     @property
     def log_z(self) -> LogZ | None:

@@ -132,6 +132,7 @@ class FlowRL(Objective):
         """r_hat [N], or the raw reward: only the raw one has a target that stays put while the policy moves."""
         return group_normalise(rewards, group) if self.reward_norm == "group" else rewards.double()
 
+    @torch.no_grad()
     def prepare(self, batches: list[Sequences], total: Total, groups: int) -> list[dict[str, Tensor]]:
         """With z: group, "log_z" [B]: the mean over the prompt's answers of beta credit - mean_logp + mean_ref_logp,
         the log Z that makes their residuals 0 on average, from pi_old."""

@@ -17,17 +17,16 @@ def gae(reward: Tensor, value: Tensor, cu_seqlens: Tensor, gamma: float, lam: fl
     Source: "High-Dimensional Continuous Control Using Generalized Advantage Estimation", arXiv 1506.02438, Eq. 16.
     """
     reward, value = reward.double(), value.double()
-    lengths, ends = cu_seqlens.diff(), cu_seqlens[1:]
-    advantage = torch.zeros_like(value)
-    following = value.new_zeros(2, lengths.numel())  # V and A of the token after, by sequence
-    # From the ends of all sequences backwards, all at once: the longest one says how many rounds.
-    for back in range(1, int(lengths.max()) + 1):
-        rows = (lengths >= back).nonzero()[:, 0]
-        place = ends[rows] - back
-        next_value, next_advantage = following[:, rows]
-        now = reward[place] + gamma * next_value - value[place] + gamma * lam * next_advantage
-        advantage[place] = now
-        following[0, rows], following[1, rows] = value[place], now
+    lengths = cu_seqlens.diff()
+    tokens = torch.arange(value.numel(), device=value.device)
+    after = cu_seqlens[1:].repeat_interleave(lengths, output_size=value.numel()) - tokens - 1  # tokens to the end
+    advantage = reward + gamma * value.roll(-1).masked_fill(after < 1, 0.0) - value
+    # A_t is a sum of (gamma lam)^l delta_{t + l}. Each round doubles how many l are in it, so that answers of thousands
+    # of tokens take a dozen rounds.
+    reach, longest = 1, int(lengths.max())
+    while reach < longest:
+        advantage = advantage + (gamma * lam) ** reach * advantage.roll(-reach).masked_fill(after < reach, 0.0)
+        reach *= 2
     return advantage
 
 

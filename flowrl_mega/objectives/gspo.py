@@ -28,10 +28,6 @@ class GSPO(Objective):
         "none", description="weight pi_old / pi_rollout of the answer, or of its mean token"
     )
 
-    @property
-    def needs_reference(self) -> bool:
-        return False
-
     def credit(self, rewards: Tensor, group: Tensor) -> Tensor:
         """The advantage A [N]."""
         return group_normalise(rewards, group, divide=self.std)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from flowrl_mega.objectives.common import LossOutput, Sequences, Total
@@ -45,6 +45,25 @@ class PPO(PolicyGradient):
         "token", description="of an update: mean over its answers of their token means, or over all its tokens"
     )
 
+    @field_validator("kl_in")
+    @classmethod
+    def _pulls(cls, value: str, info: ValidationInfo) -> str:
+        if value == "loss" and info.data.get("kl_coef") and info.data.get("kl_estimator") == "k1":
+            raise ValueError(
+                "pulls at nothing with objective.kl_estimator = k1, whose gradient is 0 on average; set kl_estimator "
+                "to k2 or k3"
+            )
+        return value
+
+    @field_validator("kl_target")
+    @classmethod
+    def _can_adapt(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("kl_coef") == 0:
+            raise ValueError(
+                "is reached by factors on objective.kl_coef, and 0 stays 0; set kl_coef to what to start at"
+            )
+        return value
+
     @property
     def needs_critic(self) -> bool:
         return True
@@ -57,6 +76,7 @@ class PPO(PolicyGradient):
         """The reward itself [N]: the baseline is the critic's."""
         return rewards.double()
 
+    @torch.no_grad()
     def prepare(self, batches: list[Sequences], total: Total, groups: int) -> list[dict[str, Tensor]]:
         """Advantages and returns, "advantage" and "returns" [T]."""
         advantages, returns = [], []
@@ -102,9 +122,10 @@ class PPO(PolicyGradient):
     def adapted(self, metrics: Mapping[str, float], sequences: int) -> Self:
         """kl_coef times 1 + clip(kl / kl_target - 1, -0.2, 0.2) sequences / kl_horizon.
 
-        Source: arXiv 1909.08593, section 2.2, with the KL a token, as verl has it.
+        Source: arXiv 1909.08593, section 2.2, with the KL a token, as verl has it. A step of more sequences than the
+        horizon counts as the horizon: the coefficient must not turn negative.
         """
         if self.kl_target is None:
             return self
         error = min(max(metrics["kl"] / self.kl_target - 1, -MOST_CHANGE), MOST_CHANGE)
-        return self.model_copy(update={"kl_coef": self.kl_coef * (1 + error * sequences / self.kl_horizon)})
+        return self.model_copy(update={"kl_coef": self.kl_coef * (1 + error * min(sequences / self.kl_horizon, 1))})

@@ -39,6 +39,7 @@ class ReinforcePP(PolicyGradient):
         """The reward [N], or what it is above its group's mean."""
         return group_normalise(rewards, group, divide=False) if self.baseline == "group" else rewards.double()
 
+    @torch.no_grad()
     def prepare(self, batches: list[Sequences], total: Total, groups: int) -> list[dict[str, Tensor]]:
         """Advantages, "advantage" [T]."""
         to_go = []

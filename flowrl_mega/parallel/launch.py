@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 Ranks = list[subprocess.Popen[bytes]]
 AGREED = (2, 70, 75)  # wrong input, cannot go on, stopped on request: all ranks are about to end so by themselves
@@ -105,6 +105,26 @@ def launch(
         _end(ranks, grace_s=0)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def launch_job(command: Sequence[str], stop_requested: Callable[[], bool]) -> int:
+    """Run a command that starts ranks of its own; returns its exit code, 128 + the number of a signal that ended it.
+
+    It gets SIGTERM once `stop_requested` says so, and SIGINT where this process does; it ends with this process.
+    """
+    job = subprocess.Popen(list(command), preexec_fn=_end_with_parent)
+    told = False
+    try:
+        while (code := job.poll()) is None:
+            if stop_requested() and not told:
+                job.terminate()
+                told = True
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        job.send_signal(signal.SIGINT)
+        _end([job], grace_s=30.0)
+        raise
+    return code if code >= 0 else 128 - code
 
 
 def _wait(ranks: Ranks, timeout_s: float | None, agreed: Sequence[int]) -> int:

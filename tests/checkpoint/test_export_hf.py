@@ -122,7 +122,8 @@ def test_transformers_computes_what_the_policy_computes(runs: dict[str, Path]) -
     assert (torch.cat([by_index[i] for i in range(len(SEQUENCES))]) - wanted).abs().max() < 2e-5
 
 
-@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.integration), 2])
+@pytest.mark.integration
+@pytest.mark.parametrize("tp", [1, 2])
 def test_the_same_run_from_a_converted_checkpoint(tp: int, runs: dict[str, Path], model: Path, tmp_path: Path) -> None:
     """Policy and reference start with the same weights, prompts with the same ids, answers end at the same tokens."""
     hf_to_megatron(model, tmp_path / "megatron", show=False)

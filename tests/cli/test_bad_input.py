@@ -139,6 +139,41 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
         ["megatron.recompute_granularty", "did you mean 'recompute_granularity'?"],
     ),
     "FP8's, not Megatron's": (["--megatron.fp8=hybrid"], ["megatron.fp8 = 'hybrid'", "model.fp8", "leave it out"]),
+    "ppo without critic": (
+        ["--objective={name: ppo}"],
+        ["critic = None", "objective ppo", "critic={}", "critic={trunk: shared}", "reinforce_pp"],
+    ),
+    "critic without ppo": (["--critic={}"], ["critic: objective flowrl has none", "leave the section out"]),
+    "shared and warmed up": (
+        ["--objective={name: ppo}", "--critic={trunk: shared, warmup_steps: 2}"],
+        ["critic.warmup_steps = 2", "critic.trunk=own"],
+    ),
+    "shared and from elsewhere": (
+        ["--objective={name: ppo}", "--critic={trunk: shared, path: elsewhere}"],
+        ["critic.path = 'elsewhere'", "critic.trunk=own"],
+    ),
+    "critic warms up to the end": (
+        ["--objective={name: ppo}", "--critic.warmup_steps=6"],
+        ["critic.warmup_steps = 6", "none of steps = 6", "take fewer"],
+    ),
+    "critic from nowhere": (
+        ["--objective={name: ppo}", "--critic.path=nowhere"],
+        ["critic.path = 'nowhere'", "no config.json"],
+    ),
+    "critic's rate": (["--objective={name: ppo}", "--critic.optimizer.lr=0"], ["critic.optimizer.lr = 0", "greater"]),
+    "critic's decay": (
+        ["--objective={name: ppo}", "--critic.optimizer={decay: linear, warmup_steps: 12}"],
+        ["critic.optimizer.warmup_steps = 12", "none of the 12 updates", "take fewer"],
+    ),
+    "KL that pulls at nothing": (
+        ["--objective={name: ppo, kl_coef: 0.1, kl_in: loss}", "--critic={}"],
+        ["objective.kl_in = 'loss'", "kl_estimator = k1", "k2 or k3"],
+    ),
+    "dropout of nothing": (
+        ["--objective={name: flowrl, z: zero, z_dropout: 0.1}"],
+        ["objective.z_dropout = 0.1", "objective.z = mlp", "z is zero"],
+    ),
+    "tokens' weights": (["--objective={name: flowrl, tis: token}"], ["objective.tis = 'token'", "'sum' or 'mean'"]),
     "weights in FP8": (["--model.fp8_params=true"], ["model.fp8_params = True", "optimizer.distributed=true"]),
     "Megatron's name for it": (["--megatron.fp8_param=true"], ["megatron.fp8_param = True", "model.fp8"]),
     "ours, not Megatron's": (["--megatron.hidden_size=8"], ["megatron.hidden_size = 8", "model.path", "leave it out"]),

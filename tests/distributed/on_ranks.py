@@ -17,6 +17,7 @@ from flowrl_mega.config import Config, LogZ, validated
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.names import from_shards, hf_names, to_named
 from flowrl_mega.model.policy import Policy
+from flowrl_mega.model.stage import Model
 from flowrl_mega.model.weights import load_hf
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.packing import PackedBatch, Sequence, pack, plan
@@ -40,7 +41,7 @@ def build(path: Path | str, log_z: Any = None, **sections: Any) -> Policy:
     """The policy of the Hugging Face folder in the layout that `parallel` says."""
     config = config_for(path, **sections)
     layout = layouts.init(config.parallel, config.seed)
-    policy = Policy(read_architecture(path), config, layout, LogZ(kind=log_z) if log_z else None)
+    policy = Policy(read_architecture(path), config, layout, LogZ(kind=log_z) if isinstance(log_z, str) else log_z)
     load_hf(policy, path)
     return policy
 
@@ -139,7 +140,7 @@ def _update(job: Trainer, batches: list[PackedBatch], leave_out: int | None) -> 
     return Update(metrics, found["gradients"], partition, found["difference"], len(batches), len(calls))
 
 
-def whole_gradients(policy: Policy) -> tuple[dict[str, Tensor], float]:
+def whole_gradients(policy: Model) -> tuple[dict[str, Tensor], float]:
     """Gradients as whole tensors, and the largest difference between copies that should be equal."""
     layout, whole, difference = policy.layout, {}, 0.0
     for name, parameter in policy.named_parameters():
@@ -157,11 +158,11 @@ def whole_gradients(policy: Policy) -> tuple[dict[str, Tensor], float]:
         return whole, difference
     stages: list[Any] = [None] * layout.pp
     dist.all_gather_object(stages, (whole, difference), group=layout.pp_group)
-    copies = _embedding_copies(policy) if policy.arch.tied else 0.0
+    copies = _embedding_copies(policy) if policy.stages[0].share_embeddings_and_output_weights else 0.0
     return {name: g for part, _ in stages for name, g in part.items()}, max(copies, *(d for _, d in stages))
 
 
-def _embedding_copies(policy: Policy) -> float:
+def _embedding_copies(policy: Model) -> float:
     """How unlike the gradients of the first and the last stage's copy of the embedding are."""
     layout, mine = policy.layout, None
     for stage in policy.stages:

@@ -24,6 +24,8 @@ RUNS = {
     "qwen2.5_7b": (8, 3584, 28, 28, 4, 18944),
     "qwen2.5_32b": (32, 5120, 64, 40, 8, 27648),
 }
+# The presets, too, are laid out for Qwen2.5-7B on 8 GPUs.
+LAYOUTS = RUNS | {f"presets/{path.stem}": RUNS["qwen2.5_7b"] for path in sorted(EXAMPLES.glob("presets/*.yaml"))}
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
@@ -33,9 +35,9 @@ def load(name: str, folder: Path) -> Config:
     return load_config(EXAMPLES / f"{name}.yaml", [f"--data.path={rows}", f"--model.path={folder}"])
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_the_layout_divides_the_model_and_the_machines(name: str, tmp_path: Path) -> None:
-    gpus, *sizes = RUNS[name]
+    gpus, *sizes = LAYOUTS[name]
     config = load(name, tmp_path)
     about = dict(zip(SIZES, sizes, strict=True)) | {"model_type": "qwen2", "vocab_size": 152064}
     (tmp_path / "config.json").write_text(json.dumps(about))

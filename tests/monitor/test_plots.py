@@ -1,6 +1,7 @@
 """The pictures: right data in the right place (checked on the drawn objects), and a PNG of the expected size."""
 
 import matplotlib.image
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -92,6 +93,28 @@ def test_reward_against_diversity_places_and_names_each_method(drawn, tmp_path):
     assert_picture(tmp_path / "scatter.png")
 
 
+def test_variants_share_a_colour_but_are_no_sweep(drawn, tmp_path):
+    """A line between methods says that a setting goes from one to the other. With many methods, too, every one has a
+    look of its own, and the list of names leaves the axes half of the picture."""
+    names = ["flowrl", "flowrl, no w", "grpo", "grpo, token mean", "grpo_kl 0.1", "grpo_kl 0.2", "grpo_kl, k2", "ppo"]
+    names += ["ppo, KL 0.1", "reinforce_pp", "reinforce_pp, KL 0.1, a very long name indeed", "gspo"]
+    plots.reward_against_diversity(
+        {n: {"pass_rate": i, "distinct": i} for i, n in enumerate(names)}, tmp_path / "a.png"
+    )
+    (figure,) = drawn
+    (axes,) = figure.axes
+    points = [bars.lines[0] for bars in axes.containers]
+    assert points[2].get_color() == points[3].get_color() and points[4].get_color() == points[6].get_color()
+    assert len({(p.get_color(), p.get_marker()) for p in points}) == len(names)
+    drawn_through = [
+        list(line.get_xdata()) for line in axes.lines if line.get_linestyle() == "-" and len(line.get_xdata())
+    ]
+    assert drawn_through == [[4, 5]]
+    assert "REINFORCE++, KL 0.1, a very long name indeed" in [text.get_text() for text in axes.get_legend().texts]
+    assert_no_overlaps(figure)
+    assert axes.get_window_extent().width > 0.4 * figure.bbox.width
+
+
 def test_quickstart_figure_shows_bars_start_and_curves(drawn, tmp_path):
     """The README's picture: bars at the summary's numbers, the start as a dashed line, equal colours left and right."""
     plots.quickstart_figure({"methods": TABLE, "seeds": [0]}, CURVES, tmp_path / "quickstart.png")
@@ -120,6 +143,62 @@ def test_log_z_figure_has_a_panel_a_setting(drawn, tmp_path):
     assert list(one.lines[2].get_xdata()) == [0, 2] and len(another.lines) == 3
     assert_no_overlaps(figure)
     assert_picture(tmp_path / "log_z.png")
+
+
+def ablation(seeds, cells, name_length, figures=("reward", "pass_rate", "distinct")):
+    """Cells with names of this length, and [cells, seeds, 11 steps] of random numbers for each of their figures."""
+    draw = np.random.default_rng(0).uniform(size=(len(figures), cells, seeds, 11))
+    names = [f"weight={'x' * name_length}"[: name_length - 2] + f"{cell:02}" for cell in range(cells)]
+    return draw, {
+        name: [
+            (
+                [{"step": s + 1, "reward": r, "entropy": 2.0} for s, r in enumerate(draw[0, cell, seed])],
+                [{"step": 20 * s, **dict(zip(figures, draw[:, cell, seed, s], strict=True))} for s in range(11)],
+            )
+            for seed in range(seeds)
+        ]
+        for cell, name in enumerate(names)
+    }
+
+
+def test_ablation_figure_draws_mean_and_deviation(drawn, tmp_path):
+    """Against NumPy, over seeds; a null is left out of the mean of its step."""
+    numbers, cells = ablation(seeds=3, cells=2, name_length=20)
+    first = next(iter(cells))
+    cells[first][0][1][4]["pass_rate"] = None
+    plots.ablation_figure(cells, tmp_path / "ablation.png")
+    (figure,) = drawn
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["reward", "entropy", "held-out reward", "held-out pass rate", "held-out distinct right answers"]
+    for axes, steps, values in (
+        (figure.axes[0], range(1, 12), numbers[0]),
+        (figure.axes[4], range(0, 201, 20), numbers[2]),
+    ):
+        mean, std = values.mean(1), values.std(1, ddof=1)
+        for cell, (line, band) in enumerate(zip(axes.lines, axes.collections, strict=True)):
+            assert list(line.get_xdata()) == list(steps)
+            np.testing.assert_allclose(line.get_ydata(), mean[cell])
+            edge = {round(float(y), 9) for _, y in band.get_paths()[0].vertices}
+            for sign in (-1, 1):
+                assert edge >= {round(float(y), 9) for y in mean[cell] + sign * std[cell]}
+    assert figure.axes[3].lines[0].get_ydata()[4] == pytest.approx(numbers[1, 0, 1:, 4].mean())
+    assert not figure.axes[1].collections, "no spread, no band"
+    assert_no_overlaps(figure)
+
+
+@pytest.mark.parametrize(("cells", "name_length"), [(1, 12), (6, 60), (13, 12), (2, 129)])
+def test_ablation_figure_can_be_read(cells, name_length, drawn, tmp_path):
+    """Many cells look different and long names stay on the picture; without an evaluation it has two panels."""
+    _, curves = ablation(seeds=1, cells=cells, name_length=name_length)
+    if cells == 2:
+        curves = {name: [(steps, []) for steps, _ in seeds] for name, seeds in curves.items()}
+    plots.ablation_figure(curves, tmp_path / "ablation.png")
+    (figure,) = drawn
+    assert len(figure.axes) == (2 if cells == 2 else 5)
+    assert len({(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}) == cells
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(curves)
+    assert_no_overlaps(figure)
+    assert_picture(tmp_path / "ablation.png")
 
 
 def test_unknown_methods_get_colours_of_their_own():

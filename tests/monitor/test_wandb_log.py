@@ -30,6 +30,7 @@ def history(records):
 
 
 @needs_wandb
+@pytest.mark.integration
 def test_an_offline_run_reads_back_and_resumes_under_its_id(tmp_path, monkeypatch):
     """Values, config, project and the step axis arrive; a resumed run continues the same wandb run."""
     monkeypatch.setenv("WANDB_MODE", "disabled")  # the setting decides, not the environment

@@ -1,42 +1,42 @@
-"""Each objective against the paper's equations, written again in NumPy, one sequence at a time."""
+"""FlowRL against the paper's equations, written again in NumPy, and what holds for sums of every objective."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from numpy_oracles import assert_metrics, split
 from torch.autograd import grad, gradcheck
 
 from flowrl_mega.objectives import GRPO, FlowRL, Sequences
-from flowrl_mega.objectives.common import k3
 from flowrl_mega.objectives.flowrl import flowrl_loss
-from flowrl_mega.objectives.policy_gradient import clipped_surrogate
 
-
-def split(s):
-    """Per sequence: (logp, old, ref, log z, credit) as NumPy."""
-
-    def cut(x, a, b):
-        return None if x is None else x.detach().numpy()[a:b]
-
-    for i, (a, b) in enumerate(pairwise(s.cu_seqlens.tolist())):
-        z = 0.0 if s.log_z is None else s.log_z[i].item()
-        yield cut(s.logp, a, b), cut(s.old_logp, a, b), cut(s.ref_logp, a, b), z, s.credit[i].item()
+LENGTHS = (3, 1, 7, 2, 5, 9, 1, 4)
+WEIGHTS = ["paper", "released", "max10", "asym", "gspo", "none"]
 
 
 def flowrl_numpy(s, o):
-    """Loss, d loss / d logp [T] and d loss / d log_z [B] of FlowRL (Eq. 6-7), and its metrics."""
+    """Loss, d loss / d logp [T] and d loss / d log_z [B] of FlowRL (Eq. 6-7, and the weights of the authors' releases),
+    and its metrics."""
     loss, d_logp, d_z, metrics = 0.0, [], [], []
-    for logp, old, ref, z, credit in split(s):
+    log_z = torch.zeros(len(s.credit)) if s.log_z is None else s.log_z
+    columns = split(s, s.logp), split(s, s.old_logp), split(s, s.ref_logp), log_z.tolist(), s.credit.tolist()
+    for logp, old, ref, z, credit in zip(*columns, strict=True):
         n = len(logp) if o.length_norm else 1
         delta = z + logp.sum() / n - o.beta * credit - ref.sum() / n
-        ratio = np.exp((logp - old).sum())
-        bounds = {"paper": (1 - o.eps, 1 + o.eps), "max10": (0, 10), "none": (1, 1)}[o.weight]
-        w = min(max(ratio, bounds[0]), bounds[1])
+        ratio = np.exp((logp - old).mean() if o.weight == "gspo" else (logp - old).sum())
+        low, high = {
+            "paper": (1 - o.eps, 1 + o.eps),
+            "released": (0, np.inf),
+            "max10": (0, 10),
+            "asym": (1 - o.eps, 1 + o.eps_high),
+            "gspo": (1 - o.eps, 1 + o.eps_high),
+            "none": (1, 1),
+        }[o.weight]
+        w = min(max(ratio, low), high)
         clipped = float(w != ratio) if o.weight != "none" else 0.0
         loss += w * delta**2
         d_logp += [2 * w * delta / n] * len(logp)
@@ -47,48 +47,18 @@ def flowrl_numpy(s, o):
     return loss, np.array(d_logp), np.array(d_z), dict(zip(names, np.array(metrics).T, strict=True))
 
 
-def grpo_numpy(s, o):
-    """Loss, d loss / d logp [T] of GRPO (Eq. 3-4), and its metrics."""
-    high = o.clip_eps if o.clip_eps_high is None else o.clip_eps_high
-    loss, d_logp, metrics = 0.0, [], []
-    for logp, old, ref, _, a in split(s):
-        total, kl, clipped = 0.0, 0.0, 0
-        for t in range(len(logp)):
-            ratio = math.exp(logp[t] - old[t])
-            stopped = (a > 0 and ratio > 1 + high) or (a < 0 and ratio < 1 - o.clip_eps)
-            bound = min(max(ratio, 1 - o.clip_eps), 1 + high)
-            total -= min(ratio * a, bound * a)
-            slope = 0.0 if stopped else -ratio * a
-            clipped += stopped
-            if o.kl_coef:
-                x = ref[t] - logp[t]
-                kl += math.exp(x) - x - 1
-                slope += o.kl_coef * (1 - math.exp(x))
-            d_logp.append(slope / len(logp))
-        loss += (total + o.kl_coef * kl) / len(logp)
-        ratios = np.exp(logp - old)
-        metrics.append((a, ratios.mean(), clipped / len(logp), logp.mean(), abs((logp - old).sum()), kl / len(logp)))
-    names = ["advantage", "ratio", "clip_fraction", "mean_logp", "max_abs_sum_d", "kl"]
-    return loss, np.array(d_logp), dict(zip(names, np.array(metrics).T, strict=True))
-
-
-def assert_metrics(out, expected):
-    assert out.metrics.keys() == expected.keys()
-    for name, value in out.metrics.items():
-        assert not value.requires_grad
-        np.testing.assert_allclose(value.numpy(), expected[name], rtol=1e-12, atol=1e-12, err_msg=name)
-
-
 @pytest.mark.parametrize("z", ["mlp", "zero"])
 @pytest.mark.parametrize("length_norm", [True, False])
-@pytest.mark.parametrize("weight", ["paper", "max10", "none"])
+@pytest.mark.parametrize("weight", WEIGHTS)
 def test_flowrl_equals_numpy(packed, weight, length_norm, z):
     """Loss, gradients and metrics for every choice: a wrong normaliser, clip or sign shows here."""
     objective = FlowRL(beta=3.0, weight=weight, length_norm=length_norm, z=z, eps=0.3)
-    s = packed(drift=1.2, lengths=(3, 1, 7, 2, 5, 9, 1, 4), log_z=z != "zero")
+    drift = 0.2 if weight in ("paper", "asym") else 1.2  # some answers within the clip, some beyond
+    s = packed(drift=drift, lengths=LENGTHS, log_z=z != "zero")
     out = objective.loss(s)
     loss, d_logp, d_z, metrics = flowrl_numpy(s, objective)
     assert out.count == 8 and out.loss_sum.dim() == 0
+    assert weight in ("released", "none") or 0 < metrics["clip_fraction"].mean() < 1
     np.testing.assert_allclose(out.loss_sum.item(), loss, rtol=1e-12)
     out.loss_sum.backward()
     np.testing.assert_allclose(s.logp.grad, d_logp, rtol=1e-12)
@@ -119,7 +89,7 @@ def test_a_huge_drift_stays_finite():
     assert terms.loss.isfinite().all()
 
 
-@pytest.mark.parametrize("weight", ["paper", "max10", "none"])
+@pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_weight_is_exactly_one_on_the_first_mini_batch(packed, weight, dtype):
     """Before the first update pi_theta = pi_old: w = 1 and |sum d| = 0 to the last bit, or the scoring is not the
@@ -143,43 +113,6 @@ def test_long_sums_of_float32_log_probs_lose_nothing(rng):
     sums = math.fsum(logp.double().tolist())
     out = FlowRL(z="zero").loss(Sequences(logp, old, 0 * logp, None, ends, 0 * credit))
     assert abs(out.metrics["residual"].item() - sums / 8192) < 1e-13
-
-
-@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
-@pytest.mark.parametrize("high", [None, 0.28, 2.0])
-def test_grpo_equals_numpy(packed, high, kl_coef):
-    """Sequence mean of token means (long answers do not outvote short ones), both clip bounds, and k3."""
-    objective = GRPO(clip_eps=0.2, clip_eps_high=high, kl_coef=kl_coef)
-    s = packed(drift=0.6, lengths=(3, 1, 7, 2, 5, 9, 1, 4), log_z=False, reference=kl_coef > 0)
-    out = objective.loss(s)
-    loss, d_logp, metrics = grpo_numpy(s, objective)
-    if not kl_coef:
-        del metrics["kl"]
-    assert out.count == 8 and 0 < metrics["clip_fraction"].mean() < 1
-    np.testing.assert_allclose(out.loss_sum.item(), loss, rtol=1e-12)
-    out.loss_sum.backward()
-    np.testing.assert_allclose(s.logp.grad, d_logp, rtol=1e-12, atol=1e-15)
-    assert_metrics(out, metrics)
-
-
-def test_clip_bounds_by_hand():
-    """The four corners: the clip only stops a token from going further the way its advantage pushes."""
-    ratio = torch.tensor([1.5, 1.5, 0.5, 0.5], dtype=torch.float64)
-    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
-    log_ratio = ratio.log().requires_grad_()
-    terms = clipped_surrogate(log_ratio, advantage, 0.2, 0.28)
-    torch.testing.assert_close(terms.loss, torch.tensor([-1.28, 1.5, -0.5, 0.8], dtype=torch.float64))
-    assert terms.clipped.tolist() == [1, 0, 0, 1]
-    gradient = grad(terms.loss.sum(), log_ratio)[0]
-    torch.testing.assert_close(gradient, torch.tensor([0.0, 1.5, -0.5, 0.0], dtype=torch.float64))
-
-
-def test_k3_is_an_unbiased_kl(strings, logits, ref):
-    """Its mean over a distribution is the KL to the reference, and no sample is negative."""
-    log_p, log_q = logits.detach().log_softmax(-1), ref.log_softmax(-1)
-    assert (k3(log_q - log_p) >= 0).all()
-    exact = (log_p.exp() * (log_p - log_q)).sum(-1)
-    torch.testing.assert_close((log_p.exp() * k3(log_q - log_p)).sum(-1), exact)
 
 
 def test_gradients_by_finite_differences(packed):

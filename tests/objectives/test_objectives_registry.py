@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flowrl_mega.config import ConfigError
-from flowrl_mega.objectives import GRPO, REGISTRY, FlowRL, build
+from flowrl_mega.objectives import GRPO, GSPO, PPO, REGISTRY, FlowRL, ReinforcePP, build
 
 
 def test_defaults_are_the_papers():
@@ -16,7 +16,14 @@ def test_defaults_are_the_papers():
     assert build({"name": "flowrl"}) == FlowRL(
         beta=15, z="mlp", weight="paper", eps=0.2, length_norm=True, reward_norm="group"
     )
-    assert build({"name": "grpo"}) == GRPO(clip_eps=0.2, clip_eps_high=None, kl_coef=0)
+    assert build({"name": "grpo"}) == GRPO(
+        clip_eps=0.2, clip_eps_high=None, kl_coef=0, kl_estimator="k3", std=True, loss_mean="sequence"
+    )
+    assert build({"name": "gspo"}) == GSPO(clip_eps=3e-4, clip_eps_high=4e-4, std=True)
+    assert build({"name": "ppo"}) == PPO(
+        clip_eps=0.2, value_clip=0.2, gamma=1, lam=1, normalise=True, kl_in="reward", kl_estimator="k1", kl_coef=0
+    )
+    assert build({"name": "reinforce_pp"}) == ReinforcePP(kl_estimator="k1", baseline="none", loss_mean="token")
 
 
 @pytest.mark.parametrize("name", REGISTRY)
@@ -51,8 +58,42 @@ def test_every_objective_does_what_the_trainer_asks(name, packed, rng):
         ({"name": "flowrl", "weight": "clip"}, ["objective.weight", "clip", "paper", "max10", "none"]),
         ({"name": "flowrl", "eps": 1.0}, ["objective.eps", "1.0"]),
         ({"name": "flowrl", "kl_coef": 0.1}, ["objective.kl_coef"]),
+        ({"name": "flowrl", "weight": "tis"}, ["objective.weight", "tis", "released", "asym", "gspo"]),
+        ({"name": "flowrl", "eps_high": -0.1}, ["objective.eps_high", "-0.1"]),
+        ({"name": "flowrl", "z": "none"}, ["objective.z", "none", "mlp-detached", "zero", "constant", "group"]),
+        ({"name": "flowrl", "z_prompt": "last"}, ["objective.z_prompt", "last", "drop-last"]),
+        ({"name": "flowrl", "z_dropout": 1.0}, ["objective.z_dropout", "1.0"]),
+        ({"name": "flowrl", "z": "zero", "z_dropout": 0.1}, ["objective.z_dropout", "mlp", "zero"]),
+        ({"name": "flowrl", "z": "group", "z_prompt": "drop-last"}, ["objective.z_prompt", "mlp", "group"]),
+        ({"name": "flowrl", "z_leave_one_out": True}, ["objective.z_leave_one_out", "group", "mlp"]),
+        ({"name": "flowrl", "reward_norm": "std"}, ["objective.reward_norm", "std", "group", "none"]),
+        ({"name": "flowrl", "clip_eps": 0.2}, ["objective.clip_eps"]),
         ({"name": "grpo", "clip_eps": 0}, ["objective.clip_eps", "0"]),
+        ({"name": "grpo", "clip_eps_high": 0}, ["objective.clip_eps_high", "0"]),
         ({"name": "grpo", "kl_coef": float("nan")}, ["objective.kl_coef", "nan"]),
+        ({"name": "grpo", "kl_estimator": "k4"}, ["objective.kl_estimator", "k4", "k1", "k2", "k3"]),
+        ({"name": "grpo", "loss_mean": "answer"}, ["objective.loss_mean", "answer", "sequence", "token"]),
+        ({"name": "grpo", "std": "mad"}, ["objective.std", "mad"]),
+        ({"name": "gspo", "clip_eps": 1.0}, ["objective.clip_eps", "1.0"]),
+        ({"name": "gspo", "clip_eps_high": None}, ["objective.clip_eps_high"]),
+        ({"name": "gspo", "kl_coef": 0.1}, ["objective.kl_coef"]),
+        ({"name": "gspo", "tis": "token"}, ["objective.tis", "token", "sum"]),
+        ({"name": "ppo", "gamma": 1.1}, ["objective.gamma", "1.1"]),
+        ({"name": "ppo", "gamma": 0}, ["objective.gamma", "0"]),
+        ({"name": "ppo", "lam": -0.1}, ["objective.lam", "-0.1"]),
+        ({"name": "ppo", "value_clip": 0}, ["objective.value_clip", "0"]),
+        ({"name": "ppo", "kl_in": "both"}, ["objective.kl_in", "both", "reward", "loss"]),
+        ({"name": "ppo", "kl_in": "loss", "kl_coef": 0.1}, ["objective.kl_in", "kl_estimator", "k1", "k2", "k3"]),
+        ({"name": "ppo", "kl_target": 0}, ["objective.kl_target", "0"]),
+        ({"name": "ppo", "kl_target": 0.1}, ["objective.kl_target", "kl_coef"]),
+        ({"name": "ppo", "kl_coef": 0.1, "kl_target": 0.1, "kl_horizon": 0}, ["objective.kl_horizon", "0"]),
+        ({"name": "ppo", "baseline": "group"}, ["objective.baseline"]),
+        ({"name": "ppo", "value_coef": 0.5}, ["objective.value_coef"]),
+        ({"name": "reinforce_pp", "baseline": "mean"}, ["objective.baseline", "mean", "none", "group"]),
+        ({"name": "reinforce_pp", "gamma": 0.9}, ["objective.gamma"]),
+        ({"name": "reinforce_pp", "kl_coef": -0.1}, ["objective.kl_coef", "-0.1"]),
+        ({"name": "reinforce++"}, ["objective.name", "'reinforce++'", "did you mean 'reinforce_pp'"]),
+        ({"name": "PPO"}, ["objective.name", "did you mean 'ppo'"]),
     ],
 )
 def test_wrong_settings_name_the_field_and_the_fix(section, words):

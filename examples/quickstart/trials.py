@@ -1,0 +1,66 @@
+"""The quick start's trials: what one is, starting the ranks on some (job.py), and what they came to."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from flowrl_mega.parallel.launch import launch
+
+Figures = dict[str, float]
+
+
+class Trial(NamedTuple):
+    """One training run of the quick start's task."""
+
+    folder: str  # that of its warm start, which has the same seed
+    seed: int
+    name: str
+    overrides: list[str]  # of quickstart.yaml
+
+    @property
+    def run_dir(self) -> Path:
+        """Beside the warm start's model, which is FOLDER/start."""
+        name = self.name.replace(",", "").replace(" ", "_")
+        return Path(self.folder) / (name if name != "start" else "start_run")
+
+    @property
+    def file(self) -> Path:
+        """Where the figures are written when it ends."""
+        return self.run_dir / "figures.json"
+
+    @property
+    def done(self) -> bool:
+        """With these very overrides: settings may have changed since."""
+        return self.file.exists() and json.loads(self.file.read_text())["overrides"] == self.overrides
+
+    @property
+    def figures(self) -> Figures:
+        """What it came to; the trial must be done."""
+        return dict(json.loads(self.file.read_text())["figures"])
+
+
+def run_trials(trials: Sequence[Trial], file: Path, side_by_side: bool = False, timeout_s: float | None = 3600) -> int:
+    """Start the ranks on these trials, written to `file`; the exit code. Two ranks, but one on a single GPU: together
+    with tp = 2, or side by side, each on every other trial."""
+    ranks = 1 if gpus() == 1 else 2
+    for trial in trials:
+        Path(trial.folder).mkdir(parents=True, exist_ok=True)
+    content = {
+        "trials": [trial._asdict() for trial in trials],
+        "side_by_side": side_by_side,
+        "overrides": [f"parallel.tp={1 if side_by_side else ranks}"],
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1))
+    return launch([sys.executable, "-m", "examples.quickstart.job", str(file)], ranks, timeout_s=timeout_s)
+
+
+def gpus() -> int:
+    # Where there is none, Megatron needs device_count() to say 1 all the same (parallel/cuda_is_cpu.py).
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,0 +1,84 @@
+"""What the runs of an ablation came to, as one table: mean and spread over the seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Records = Sequence[Mapping[str, Any]]
+TRAINING = ("reward", "entropy", "response_length")
+HELD_OUT = "held_out_"
+EXPLAINED = (
+    "reward, entropy (nats a token) and response length are means over the last tenth of the steps, "
+    "held-out figures those of the last evaluation, seconds those of all steps"
+)
+
+
+def figures(metrics: Records, evaluation: Records) -> dict[str, float]:
+    """A run's figures from its metrics.jsonl and evaluation.jsonl, as the table explains them.
+
+    A null (a number that was not finite) is left out of a mean; a figure that has nothing else is left out.
+    """
+    last_tenth = metrics[-math.ceil(len(metrics) / 10) :]
+    found: dict[str, float] = {}
+    for name in TRAINING:
+        values = [record[name] for record in last_tenth if record.get(name) is not None]
+        if values:
+            found[name] = statistics.fmean(values)
+    for name, value in (evaluation[-1] if evaluation else {}).items():
+        if name != "step" and value is not None:
+            found[HELD_OUT + name] = value
+    return found | {"seconds": math.fsum(record["seconds/step"] for record in metrics)}
+
+
+def summarise(runs: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
+    """{"runs": seed -> figures, "mean": ..., "std": ...}; the sample standard deviation where two seeds have one."""
+    columns: dict[str, list[float]] = {}
+    for found in runs.values():
+        for name, value in found.items():
+            columns.setdefault(name, []).append(value)
+    return {
+        "runs": {seed: dict(found) for seed, found in runs.items()},
+        "mean": {name: statistics.fmean(values) for name, values in columns.items()},
+        "std": {name: statistics.stdev(values) for name, values in columns.items() if len(values) > 1},
+    }
+
+
+def table(summary: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> str:
+    """Markdown that also reads well as it is: a cell a line, then what failed.
+
+    `summary` is cell -> what `summarise` gave, with "failed": seed -> why.
+    """
+    names = list(dict.fromkeys(name for row in summary.values() for name in row["mean"]))
+    names.sort(key=lambda name: (name == "seconds", name.startswith(HELD_OUT)))  # stable: else as they came
+    lines = [["cell", "seeds", *(heading(name) for name in names)]]
+    digits = {name: _decimals([row["mean"].get(name, 0.0) for row in summary.values()]) for name in names}
+    for cell, row in summary.items():
+        done = len(row["runs"])
+        count = str(done) if done == len(seeds) else f"{done} of {len(seeds)}"
+        lines.append([cell, count, *(_entry(row, name, digits[name]) for name in names)])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    lines.insert(1, ["-" * width for width in widths])
+    text = "".join(f"| {' | '.join(map(str.ljust, line, widths))} |\n" for line in lines)
+    text += f"\nMean ± sample standard deviation over the seeds {', '.join(map(str, seeds))}; {EXPLAINED}.\n"
+    failed = [f"- {cell}, seed {seed}: {why}" for cell, row in summary.items() for seed, why in row["failed"].items()]
+    return text + ("\nFailed:\n\n" + "\n".join(failed) + "\n" if failed else "")
+
+
+def heading(name: str) -> str:
+    return name.replace(HELD_OUT, "held-out ").replace("_", " ")
+
+
+def _entry(row: Mapping[str, Any], name: str, decimals: int) -> str:
+    if name not in row["mean"]:
+        return "-"
+    spread = f" ± {row['std'][name]:.{decimals}f}" if name in row["std"] else ""
+    return f"{row['mean'][name]:.{decimals}f}{spread}"
+
+
+def _decimals(means: Sequence[float]) -> int:
+    """Three digits of a column's largest number."""
+    largest = max(map(abs, means))
+    return min(max(2 - math.floor(math.log10(largest)), 0), 6) if largest else 3

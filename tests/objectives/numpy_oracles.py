@@ -1,0 +1,76 @@
+"""Equations of the papers in NumPy, a sequence and a token at a time: what the tests hold the objectives against."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+
+
+def split(s, values):
+    """Packed values [T] as arrays, one a sequence."""
+    return [values.detach().double().numpy()[a:b] for a, b in pairwise(s.cu_seqlens.tolist())]
+
+
+def surrogate(logp, old, a, low, high):
+    """-min(rho A, clip(rho, 1 - low, 1 + high) A) from two log-probs, its slope in the first, and whether the clip is
+    what the min chose. Source: arXiv 1707.06347, Eq. 7."""
+    ratio = math.exp(logp - old)
+    clipped = ratio > 1 + high if a > 0 else ratio < 1 - low
+    if clipped:
+        return -a * (1 + high if a > 0 else 1 - low), 0.0, True
+    return -ratio * a, -ratio * a, False
+
+
+def kl(logp, ref, estimator):
+    """Of one token, and its slope in log pi. Source: Schulman, "Approximating KL divergence", 2020."""
+    x = ref - logp
+    return {"k1": (-x, 1.0), "k2": (x * x / 2, -x), "k3": (math.exp(x) - 1 - x, 1 - math.exp(x))}[estimator]
+
+
+def policy_gradient(s, advantage, o, kl_in_loss):
+    """The mean loss of clipped policy gradients with advantages of tokens (one list a sequence), its gradient [T], and
+    the metrics of each answer."""
+    high = o.clip_eps if o.clip_eps_high is None else o.clip_eps_high
+    logps, olds = split(s, s.logp), split(s, s.old_logp)
+    refs = split(s, s.ref_logp) if o.kl_coef else logps
+    tokens = sum(len(y) for y in logps)
+    loss, gradient, metrics = 0.0, [], []
+    for logp, old, ref, a in zip(logps, olds, refs, advantage, strict=True):
+        weight = 1 / tokens if o.loss_mean == "token" else 1 / (len(logps) * len(logp))
+        terms = np.array([surrogate(*token, o.clip_eps, high) for token in zip(logp, old, a, strict=True)])
+        kls = np.array([kl(*token, o.kl_estimator) for token in zip(logp, ref, strict=True)])
+        coef = o.kl_coef if kl_in_loss else 0.0
+        loss += weight * (terms[:, 0] + coef * kls[:, 0]).sum()
+        gradient += list(weight * (terms[:, 1] + coef * kls[:, 1]))
+        drift = abs(sum(logp - old))
+        ratio = np.exp(logp - old).mean()
+        metrics.append((np.mean(a), ratio, terms[:, 2].mean(), logp.mean(), drift, kls[:, 0].mean()))
+    names = ["advantage", "ratio", "clip_fraction", "mean_logp", "max_abs_sum_d", "kl"]
+    named = dict(zip(names, np.array(metrics).T, strict=True))
+    if not o.kl_coef:
+        del named["kl"]
+    return loss, np.array(gradient), named
+
+
+def normalised(advantage):
+    """Lists of tokens to mean 0 and variance 1 over all of them; unbiased, with verl's and OpenRLHF's 1e-8."""
+    tokens = np.concatenate(advantage)
+    return [(a - tokens.mean()) / math.sqrt(tokens.var(ddof=1) + 1e-8) for a in advantage]
+
+
+def assert_loss(out, s, loss, gradient, metrics):
+    """Mean loss, gradient in the log-probs and metrics of a LossOutput, to rounding."""
+    mean = out.loss_sum / out.count
+    mean.backward()
+    np.testing.assert_allclose(mean.item(), loss, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(s.logp.grad, gradient, rtol=1e-12, atol=1e-15)
+    assert_metrics(out, metrics)
+
+
+def assert_metrics(out, expected):
+    assert out.metrics.keys() == expected.keys()
+    for name, value in out.metrics.items():
+        assert not value.requires_grad
+        np.testing.assert_allclose(value.numpy(), expected[name], rtol=1e-12, atol=1e-12, err_msg=name)
