@@ -134,6 +134,8 @@ def log_z_figure(panels: Mapping[str, Mapping[str, Any]], path: str | Path) -> N
         if values["limit"] is not None:
             axes.axhline(values["limit"], color=START_COLOUR, linestyle="--", linewidth=1.2, label="of the target")
         axes.set_xlabel("step")
+        low, high = min(values["best"]), max(values["best"])  # what is learned comes from further away
+        axes.set_ylim(low - 0.75 * (high - low), high + 0.75 * (high - low))
     _legend_above(figure, figure.axes[0], 4)
     _save(figure, path)
 
