@@ -1,7 +1,7 @@
 # Settings are given on the command line (make setup PYTHON=python3.12); the empty values here keep the environment out.
 PYTHON =#  the interpreter that .venv is made with: Python 3.11 or 3.12
 TORCH =#   auto (CUDA build where there is an NVIDIA GPU, else CPU), cpu, cuda, or system: the torch that PYTHON has
-SEEDS =#   quickstart: how many seeds
+SEEDS =#   quickstart, exact-table: how many seeds
 DATA =#    test: folder with the benchmark data, for the tests that read it
 ARGS =#    test*: more arguments for pytest
 
@@ -20,7 +20,7 @@ echo 'Install one, or name it: make setup PYTHON=/path/to/python3.12' >&2; exit 
 endef
 
 .PHONY: help setup setup-example setup-sglang setup-slurm build build-cuda-check quickstart compare example-smollm2 test test-integration
-.PHONY: verify-exact lint format
+.PHONY: verify-exact exact-table lint format
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -51,6 +51,9 @@ quickstart: setup  ## the main job: GRPO and FlowRL from one warm start, a table
 
 compare: setup  ## the fair comparison: equal tuning trials for each method, three seeds
 	@$(PY) -m examples.quickstart.compare
+
+exact-table: setup  ## docs/exact.md: every objective where the right end is known exactly (SEEDS=3: the spread)
+	@$(PY) -m examples.exact.run $(if $(SEEDS),--seeds $(SEEDS))
 
 example-smollm2: setup-example  ## train a real pretrained model, SmolLM2-135M-Instruct, on reasoning-gym tasks
 	@$(PY) -m examples.smollm2.run

@@ -122,6 +122,24 @@ def quickstart_figure(summary: Mapping[str, Any], curves: Curves, path: str | Pa
     _save(figure, path)
 
 
+def log_z_figure(panels: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
+    """A panel each (title -> numbers): log Z as logged ("logged") and as the step's own answers estimate it ("group")
+    at "step", the exact best one ("best") after "watched" steps, and where that ends ("limit", or None)."""
+    figure = _figure(4.8 * len(panels), 3.6)
+    for place, (title, values) in enumerate(panels.items(), start=1):
+        axes = _plain(figure.add_subplot(1, len(panels), place), f"log Z {title}")
+        axes.plot(values["step"], values["group"], ".", color=PALETTE[4], markersize=3, label="the group's estimate")
+        axes.plot(values["step"], values["logged"], color=PALETTE[0], linewidth=2, label="learned, as logged")
+        axes.plot(values["watched"], values["best"], "k+", markersize=6, label="exact best of the policy")
+        if values["limit"] is not None:
+            axes.axhline(values["limit"], color=START_COLOUR, linestyle="--", linewidth=1.2, label="of the target")
+        axes.set_xlabel("step")
+        low, high = min(values["best"]), max(values["best"])  # what is learned comes from further away
+        axes.set_ylim(low - 0.75 * (high - low), high + 0.75 * (high - low))
+    _legend_above(figure, figure.axes[0], 4)
+    _save(figure, path)
+
+
 def ablation_figure(cells: Mapping[str, Sequence[tuple[Records, Records]]], path: str | Path) -> None:
     """Learning curves of an ablation: reward, entropy and each held-out figure. A cell is a line, the mean of its
     seeds, in a band of ± a sample standard deviation.

@@ -132,6 +132,19 @@ def test_quickstart_figure_shows_bars_start_and_curves(drawn, tmp_path):
     assert_picture(tmp_path / "quickstart.png")
 
 
+def test_log_z_figure_has_a_panel_a_setting(drawn, tmp_path):
+    """Learned, estimated and exact are told apart, each at its own steps; a target without a log Z has no line."""
+    curves = {"step": [1, 2, 3], "logged": [0.0, 0.5, 1.0], "group": [0.6, 0.9, 1.1], "watched": [0, 2], "best": [1, 2]}
+    panels = {"one way": curves | {"limit": 1.2}, "another": curves | {"limit": None}}
+    plots.log_z_figure(panels, tmp_path / "log_z.png")
+    (figure,) = drawn
+    one, another = figure.axes
+    assert [list(line.get_ydata()) for line in one.lines] == [[0.6, 0.9, 1.1], [0.0, 0.5, 1.0], [1, 2], [1.2, 1.2]]
+    assert list(one.lines[2].get_xdata()) == [0, 2] and len(another.lines) == 3
+    assert_no_overlaps(figure)
+    assert_picture(tmp_path / "log_z.png")
+
+
 def ablation(seeds, cells, name_length, figures=("reward", "pass_rate", "distinct")):
     """Cells with names of this length, and [cells, seeds, 11 steps] of random numbers for each of their figures."""
     draw = np.random.default_rng(0).uniform(size=(len(figures), cells, seeds, 11))
