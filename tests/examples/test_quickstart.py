@@ -113,7 +113,7 @@ def test_all_methods_are_tried_at_all_rates(tmp_path):
     """A method with more trials than another would win by them."""
     methods = compare.all_methods()
     tuning = compare.tuning_trials(tmp_path, methods)
-    assert list(tuning) == [(name, rate) for name in methods for rate in (2e-4, 5e-4)]
+    assert list(tuning) == [(name, rate) for name in methods for rate in (2e-4, 5e-4, 1e-3)]
     for (name, rate), trial in tuning.items():
         assert trial.overrides == [f"optimizer.lr={rate}", *methods[name]] and trial.seed == 100
 
@@ -152,7 +152,9 @@ def test_the_comparison_from_start_to_table(started, tmp_path, monkeypatch, caps
     assert compare.main() == 0
     parts = [[(trial["name"], trial["seed"]) for trial in content["trials"]] for _, content in started]
     assert parts[0] == [("start", seed) for seed in (100, 0, 1, 2)]
-    assert [name for name, _ in parts[1]] == [f"{m} lr {r}" for m in ("grpo", "grpo_kl 0.05") for r in (0.0002, 0.0005)]
+    assert [name for name, _ in parts[1]] == [
+        f"{m} lr {r}" for m in ("grpo", "grpo_kl 0.05") for r in (0.0002, 0.0005, 0.001)
+    ]
     assert sorted(parts[2]) == [(m, seed) for m in ("grpo", "grpo_kl 0.05") for seed in (0, 1, 2)]
     for trial in started[2][1]["trials"]:
         assert trial["overrides"][0] == "optimizer.lr=0.0002" and trial["overrides"][-1] == "--steps=3"
@@ -161,7 +163,7 @@ def test_the_comparison_from_start_to_table(started, tmp_path, monkeypatch, caps
     assert table[-1].startswith("| GRPO + KL 0.05 | 0.0002 | 0.600 ± 0.000 | 3.00 ± 1.00 | 0.250 ± 0.000 |")
     written = json.loads((tmp_path / "compare.json").read_text())
     assert written["rates"] == {"grpo": 2e-4, "grpo_kl 0.05": 2e-4}
-    assert len(written["tuning"]) == 4 and written["tuning"]["grpo lr 0.0005"]["pass_rate"] == 0.5
+    assert len(written["tuning"]) == 6 and written["tuning"]["grpo lr 0.0005"]["pass_rate"] == 0.5
     assert written["overrides"]["grpo"] == ["a=1", *compare.COMMON, "--steps=3"]
     assert (tmp_path / "compare.png").stat().st_size > 10_000
 
