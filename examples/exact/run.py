@@ -171,7 +171,8 @@ def write(results: dict[str, list[dict[str, Any]]], ref_logp: Tensor) -> None:
     header = machine("torch", "megatron-core", "transformers") | {"command": "make exact-table"}
     curves = {key: {name: rounded(results[key][0]["log_z"][name]) for name in CURVES} for key in PICTURED}
     rows = [
-        {name: run[name] for name in ("row", "seed", "steps", "settings", "figures")}
+        {name: run[name] for name in ("row", "seed", "steps", "settings")}
+        | {"figures": {name: value for name, value in run["figures"].items() if name != "seconds"}}  # the machine's
         for runs in results.values()
         for run in runs
     ]
