@@ -19,7 +19,7 @@ echo 'setup: no Python 3.11 or 3.12 found (tried: $(CANDIDATES)).' >&2; \
 echo 'Install one, or name it: make setup PYTHON=/path/to/python3.12' >&2; exit 1
 endef
 
-.PHONY: help setup setup-example setup-sglang setup-slurm build build-cuda-check quickstart compare example-smollm2 test test-integration
+.PHONY: help setup setup-example setup-tests setup-sglang setup-slurm build build-cuda-check quickstart compare example-smollm2 test test-integration
 .PHONY: verify-exact exact-table lint format
 
 help:  ## this list
@@ -32,6 +32,10 @@ setup:  ## .venv with the pinned dependencies and flowrl-mega; does nothing when
 
 setup-example: EXTRA := --extra example
 setup-example:
+	$(SETUP)
+
+setup-tests: EXTRA := --extra oracles
+setup-tests:
 	$(SETUP)
 
 setup-sglang: setup  ## SGLang in an environment of its own, .venv-sglang, kept in a cache outside the clone
@@ -58,7 +62,7 @@ exact-table: setup  ## docs/exact.md: every objective where the right end is kno
 example-smollm2: setup-example  ## train a real pretrained model, SmolLM2-135M-Instruct, on reasoning-gym tasks
 	@$(PY) -m examples.smollm2.run
 
-test: setup  ## every fast test
+test: setup-tests  ## every fast test
 	@$(PYTEST) tests -m "not integration and not exact" $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test-integration: setup-example setup-sglang setup-slurm  ## tests with a real model, a real SGLang, a real SLURM

@@ -75,11 +75,9 @@ class Trainer:
         self.seconds: dict[str, float] = defaultdict(float)
 
     def _learner(self, model: Model, settings: OptimizerSettings, critic: CriticSettings | None = None) -> Learner:
-        """The model with its optimizer; partition function and a shared critic's head may have rates of their own."""
+        """The model with its optimizer; the head of a critic that shares the trunk has the critic's rate."""
         config = self.config
-        rates = {"*partition.*": settings.log_z_lr or settings.lr}
-        if critic:
-            rates["*value_head.*"] = critic.optimizer.lr
+        rates = {"*value_head.*": critic.optimizer.lr} if critic else None
         updates = config.steps * config.updates_per_step
         return Learner(model.stages, settings, self.layout, config.model.dtype == "bf16", updates, rates)
 

@@ -69,9 +69,9 @@ def _fuse_gradient_accumulation(model: Any) -> None:
 class Optimizer:
     """AdamW behind Megatron's optimizer, with warm-up and decay of the rates; non-finite updates are skipped.
 
-    `total_updates`: after how many updates a decay ends. `rates`: learning rates of parameters by pattern of their
-    name, where they are not the rest's. `updates` counts those that were made, `skipped` those refused for a non-finite
-    loss or gradient.
+    `total_updates`: after how many updates a decay ends. `rates`: learning rates of other parameters than log Z's that
+    are not the rest's, by pattern of their name. `updates` counts those that were made, `skipped` those refused for a
+    non-finite loss or gradient.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class Optimizer:
             use_distributed_optimizer=settings.distributed,
         )
         overrides = get_standard_config_overrides(config)
-        for pattern, rate in (rates or {}).items():
-            if rate != settings.lr:  # a checkpoint tells parameter groups apart by their rates
+        for pattern, rate in {"*partition.*": settings.log_z_lr, **(rates or {})}.items():
+            if rate not in (None, settings.lr):  # a checkpoint tells parameter groups apart by their rates
                 overrides[ParamKey(name=pattern)] = {"max_lr": rate, "min_lr": lowest * rate}
         self.inner = get_megatron_optimizer(config, model, config_overrides=overrides)
         self.schedule = OptimizerParamScheduler(
