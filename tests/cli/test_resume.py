@@ -162,18 +162,24 @@ def test_fork_from_a_folder_at_another_layout(finished: Path, model: Path, tmp_p
 
 
 @pytest.mark.ranks
+@pytest.mark.integration
 @pytest.mark.parametrize(
-    "setting", ["model.dtype=bf16", pytest.param("optimizer.log_z_lr=1e-3", marks=pytest.mark.integration)]
+    "settings",
+    [
+        ["--model.dtype=bf16"],
+        ["--optimizer.log_z_lr=1e-3"],
+        ["--objective={name: ppo, kl_coef: 0.1, kl_target: 0.02}", "--critic.warmup_steps=1", "--model.dtype=bf16"],
+    ],
+    ids=["bf16", "log_z_lr", "ppo"],
 )
-def test_other_optimizers_resume_to_the_bit(setting: str, model: Path, tmp_path: Path) -> None:
-    """Weights in bf16 have fp32 masters, which the checkpoint must hold too; and where log Z has the policy's own rate,
-    Megatron could not tell its saved parameter groups from the policy's."""
+def test_other_optimizers_resume_to_the_bit(settings: list[str], model: Path, tmp_path: Path) -> None:
+    """Weights in bf16 have fp32 masters, which the checkpoint must hold too; where log Z has the policy's own rate,
+    Megatron could not tell its saved parameter groups from the policy's; PPO has a second model and optimizer, and a
+    coefficient that moves."""
     config = str(write_config(tmp_path, model))
-    Job(["train", config, f"--{setting}", "--steps=4"], tmp_path / "log").run()
+    Job(["train", config, *settings, "--steps=4"], tmp_path / "log").run()
     origin, again = tmp_path / "run" / "checkpoints" / "step_2", tmp_path / "again"
-    Job(
-        ["train", config, f"--{setting}", "--steps=4", f"--resume={origin}", f"--run_dir={again}"], tmp_path / "log"
-    ).run()
+    Job(["train", config, *settings, "--steps=4", f"--resume={origin}", f"--run_dir={again}"], tmp_path / "log").run()
     assert records(again, "metrics") == records(tmp_path / "run", "metrics")[2:]
 
 
