@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowrl_mega.objectives.common import Sequences
-
 
 def gae(reward: Tensor, value: Tensor, cu_seqlens: Tensor, gamma: float, lam: float) -> Tensor:
     """Generalised advantage estimates, [T] float64, of rewards r [T] and values V [T] in sequences of cu_seqlens.
@@ -28,10 +26,3 @@ def gae(reward: Tensor, value: Tensor, cu_seqlens: Tensor, gamma: float, lam: fl
         advantage = advantage + (gamma * lam) ** reach * advantage.roll(-reach).masked_fill(after < reach, 0.0)
         reach *= 2
     return advantage
-
-
-def token_rewards(s: Sequences, penalty: Tensor | None) -> Tensor:
-    """[T] float64: the answer's credit at its last token, less a penalty [T] at each."""
-    reward = torch.zeros(s.logp.numel(), dtype=torch.float64, device=s.logp.device)
-    reward[s.cu_seqlens[1:] - 1] = s.credit.double()
-    return reward if penalty is None else reward - penalty

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Literal, NamedTuple
 
 import torch
@@ -105,3 +106,30 @@ class PolicyGradient(Objective):
             metrics["kl"] = s.mean(kl)
         loss_sum, count = self.mean_of(s, loss)
         return LossOutput(loss_sum, count, {k: v.detach() for k, v in metrics.items()})
+
+
+class TokenPolicyGradient(PolicyGradient):
+    """Where each token has an advantage of its own, and the KL to the reference can count in its reward."""
+
+    kl_estimator: KlEstimator = Field("k1", description="of a token's KL: log-ratio, half its square, or unbiased >= 0")
+    loss_mean: Literal["sequence", "token"] = Field(
+        "token", description="of an update: mean over its answers of their token means, or over all its tokens"
+    )
+
+    @property
+    @abstractmethod
+    def kl_in_reward(self) -> bool:
+        """Whether kl_coef counts in the reward."""
+
+    @property
+    def needs_old_logp(self) -> bool:
+        return self.kl_in_reward
+
+    def token_rewards(self, s: Sequences) -> Tensor:
+        """[T] float64: the answer's credit at its last token, less kl_coef KL at each, of pi_old, where it counts."""
+        reward = torch.zeros(s.logp.numel(), dtype=torch.float64, device=s.logp.device)
+        reward[s.cu_seqlens[1:] - 1] = s.credit.double()
+        if not self.kl_in_reward:
+            return reward
+        assert s.ref_logp is not None, f"{self.name} with kl_coef > 0 needs the reference's log-probs"
+        return reward - self.kl_coef * kl_estimate(s.old_logp, s.ref_logp, self.kl_estimator)

@@ -19,13 +19,13 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from flowrl_mega.objectives.common import LossOutput, Sequences, Total
-from flowrl_mega.objectives.gae import gae, token_rewards
-from flowrl_mega.objectives.policy_gradient import KlEstimator, PolicyGradient, kl_estimate, normalise_over_tokens
+from flowrl_mega.objectives.gae import gae
+from flowrl_mega.objectives.policy_gradient import TokenPolicyGradient, normalise_over_tokens
 
 MOST_CHANGE = 0.2  # of the adaptive coefficient's relative error (arXiv 1909.08593, section 2.2)
 
 
-class PPO(PolicyGradient):
+class PPO(TokenPolicyGradient):
     """Settings of PPO. It needs a `critic` section beside it."""
 
     name: Literal["ppo"] = "ppo"
@@ -36,14 +36,10 @@ class PPO(PolicyGradient):
         0.2, gt=0, allow_inf_nan=False, description="a value's change in a step that is learnt from; null: any"
     )
     kl_in: Literal["reward", "loss"] = Field("reward", description="where the KL to the reference counts")
-    kl_estimator: KlEstimator = Field("k1", description="of a token's KL: log-ratio, half its square, or unbiased >= 0")
     kl_target: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="KL, nats a token, that kl_coef is adapted to; null: fixed"
     )
     kl_horizon: float = Field(10000, gt=0, allow_inf_nan=False, description="answers that adapting takes")
-    loss_mean: Literal["sequence", "token"] = Field(
-        "token", description="of an update: mean over its answers of their token means, or over all its tokens"
-    )
 
     @field_validator("kl_in")
     @classmethod
@@ -69,7 +65,7 @@ class PPO(PolicyGradient):
         return True
 
     @property
-    def needs_old_logp(self) -> bool:
+    def kl_in_reward(self) -> bool:
         return self.kl_coef > 0 and self.kl_in == "reward"
 
     def credit(self, rewards: Tensor, group: Tensor) -> Tensor:
@@ -82,11 +78,7 @@ class PPO(PolicyGradient):
         advantages, returns = [], []
         for s in batches:
             assert s.value is not None, "PPO needs the critic's values"
-            penalty = None
-            if self.needs_old_logp:
-                assert s.ref_logp is not None, "PPO with kl_coef > 0 needs the reference's log-probs"
-                penalty = self.kl_coef * kl_estimate(s.old_logp, s.ref_logp, self.kl_estimator)
-            advantages.append(gae(token_rewards(s, penalty), s.value, s.cu_seqlens, self.gamma, self.lam))
+            advantages.append(gae(self.token_rewards(s), s.value, s.cu_seqlens, self.gamma, self.lam))
             returns.append(advantages[-1] + s.value.double())
         if self.normalise:
             advantages = normalise_over_tokens(advantages, total)

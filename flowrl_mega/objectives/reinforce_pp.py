@@ -17,22 +17,18 @@ from pydantic import Field
 from torch import Tensor
 
 from flowrl_mega.objectives.common import LossOutput, Sequences, Total, group_normalise
-from flowrl_mega.objectives.gae import gae, token_rewards
-from flowrl_mega.objectives.policy_gradient import KlEstimator, PolicyGradient, kl_estimate, normalise_over_tokens
+from flowrl_mega.objectives.gae import gae
+from flowrl_mega.objectives.policy_gradient import TokenPolicyGradient, normalise_over_tokens
 
 
-class ReinforcePP(PolicyGradient):
+class ReinforcePP(TokenPolicyGradient):
     """Settings of REINFORCE++; kl_coef counts in the reward."""
 
     name: Literal["reinforce_pp"] = "reinforce_pp"
     baseline: Literal["none", "group"] = Field("none", description="taken off the reward: nothing, or its group's mean")
-    kl_estimator: KlEstimator = Field("k1", description="of a token's KL: log-ratio, half its square, or unbiased >= 0")
-    loss_mean: Literal["sequence", "token"] = Field(
-        "token", description="of an update: mean over its answers of their token means, or over all its tokens"
-    )
 
     @property
-    def needs_old_logp(self) -> bool:
+    def kl_in_reward(self) -> bool:
         return self.kl_coef > 0
 
     def credit(self, rewards: Tensor, group: Tensor) -> Tensor:
@@ -44,11 +40,7 @@ class ReinforcePP(PolicyGradient):
         """Advantages, "advantage" [T]."""
         to_go = []
         for s in batches:
-            penalty = None
-            if self.needs_old_logp:
-                assert s.ref_logp is not None, "REINFORCE++ with kl_coef > 0 needs the reference's log-probs"
-                penalty = self.kl_coef * kl_estimate(s.old_logp, s.ref_logp, self.kl_estimator)
-            reward = token_rewards(s, penalty)
+            reward = self.token_rewards(s)
             to_go.append(gae(reward, torch.zeros_like(reward), s.cu_seqlens, gamma=1.0, lam=1.0))
         return [{"advantage": advantage} for advantage in normalise_over_tokens(to_go, total)]
 

@@ -76,6 +76,15 @@ def worst(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, s
     return max(((found[n] - w).abs().max().item() / w.abs().max().item(), n) for n, w in wanted.items())
 
 
+def assert_alike(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
+    """All that was logged of each update."""
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            # max_abs_sum_d is a difference of sums of log-probs around -60.
+            assert ours[name] == pytest.approx(value, rel=2e-5, abs=6e-4 if name == "max_abs_sum_d" else 2e-5), name
+
+
 def _joined(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     if "value_head.bias" not in gradients:
         return gradients
@@ -156,11 +165,7 @@ def test_every_layout_learns_alike(trunk, layout, alone, model, reference, ranks
         for name, gradients in wanted.gradients.items():
             error, where = worst(found.gradients[name], gradients)
             assert error < TOLERANCE, f"{name}: {where}"
-        for ours, theirs in zip(found.metrics, wanted.metrics, strict=True):
-            assert ours.keys() == theirs.keys()
-            for name, value in theirs.items():
-                # A difference of log-probs of sums around -60.
-                assert ours[name] == pytest.approx(value, rel=2e-5, abs=6e-4 if name == "max_abs_sum_d" else 2e-5), name
+        assert_alike(found.metrics, wanted.metrics)
         assert found.kl_coef == pytest.approx(wanted.kl_coef, rel=1e-6)
     assert wanted.kl_coef != KL, "the coefficient is adapted"
 
@@ -176,9 +181,7 @@ def test_a_resumed_critic_goes_on_as_it_would_have(
     ranks2.run(learn, model, reference, first, None, True, parallel=LAYOUTS[before], **sections)
     checkpoint = tmp_path / "checkpoints" / "step_1"
     (found, _) = ranks2.run(learn, model, reference, second, checkpoint, False, parallel=LAYOUTS[after], **sections)
-    for ours, theirs in zip(found.metrics, alone[trunk].metrics[2:], strict=True):
-        for name, value in theirs.items():
-            assert ours[name] == pytest.approx(value, rel=2e-5, abs=6e-4 if name == "max_abs_sum_d" else 2e-5), name
+    assert_alike(found.metrics, alone[trunk].metrics[2:])
     assert found.kl_coef == pytest.approx(alone[trunk].kl_coef, rel=1e-6)
 
 
@@ -212,5 +215,4 @@ def test_what_an_objective_reads_of_the_whole_step(objective, model, reference, 
         for found in ranks2.run(learn, model, reference, STEPS, None, False, parallel=LAYOUTS[layout], **sections):
             error, where = worst(found.gradients["policy"], wanted.gradients["policy"])
             assert error < TOLERANCE, where
-            for ours, theirs in zip(found.metrics, wanted.metrics, strict=True):
-                assert ours == pytest.approx(theirs, rel=2e-5, abs=6e-4)
+            assert_alike(found.metrics, wanted.metrics)

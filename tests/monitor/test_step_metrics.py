@@ -43,6 +43,36 @@ def test_sample_size_is_of_all_sequences_on_all_ranks(ranks2: RankPool) -> None:
     }
 
 
+VALUES = [[[(1.0, 0.5), (0.0, 0.2)], [(2.0, 2.5)]], [[(-1.0, -0.1), (0.5, 0.5), (3.0, 1.0)], [(1.5, 1.0)]]]
+
+
+def learnt(plan: list[list[list[tuple[float, float]]]]) -> dict[str, float]:
+    """One rank's answer for a critic's (return, value) by rank and micro-batch, with a loss of 10 a token."""
+    layout = layouts.init(ParallelSettings(), seed=0)
+    reports = []
+    for micro_batch in plan[layout.rank]:
+        returns, values = torch.tensor(micro_batch, dtype=torch.float64).T
+        error, tokens = returns - values, 3 * len(returns)
+        reports.append(
+            {"return": returns, "return_sq": returns**2, "value_error": error, "value_error_sq": error**2}
+            | {"loss": torch.tensor([10.0 * tokens]), "loss_count": torch.tensor([tokens])}
+            | {"count": torch.tensor([len(returns)])}
+        )
+    return reduce_reports(reports, layout.dp_group)
+
+
+@pytest.mark.ranks
+def test_explained_variance_and_a_loss_by_token_are_of_all_ranks(ranks2: RankPool) -> None:
+    """1 - var(R - V) / var(R) over the whole update, by NumPy; and a loss is divided by what it was summed over."""
+    returns, values = np.array([pair for rank in VALUES for batch in rank for pair in batch]).T
+    for found in ranks2.run(learnt, VALUES):
+        assert found == {
+            "return": pytest.approx(returns.mean()),
+            "explained_variance": pytest.approx(1 - (returns - values).var() / returns.var()),
+            "loss": pytest.approx(10.0),
+        }
+
+
 @pytest.mark.parametrize("n", [1, 2, 1000])
 def test_sample_size_at_its_ends(n: int) -> None:
     """All alike: everything counts, whatever the common weight. One outweighs the rest: one of n counts."""
