@@ -18,12 +18,12 @@ from flowrl_mega.checkpoint import load_checkpoint, load_model, read_side_files,
 from flowrl_mega.checkpoint.folder import remove_unfinished
 from flowrl_mega.config import Config, ConfigError, CriticSettings, OptimizerSettings, RunError
 from flowrl_mega.data.inputs import load_prompts
-from flowrl_mega.data.loader import whole
 from flowrl_mega.data.loaders import open_loader
 from flowrl_mega.data.prompts import Prompts
 from flowrl_mega.data.stream import Stream
 from flowrl_mega.evaluation.exact import exact_metrics, right_answer_probabilities
 from flowrl_mega.evaluation.held_out import held_out_metrics
+from flowrl_mega.grading import Grader
 from flowrl_mega.learner import Learner, counts_of, keep, to_sequences
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.critic import Critic
@@ -36,7 +36,7 @@ from flowrl_mega.monitor.step_metrics import cost_metrics, merge_updates
 from flowrl_mega.parallel.layout import Layout, together
 from flowrl_mega.parallel.packing import PackedBatch, Sequence, efficiency, plan
 from flowrl_mega.rewards.registry import Score
-from flowrl_mega.rewards.scorer import Scorer, verdicts, with_overlong_penalty
+from flowrl_mega.rewards.scorer import verdicts
 from flowrl_mega.rollout import Engine, Rollout, build_engine, generate
 from flowrl_mega.rollout.batches import Batches, Group, derive_seed
 
@@ -48,7 +48,7 @@ class Trainer:
         self.config, self.layout = config, layout
         self.objective = objectives.build(config.objective)
         self.prompts, self.held_out, self.tokenizer, stop_ids = load_prompts(config)
-        self.scorer = Scorer(config.reward, config.rewards, layout)
+        self.grader = Grader(config, layout, self.prompts, self.tokenizer)
         arch = read_architecture(config.model.path)
         self.shares_trunk = config.critic is not None and config.critic.trunk == "shared"
         self.policy = Policy(arch, config, layout, self.objective.log_z, with_value=self.shares_trunk)
@@ -73,7 +73,7 @@ class Trainer:
         stop_ids = () if rollout.ignore_eos else stop_ids
         self.sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k, stop_ids)
         self.stream = Stream(open_loader(config.data, self.prompts, config.seed, layout.dp_rank, layout.dp), layout)
-        told = self.begin_score if self.scorer.pool else None
+        told = self.grader.begin if self.grader.is_early else None
         self.batches = Batches(self.engine, self.stream, rollout, self.sampling, config.seed, told)
         self.step_done = self._resume(resume) if resume else 0
         self.engine.sync(self.policy, version=self.step_done)
@@ -120,7 +120,7 @@ class Trainer:
             counts |= self.engine.sync(self.policy, version=step)
         self.step_done = step
         counts |= staleness(rollouts, step - 1) | self.engine.metrics()
-        return counts | self.metrics(sequences, rollouts, scores, updates), self.samples(groups)
+        return counts | self.metrics(sequences, rollouts, scores, updates), self.grader.samples(groups)
 
     def rollouts(self, step: int) -> tuple[list[Group], dict[str, float]]:
         """The step's groups, answered and scored; with `rollout.ahead` the next step's first round is begun."""
@@ -128,7 +128,7 @@ class Trainer:
             with self.timed("generate"):
                 groups = self.batches.answer(step)
             with self.timed("reward"):
-                self.score_groups(groups)
+                self.grader.grade_groups(groups)
             self.batches.keep(groups)
         taken = self.batches.take()
         if self.config.rollout.ahead and step < self.config.steps:
@@ -140,44 +140,6 @@ class Trainer:
         """`answers` answers to each prompt, prompt by prompt, always from the same seed."""
         ids, seed = [prompt.token_ids for prompt in prompts], derive_seed(self.config.seed, 0)
         return [rollout for group in generate(self.engine, ids, answers, self.sampling, seed) for rollout in group]
-
-    def score_groups(self, groups: list[Group]) -> None:
-        """Texts and scores of complete groups; collective, and the same on all ranks."""
-        rows = [row for group in groups for row in [self.row(group)] * len(group.rollouts)]
-        keys = [(group.place, i) for group in groups for i in range(len(group.rollouts))]
-        texts, scores = self.score(rows, [rollout for group in groups for rollout in group.rollouts], keys)
-        for group in groups:
-            n = len(group.rollouts)
-            group.texts, texts = texts[:n], texts[n:]
-            group.scores, scores = scores[:n], scores[n:]
-
-    def samples(self, groups: list[Group]) -> list[dict[str, Any]]:
-        """The first few answers, to be read by people."""
-        rows = [
-            {"prompt": self.row(group)["prompt"], "response": text, **vars(score)}
-            for group in groups
-            for text, score in zip(group.texts, group.scores, strict=True)
-        ]
-        return rows[: self.config.monitor.samples_per_step]
-
-    def begin_score(self, group: Group, i: int, rollout: Rollout) -> None:
-        """Let a worker score an answer while others are still being written. Called from any thread."""
-        self.scorer.begin((group.place, i), self.row(group), self.text(rollout))
-
-    def row(self, group: Group) -> dict[str, Any]:
-        """What the data set says of the group's prompt."""
-        return whole(self.prompts)[group.index].row
-
-    def text(self, rollout: Rollout) -> str:
-        return self.tokenizer.decode(rollout.response, skip_special_tokens=True)
-
-    def score(
-        self, rows: list[dict[str, Any]], rollouts: list[Rollout], keys: list[Any] | None = None
-    ) -> tuple[list[str], list[Score]]:
-        """Texts and rewards of all answers; `keys` are those that some were begun under."""
-        texts, lengths = [self.text(rollout) for rollout in rollouts], [len(r.response) for r in rollouts]
-        scores = self.scorer.score(rows, texts, keys)
-        return texts, with_overlong_penalty(scores, lengths, self.sampling.max_tokens, self.config.rewards.overlong)
 
     def batch(self, sequences: list[Sequence], rollouts: list[Rollout], scores: list[Score]) -> list[list[PackedBatch]]:
         """This rank's micro-batches of every update, with credit and the log-probs of engine, old policy and reference.
@@ -286,7 +248,7 @@ class Trainer:
         where every prompt lists its right answers."""
         assert self.held_out is not None
         k, prompts = self.config.evaluation.samples, self.held_out
-        texts, scores = self.score([p.row for p in prompts for _ in range(k)], self.generate(prompts, k))
+        texts, scores = self.grader.grade([p.row for p in prompts for _ in range(k)], self.generate(prompts, k))
         metrics = held_out_metrics(texts, [score.reward for score in scores], k)
         if all("right_answers" in prompt.row for prompt in prompts):
             metrics |= exact_metrics(self.right_answers(prompts), self.config.evaluation.distinct_at)
@@ -332,7 +294,7 @@ class Trainer:
 
     def close(self) -> None:
         """End what was started: servers, reward workers, readers."""
-        for part in (self.engine, self.scorer, self.stream):
+        for part in (self.engine, self.grader, self.stream):
             part.close()
 
     def save(self, step: int) -> None:
