@@ -34,7 +34,7 @@ import torch
 from convert_model import difference, make, weight_files
 from convert_work import flush
 from measure import status_bytes
-from workload import machine, write
+from workload import machine, turns, write
 
 PROVIDERS = ("copy", "flowrl-mega", "command", "mbridge")
 DIRECTIONS = ("hf2mcore", "mcore2hf")
@@ -53,10 +53,8 @@ def main(argv: list[str] | None = None) -> None:
         make(source, int(options.gigabytes * 1e9), int(options.shard_mb * 1e6))
         sizes = [file.stat().st_size for file in weight_files(source)]
         samples: Samples = {}
-        for turn in range(options.rounds):
-            first = turn % len(providers)
-            for provider in providers[first:] + providers[:first]:
-                there_and_back(provider, source, Path(folder) / "work", samples)
+        for provider in turns(providers, options.rounds):
+            there_and_back(provider, source, Path(folder) / "work", samples)
     rows = summary(samples, sum(sizes), max(sizes))
     show(rows, not_run)
     header = machine(*packages(providers)) | {

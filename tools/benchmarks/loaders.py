@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from workload import machine, write
+from workload import machine, turns, write
 
 from flowrl_mega.config import ConfigError, DataSettings
 from flowrl_mega.data.dali import import_dali
@@ -63,10 +63,8 @@ def main() -> None:
         providers, writing = prepared(options.providers, store)
         load = os.getloadavg()[0]
         samples: dict[str, list[dict[str, float]]] = {name: [] for name in providers}
-        for turn in range(options.rounds):
-            first = turn % len(providers)
-            for name in providers[first:] + providers[:first]:
-                samples[name].append(in_a_process(name, store, options.take))
+        for name in turns(providers, options.rounds):
+            samples[name].append(in_a_process(name, store, options.take))
         rows = [row(name, samples[name], store.header["tokens"]) for name in providers]
     for found in rows:
         print(f"{found['provider']:12} {found['mtok_per_cpu_s']:6.2f} Mtok/CPU-s {found['mtok_per_s']:6.2f} Mtok/s")

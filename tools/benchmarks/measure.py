@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from workload import turns
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PASSES = ("forward", "forward+backward")
@@ -76,12 +77,9 @@ def step(provider: Provider, case: Case, pass_: str) -> Result:
 
 def interleaved(works: dict[str, Callable[[Case], Any]], case: Case, rounds: int) -> dict[str, float]:
     """Median seconds of each. They take turns, each round begins with the next one; copies are made off the clock."""
-    names = list(works)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            seconds[name].append(_seconds(works[name], case.fresh()))
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for name in turns(works, rounds):
+        seconds[name].append(_seconds(works[name], case.fresh()))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from workload import machine, write
+from workload import machine, turns, write
 
 from flowrl_mega.config import RewardsSettings
 from flowrl_mega.rewards.pool import Pool
@@ -69,13 +69,10 @@ def compared(spec: str, work: list[Work], rounds: int) -> list[dict[str, Any]]:
             for name, provider in providers.items():
                 assert provider() == expected, f"{spec}: other scores from {name}"
         seconds: dict[str, list[float]] = {name: [] for name in providers}
-        names = list(providers)
-        for turn in range(rounds):
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
-                start = time.perf_counter()
-                providers[name]()
-                seconds[name].append(time.perf_counter() - start)
+        for name in turns(providers, rounds):
+            start = time.perf_counter()
+            providers[name]()
+            seconds[name].append(time.perf_counter() - start)
     finally:
         for pool in pools.values():
             pool.close()
@@ -88,7 +85,7 @@ def compared(spec: str, work: list[Work], rounds: int) -> list[dict[str, Any]]:
             "of_direct": median["direct"] / median[name],
             "seconds": seconds[name],
         }
-        for name in names
+        for name in providers
     ]
 
 

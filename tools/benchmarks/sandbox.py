@@ -22,7 +22,7 @@ from multiprocessing.synchronize import Event
 from typing import Any
 
 import torch
-from workload import machine, write
+from workload import machine, turns, write
 
 from flowrl_mega.config import CodeSettings
 from flowrl_mega.rewards.sandbox.client import Sandbox, interpreter
@@ -64,12 +64,10 @@ def overheads(rounds: int) -> list[dict[str, Any]]:
     for work in works.values():
         work()
     seconds: dict[str, list[float]] = {each: [] for each in works}
-    for turn in range(rounds):
-        order = list(works)
-        for each in order[turn % len(order) :] + order[: turn % len(order)]:
-            start = time.perf_counter()
-            works[each]()
-            seconds[each].append(time.perf_counter() - start)
+    for each in turns(works, rounds):
+        start = time.perf_counter()
+        works[each]()
+        seconds[each].append(time.perf_counter() - start)
     for sandbox in sandboxes.values():
         sandbox.close()
     base = statistics.median(seconds["interpreter"])

@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from workload import distinct_letters, machine, median_of, prompts, write
+from workload import distinct_letters, machine, median_of, prompts, turns, write
 
 LAYOUTS = {"tp1": {"tp": 1}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "dp2": {"dp": 2}}
 WARM_UP_STEPS = 2
@@ -79,10 +79,8 @@ def in_turns(options: argparse.Namespace) -> list[dict[str, Any]]:
     for layout in [layout for layout in options.layouts if layout not in layouts]:
         print(f"{layout}: not run: it does not divide the model's {layers} layers; see --layers")
     found: dict[str, list[dict[str, Any]]] = {layout: [] for layout in layouts}
-    for turn in range(options.rounds):
-        first = turn % len(found)
-        for layout in layouts[first:] + layouts[:first]:
-            found[layout].append(measure(layout, options))
+    for layout in turns(layouts, options.rounds):
+        found[layout].append(measure(layout, options))
     rows = []
     for jobs in found.values():
         ordered = sorted(jobs, key=lambda row: row["seconds_per_step"])

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from convert_model import make
-from workload import machine, write
+from workload import machine, turns, write
 
 import flowrl_mega.parallel  # noqa: F401
 from flowrl_mega.config import Config, RolloutSettings, SyncSettings, validated
@@ -102,10 +102,8 @@ def measure(options: argparse.Namespace, folder: Path, url: str) -> tuple[dict[s
         for work in works.values():
             work()
         seconds: dict[str, list[float]] = {name: [] for name in works}
-        for turn in range(options.rounds):
-            first = turn % len(works)
-            for name in [*works][first:] + [*works][:first]:
-                seconds[name].append(works[name]())
+        for name in turns(works, options.rounds):
+            seconds[name].append(works[name]())
     finally:
         bare.close()
         loading.close()

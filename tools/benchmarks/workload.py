@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +42,14 @@ def _gpu() -> str | None:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def turns(names: Iterable[str], rounds: int) -> Iterator[str]:
+    """Every name once a round; each round begins with the next one, so that none always comes first."""
+    order = list(names)
+    for turn in range(rounds):
+        first = turn % len(order)
+        yield from order[first:] + order[:first]
 
 
 def median_of(steps: Iterable[dict[str, float]], name: str) -> float:
