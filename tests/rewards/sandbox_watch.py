@@ -17,7 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
+from flowrl_mega.config import CodeSettings
 from flowrl_mega.rewards.sandbox import client
+from flowrl_mega.rewards.sandbox.client import Sandbox
 
 SERVER = str(Path("flowrl_mega/rewards/sandbox/server.py"))
 FOREIGN_USERS = 0x40000000  # from here on are the users of programs, where root makes the sandbox
@@ -87,6 +89,16 @@ def watching(folder: Path) -> Iterator[Watch]:
         for listener in (tcp, udp, abstract):
             listener.setblocking(False)
         yield Watch(folder, tcp, udp, abstract)
+
+
+@contextmanager
+def opened(limits: CodeSettings, way: str) -> Iterator[Sandbox]:
+    """A sandbox of this way, where this user can make one."""
+    if way == "root" and os.geteuid() != 0:
+        pytest.skip("not root")
+    sandbox = Sandbox(limits, way)
+    yield sandbox
+    sandbox.close()
 
 
 def as_nobody(work: Callable[[dict[str, Any]], None], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

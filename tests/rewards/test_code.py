@@ -27,6 +27,14 @@ def scored(tests, response, rewards=FAST):
     return code.score({"tests": tests}, response, rewards)
 
 
+def assert_verdict(tests, source, reward, share, kind, words):
+    """All or nothing, with the reason; and the share of the tests where that is asked for."""
+    result = scored(tests, fenced(source))
+    assert (result[0], result[2]) == (reward, kind), result[1]
+    assert words in result[1]
+    assert scored(tests, fenced(source), SHARE)[0] == pytest.approx(share)
+
+
 # Where the program is
 
 
@@ -106,10 +114,7 @@ def test_a_fenced_answer_to_a_stub(source):
 )
 def test_programs_with_input(source, reward, share, kind, words):
     """Each verdict, with its reason; the prelude is LiveCodeBench's."""
-    result = scored(SUM, fenced(source))
-    assert (result[0], result[2]) == (reward, kind), result[1]
-    assert words in result[1]
-    assert scored(SUM, fenced(source), SHARE)[0] == pytest.approx(share)
+    assert_verdict(SUM, source, reward, share, kind, words)
 
 
 def test_a_time_out_with_input():
@@ -169,10 +174,7 @@ def test_a_program_does_not_share_its_random_numbers():
     ],
 )
 def test_functions_that_are_called(source, reward, share, kind, words):
-    result = scored(TWICE, fenced(source))
-    assert (result[0], result[2]) == (reward, kind), result[1]
-    assert words in result[1]
-    assert scored(TWICE, fenced(source), SHARE)[0] == pytest.approx(share)
+    assert_verdict(TWICE, source, reward, share, kind, words)
 
 
 def test_a_method_of_a_class():

@@ -13,6 +13,8 @@ from flowrl_mega.config import CodeSettings, ConfigError, RewardsSettings
 from flowrl_mega.rewards import code, code_remote
 from flowrl_mega.rewards.sandbox.client import Sandbox, SandboxError
 
+MARK = "# the program"
+EXPECTED = {"stdin": "42", "call": "abab", "check": "== 3"}  # what only the tests say
 LIMITS = CodeSettings(wall_s=2.0, cpu_s=2, memory_mb=256, output_kb=512)
 
 
@@ -99,12 +101,14 @@ def scored(tests, source, rewards):
     ],
 )
 def test_verdicts_as_here(server, rewards, tests, source, reward, kind):
-    """All three forms; and what a program's request holds is not what is expected of it."""
-    result = scored(tests, source, rewards)
+    """All three forms; and a request with the program in it has nothing of what is expected of it."""
+    result = scored(tests, f"{source}\n{MARK}", rewards)
     assert (result[0], result[2]) == (reward, kind), result[1]
     for path, request in server.seen:
         assert path == "/run_code" and request["language"] == "python" and request["run_timeout"] == 2.0
-        assert not ("== 3" in request["code"] and source in request["code"])
+    programs = [json.dumps(request) for _, request in server.seen if MARK in request["code"]]
+    assert programs
+    assert not [request for request in programs if EXPECTED[tests["type"]] in request]
 
 
 def test_a_check_of_several_calls(rewards):

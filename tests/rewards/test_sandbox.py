@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sandbox_watch import SYSTEM_PYTHON, as_nobody, changed, left_over, programs, state
+from sandbox_watch import SYSTEM_PYTHON, as_nobody, changed, left_over, opened, programs, state
 
 from flowrl_mega.config import CodeSettings, ConfigError, RewardsSettings
 from flowrl_mega.rewards import code
@@ -28,11 +28,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module", params=["root", "user", "process"])
 def sandbox(request):
-    if request.param == "root" and os.geteuid() != 0:
-        pytest.skip("not root")
-    sandbox = Sandbox(LIMITS, request.param)
-    yield sandbox
-    sandbox.close()
+    with opened(LIMITS, request.param) as sandbox:
+        yield sandbox
 
 
 def python(source):
