@@ -211,7 +211,7 @@ def check(configs: Mapping[str, Config]) -> None:
     """Everything that can be wrong with the input of these cells, before the first run starts."""
     if not configs:
         return
-    from flowrl_mega import job  # with torch and megatron: a wrong name in --vary was told before
+    from flowrl_mega import preflight  # with torch and megatron: a wrong name in --vary was told before
     from flowrl_mega.parallel.launch import started_by_launcher
     from flowrl_mega.parallel.layout import world_size
 
@@ -219,7 +219,7 @@ def check(configs: Mapping[str, Config]) -> None:
         raise ConfigError("ablate starts the ranks of its runs itself; start it once, without torchrun or srun")
     for name, config in configs.items():
         try:
-            job.check(config, world_size(config.parallel), "auto", checkpoint=None)
+            preflight.check(preflight.Inputs(config), world_size(config.parallel), "auto", checkpoint=None)
         except ConfigError as error:
             raise ConfigError(f"cell {name}: {error}") from None
 

@@ -1,4 +1,4 @@
-"""From answers to their texts and scores: what rewards read of each, and what people read afterwards."""
+"""Decodes and scores answers, and picks the samples that people read."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from flowrl_mega.config import Config
 from flowrl_mega.data.loader import whole
 from flowrl_mega.data.prompts import Prompts
 from flowrl_mega.parallel.layout import Layout
-from flowrl_mega.rewards.registry import Score
+from flowrl_mega.rewards.registry import Reward, Score
 from flowrl_mega.rewards.scorer import Scorer, with_overlong_penalty
 from flowrl_mega.rollout import Rollout
 from flowrl_mega.rollout.batches import Group
 
 
 class Grader:
-    """Of answers to `prompts`. `grade` and `grade_groups` are collective; `begin` may be called from any thread.
+    """Decodes and scores answers to `prompts`.
 
-    `is_early`: whether `begin` does anything, that is whether rewards have processes of their own.
+    `grade` and `grade_groups` are collective; `begin` may be called from any thread. `is_early`: whether `begin` does
+    anything, that is whether rewards have processes of their own.
     """
 
-    def __init__(self, config: Config, layout: Layout, prompts: Prompts, tokenizer: Any) -> None:
+    def __init__(self, config: Config, layout: Layout, reward: Reward, prompts: Prompts, tokenizer: Any) -> None:
         self.config, self.prompts, self.tokenizer = config, prompts, tokenizer
-        self.scorer = Scorer(config.reward, config.rewards, layout)
+        self.scorer = Scorer(reward, config.reward, config.rewards, layout)
         self.is_early = self.scorer.pool is not None
 
     def begin(self, group: Group, i: int, rollout: Rollout) -> None:
@@ -63,6 +64,10 @@ class Grader:
 
     def text(self, rollout: Rollout) -> str:
         return self.tokenizer.decode(rollout.response, skip_special_tokens=True)
+
+    def token_ids(self, text: str) -> list[int]:
+        """The tokens of an answer's text, without an end token."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def close(self) -> None:
         self.scorer.close()

@@ -1,85 +1,104 @@
-"""A model that learns: its stages behind Megatron's gradient buffers, its optimizer, one update of it; and between
-packed micro-batches and what objectives see of them."""
+"""The models of a run: those that learn, each with its optimizer, and the frozen reference."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from flowrl_mega import ops
-from flowrl_mega.config import OptimizerSettings
-from flowrl_mega.model.policy import PolicyOutput
+from flowrl_mega.checkpoint import load_model
+from flowrl_mega.config import Config, OptimizerSettings
+from flowrl_mega.model.architecture import Architecture, read_architecture
+from flowrl_mega.model.critic import Critic
+from flowrl_mega.model.fp8_gate import Fp8Gate
+from flowrl_mega.model.policy import Policy, build_reference
+from flowrl_mega.model.stage import Model
 from flowrl_mega.monitor.step_metrics import reduce_reports
-from flowrl_mega.objectives import Sequences
+from flowrl_mega.objectives import Objective
 from flowrl_mega.parallel.layout import Layout
+from flowrl_mega.parallel.offload import Offload
 from flowrl_mega.parallel.optimizer import Optimizer, wrap
-from flowrl_mega.parallel.packing import PackedBatch
-from flowrl_mega.parallel.schedule import Forward, LossFunction, forward_backward
+from flowrl_mega.parallel.schedule import B, Forward, LossFunction, forward_backward
 
 
 class Learner:
-    """Of the policy, or of a critic with a trunk of its own.
+    """A model's gradient buffers (Megatron's DDP) and optimizer; one optimizer step per `update`.
 
-    `total_updates`: after how many a decay of the rate ends. `rates`: learning rates of parameters by pattern of their
-    name. Collective, as is `update`.
+    `total_updates`: after how many a decay of the learning rate ends. `rates`: learning rates by pattern of the
+    parameter's name, where they are not `settings.lr`. All methods are collective.
     """
 
     def __init__(
         self,
-        stages: list[Any],
+        model: Model,
         settings: OptimizerSettings,
-        layout: Layout,
         bf16: bool,
         total_updates: int,
         rates: dict[str, float] | None = None,
     ) -> None:
-        self.layout = layout
-        self.stages = wrap(stages, settings.distributed)
+        self.model = model
+        self.stages = wrap(model.stages, settings.distributed)
         self.optimizer = Optimizer(self.stages, settings, bf16, total_updates, rates)
 
-    def update(self, mini_batch: list[PackedBatch], forward: Forward, loss: LossFunction) -> dict[str, float]:
-        """One optimizer step on the mean loss over the mini-batch, on all ranks together; its metrics."""
+    def update(self, mini_batch: list[B], forward: Forward[B], loss: LossFunction[B]) -> dict[str, float]:
+        """One optimizer step on the mean loss over the micro-batches; returns its metrics, on every rank."""
+        layout = self.model.layout
         self.optimizer.zero_grad()
         reports = forward_backward(self.stages, mini_batch, forward, loss)
         # Losses are the last pipeline stage's, and all stages must take or refuse the update together.
-        metrics = self.layout.from_last_stage(reports and reduce_reports(reports, self.layout.dp_group))
+        metrics = layout.from_last_stage(reports and reduce_reports(reports, layout.dp_group))
         ops.raise_if_flagged()  # the metrics have waited for the device already
         return metrics | self.optimizer.step(loss_is_finite=math.isfinite(metrics["loss"]))
 
 
-def to_sequences(batch: PackedBatch, output: PolicyOutput | None = None) -> Sequences:
-    """A micro-batch as objectives see it: with the policy's outputs in an update, without before it."""
-    scores = batch.scores
-    if output:
-        logp, old_logp = output.logp, scores.get("old_logp", output.logp.detach())
-    else:
-        # What is not scored must not be read: NaN makes of such a mistake a refused update.
-        unknown = torch.full((int(batch.response_cu_seqlens[-1]),), math.nan, device=batch.tokens.device)
-        logp = old_logp = scores.get("old_logp", unknown)
-    return Sequences(
-        logp=logp,
-        old_logp=old_logp,
-        ref_logp=scores.get("ref_logp"),
-        log_z=output.log_z if output else None,
-        cu_seqlens=batch.response_cu_seqlens,
-        credit=scores["credit"],
-        rollout_logp=scores.get("rollout_logp"),
-        group=scores.get("group"),
-        value=scores.get("value"),
-        prepared=batch.prepared,
-    )
+@dataclass
+class Models:
+    """The policy, and where the objective asks for them a critic with a trunk of its own and the reference."""
+
+    policy: Policy
+    learner: Learner
+    critic: Critic | None
+    critic_learner: Learner | None
+    reference: Policy | None
+    reference_offload: Offload | None  # the context in which the reference can be scored; None: always
+    gate: Fp8Gate
+
+    @property
+    def shares_trunk(self) -> bool:
+        """Whether the critic is a second head on the policy's trunk."""
+        return self.policy.with_value
+
+    def trained(self) -> dict[str, tuple[Model, Optimizer]]:
+        """The models that learn with their optimizers, the policy first: what a checkpoint holds."""
+        found: dict[str, tuple[Model, Optimizer]] = {"policy": (self.policy, self.learner.optimizer)}
+        if self.critic and self.critic_learner:
+            found["critic"] = (self.critic, self.critic_learner.optimizer)
+        return found
 
 
-def keep(name: str, batches: list[PackedBatch], values: list[Tensor]) -> None:
-    """Beside each micro-batch what the objective reads; only the last pipeline stage has it, and needs it."""
-    for batch, value in zip(batches, values, strict=False):
-        batch.scores[name] = value
+def build_models(arch: Architecture, objective: Objective, config: Config, layout: Layout) -> Models:
+    """The models that the settings and the objective ask for, with the weights of model.path. Collective."""
+    critic, bf16 = config.critic, config.model.dtype == "bf16"
+    total_updates = config.steps * config.updates_per_step
+    shares_trunk = critic is not None and critic.trunk == "shared"
+    policy = _loaded(Policy(arch, config, layout, objective.log_z, with_value=shares_trunk), config.model.path)
+    # The head of a critic that shares the trunk has the critic's own learning rate.
+    rates = {"*value_head.*": critic.optimizer.lr} if critic else None
+    learner = Learner(policy, config.optimizer, bf16, total_updates, rates)
+    own_critic = critic_learner = reference = offload = None
+    if critic and not shares_trunk:
+        path = critic.path or config.model.path
+        own_critic = _loaded(Critic(read_architecture(path), config, layout), path)
+        critic_learner = Learner(own_critic, critic.optimizer, bf16, total_updates)
+    if objective.needs_reference:
+        reference = _loaded(build_reference(arch, config, layout), config.model.path)
+        offload = reference.offload() if config.model.reference_offload else None
+    gate = Fp8Gate(policy, config.model, getattr(objective, "length_norm", True))
+    return Models(policy, learner, own_critic, critic_learner, reference, offload, gate)
 
 
-def counts_of(loss_sum: Tensor, count: int, batch: PackedBatch) -> dict[str, Tensor]:
-    """What turns a micro-batch's sums into an update's means (`reduce_reports`)."""
-    counts = torch.tensor([count, batch.size], device=loss_sum.device)
-    return {"loss": loss_sum.detach()[None], "loss_count": counts[:1], "count": counts[1:]}
+def _loaded(model: Any, path: str | Path) -> Any:
+    load_model(model, path)
+    return model

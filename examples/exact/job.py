@@ -14,9 +14,11 @@ import flowrl_mega.parallel  # noqa: F401  # before megatron
 from examples.exact.space import END, MAX_TOKENS, PROMPTS, ids_of, outcomes
 from flowrl_mega.config import Config, validated
 from flowrl_mega.evaluation.exact import sequence_logp
+from flowrl_mega.model.policy import Policy
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.packing import Sequence, pack
-from flowrl_mega.train import Trainer
+from flowrl_mega.preflight import Inputs
+from flowrl_mega.run import Run
 
 # What all runs share: the same rates, and no weight decay, which would pull away from the target.
 COMMON: dict[str, Any] = {
@@ -65,31 +67,33 @@ def train(task: Path, run_dir: Path, steps: int, sections: dict[str, Any], tp: i
         **sections,
     }
     config = validated(Config, tree, "")
-    trainer = Trainer(config, layouts.init(config.parallel, config.seed))
-    watched = {0: policy_logp(trainer)} if watch else {}
+    run = Run(Inputs(config), layouts.init(config.parallel, config.seed))
+    policy = run.models.policy
+    watched = {0: policy_logp(policy)} if watch else {}
 
     def look() -> bool:
-        """The trainer asks after each step whether to stop: the moment at which its policy can be seen."""
-        if watch and trainer.step_done % watch == 0:
-            watched[trainer.step_done] = policy_logp(trainer)
+        """The run asks after each step whether to stop: the moment at which its policy can be seen."""
+        step = run.trainer.step_done
+        if watch and step % watch == 0:
+            watched[step] = policy_logp(policy)
         return False
 
     if steps:
-        trainer.run(look)
+        run.run(look)
     file = run_dir / "metrics.jsonl"
     lines = file.read_text().splitlines() if steps else []
-    return Trained(policy_logp(trainer), prompt_log_z(trainer), [json.loads(line) for line in lines], watched)
+    return Trained(policy_logp(policy), prompt_log_z(policy), [json.loads(line) for line in lines], watched)
 
 
-def policy_logp(trainer: Trainer) -> Tensor:
+def policy_logp(policy: Policy) -> Tensor:
     """log pi of every outcome of every prompt, [prompts, outcomes] float64."""
     pairs = [(ids_of(prompt), y) for prompt in PROMPTS for y in outcomes()]
     sequences = [Sequence(i, prompt, y) for i, (prompt, y) in enumerate(pairs)]
-    return sequence_logp(trainer.policy, sequences, 1.0, 16384).view(len(PROMPTS), -1)
+    return sequence_logp(policy, sequences, 1.0, 16384).view(len(PROMPTS), -1)
 
 
-def prompt_log_z(trainer: Trainer) -> Tensor | None:
+def prompt_log_z(policy: Policy) -> Tensor | None:
     """The partition function's log Z of every prompt, [prompts] float64; None where there is no such function."""
     batch = pack([Sequence(i, ids_of(prompt), [END]) for i, prompt in enumerate(PROMPTS)])
-    log_z = trainer.policy.score([batch])[0].log_z
+    log_z = policy.score([batch])[0].log_z
     return None if log_z is None else torch.empty(len(PROMPTS)).index_copy(0, batch.index, log_z).double()

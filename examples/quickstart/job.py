@@ -24,28 +24,30 @@ from examples.quickstart.warm_start import warm_start
 from flowrl_mega.config import Config
 from flowrl_mega.config_file import load_config
 from flowrl_mega.evaluation.exact import exact_metrics, spread_metrics
+from flowrl_mega.experience import as_sequences
 from flowrl_mega.model.policy import Policy, build_reference
 from flowrl_mega.model.weights import load_hf
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.launch import free_port
 from flowrl_mega.parallel.layout import Layout
-from flowrl_mega.train import Trainer, as_sequences
+from flowrl_mega.preflight import Inputs
+from flowrl_mega.run import Run
 
 CONFIG = Path(__file__).with_name("quickstart.yaml")
 K = 64
 SPREAD_ANSWERS = 32
 
 
-def measure(trainer: Trainer, reference: Policy) -> Figures:
+def measure(job: Run, reference: Policy) -> Figures:
     """Exact figures over the training prompts, the held-out prompts', and entropy and KL by sampling."""
-    assert trainer.held_out is not None
-    prompts = trainer.prompts
-    figures = exact_metrics(trainer.right_answers(prompts), K)
-    held_out = exact_metrics(trainer.right_answers(trainer.held_out), K)
-    figures |= {f"held_out_{name}": held_out[name] for name in ("pass_rate", "distinct")}
-    drawn = as_sequences([prompt.token_ids for prompt in prompts], trainer.generate(prompts, SPREAD_ANSWERS))
-    spread = spread_metrics(trainer.policy, reference, drawn, trainer.sampling.temperature)
-    return figures | spread
+    policy, evaluator = job.models.policy, job.evaluator
+    prompts, held_out = job.inputs.data.prompts, job.inputs.data.held_out
+    assert held_out is not None
+    figures = exact_metrics(evaluator.right_answers(prompts, policy), K)
+    on_held_out = exact_metrics(evaluator.right_answers(held_out, policy), K)
+    figures |= {f"held_out_{name}": on_held_out[name] for name in ("pass_rate", "distinct")}
+    drawn = as_sequences([prompt.token_ids for prompt in prompts], evaluator.rollouts(prompts, SPREAD_ANSWERS))
+    return figures | spread_metrics(policy, reference, drawn, evaluator.sampling.temperature)
 
 
 def clock(layout: Layout) -> float:
@@ -57,14 +59,14 @@ def clock(layout: Layout) -> float:
 def run_trial(config: Config, layout: Layout) -> Figures:
     """Train with these settings; the figures of the trained policy."""
     began = clock(layout)
-    trainer = Trainer(config, layout)
-    trainer.run()
+    job = Run(Inputs(config), layout)
+    job.run()
     seconds = clock(layout) - began
-    reference = trainer.reference
+    reference = job.models.reference
     if reference is None:  # plain GRPO trains without one
-        reference = build_reference(trainer.policy.arch, config, layout)
+        reference = build_reference(job.inputs.arch, config, layout)
         load_hf(reference, config.model.path)
-    return measure(trainer, reference) | {"seconds": seconds}
+    return measure(job, reference) | {"seconds": seconds}
 
 
 def run_warm_start(config: Config, layout: Layout) -> Figures:
@@ -72,21 +74,21 @@ def run_warm_start(config: Config, layout: Layout) -> Figures:
     began = clock(layout)
     steps = warm_start(config, layout)
     seconds = clock(layout) - began
-    trainer = Trainer(config, layout)
-    return measure(trainer, trainer.policy) | {"seconds": seconds, "steps": steps}
+    job = Run(Inputs(config), layout)
+    return measure(job, job.models.policy) | {"seconds": seconds, "steps": steps}
 
 
 def main(path: str) -> None:
     job: dict[str, Any] = json.loads(Path(path).read_text())
     trials = [Trial(**trial) for trial in job["trials"]]
-    for trial in share(trials) if job["side_by_side"] else trials:
+    for trial in my_trials(trials) if job["side_by_side"] else trials:
         if not trial.done:
             run(trial, job["overrides"])
     if dist.is_initialized():
         layouts.shutdown()
 
 
-def share(trials: list[Trial]) -> list[Trial]:
+def my_trials(trials: list[Trial]) -> list[Trial]:
     """This rank's trials; from here on it is the only rank of a job of its own (LOCAL_RANK still names its GPU)."""
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": str(free_port())}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer
 
@@ -16,8 +16,17 @@ from flowrl_mega.data.split import split
 from flowrl_mega.data.store import MappedStore, open_store
 
 
-def load_prompts(config: Config) -> tuple[Prompts, Prompts | None, Any, tuple[int, ...]]:
-    """(training prompts, held-out prompts or None, tokenizer, ids that end an answer)."""
+class PromptData(NamedTuple):
+    """What `data` and the model's tokenizer come to."""
+
+    prompts: Prompts  # to train on
+    held_out: Prompts | None
+    tokenizer: Any
+    stop_ids: tuple[int, ...]  # token ids that end an answer
+
+
+def load_prompts(config: Config) -> PromptData:
+    """The prompts that the `data` section names, tokenized. Raises ConfigError where they cannot be read."""
     data, tokenizer = config.data, load_tokenizer(config.model.path)
     if data.path is None:
         try:
@@ -32,7 +41,7 @@ def load_prompts(config: Config) -> tuple[Prompts, Prompts | None, Any, tuple[in
         held_out = _read(data.held_out, data, tokenizer)
     elif data.held_out is not None:
         prompts, held_out = split(prompts, data.held_out, config.seed)
-    return prompts, held_out, tokenizer, stop_ids(config.model.path, tokenizer)
+    return PromptData(prompts, held_out, tokenizer, stop_ids(config.model.path, tokenizer))
 
 
 def _read(path: str, data: DataSettings, tokenizer: Any) -> Prompts:

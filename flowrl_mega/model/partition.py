@@ -44,7 +44,7 @@ class PartitionMLP(nn.Module):
         """[B, H], 0 or 1 / (1 - dropout). Of a sequence's place in its step alone: the same on every rank that
         computes it, in every layout, and after a resumption."""
         drawn = [
-            np.random.Generator(np.random.Philox(key=[self.seed, batch.draw], counter=[0, block, place, 0])).random(
+            np.random.Generator(np.random.Philox(key=[self.seed, batch.step], counter=[0, block, place, 0])).random(
                 hidden.shape[1], dtype=np.float32
             )
             for place in batch.index.tolist()

@@ -19,10 +19,10 @@ from flowrl_mega.parallel.packing import PackedBatch
 
 def whole_response(values: Tensor, batch: PackedBatch, group: dist.ProcessGroup) -> Tensor:
     """Values of this rank's response tokens -> [R], those of all ranks in the batch's order, on every rank."""
-    if batch.response_places is None:
+    if batch.response_index is None:
         return values
     whole = values.new_zeros(int(batch.response_cu_seqlens[-1]))
-    return total(whole.index_copy(0, batch.response_places, values), group)
+    return total(whole.index_copy(0, batch.response_index, values), group)
 
 
 def total(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

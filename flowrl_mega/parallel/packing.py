@@ -7,7 +7,7 @@ Row t of a packed micro-batch predicts the token after it, so response rows star
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -60,10 +60,8 @@ class PackedBatch:
     prompt_lengths: Tensor  # [B] int64
     # Under context parallelism T, R and P above count what this rank has, `buckets` is empty, and further:
     rows: Tensor | None = None  # [T] int64, this rank's rows of the whole batch
-    response_places: Tensor | None = None  # [R] int64, this rank's response tokens among all of the batch
-    scores: dict[str, Tensor] = field(default_factory=dict)  # by response token of the whole batch; credit: [B]
-    prepared: dict[str, Tensor] = field(default_factory=dict)  # what the objective made of the step's scores
-    draw: int = 0  # the step, from which random numbers of a forward begin
+    response_index: Tensor | None = None  # [R] int64, this rank's response tokens among all of the batch
+    step: int = 0  # the training step, which seeds the random numbers of a forward
 
     @property
     def size(self) -> int:
@@ -202,7 +200,7 @@ def plan(
 
 def _packed(sequences: list[Sequence], layout: Layout) -> PackedBatch:
     batch = pack(sequences, layout.row_multiple, each=layout.sequence_multiple)
-    return _to(share(batch, layout.cp, layout.cp_rank) if layout.cp > 1 else batch, layout.device)
+    return _to(cp_shard(batch, layout.cp, layout.cp_rank) if layout.cp > 1 else batch, layout.device)
 
 
 def efficiency(sequences: list[Sequence], per_update: int, layout: Layout, tokens_per_microbatch: int) -> float:
@@ -236,25 +234,25 @@ def rank_rows(cu_seqlens: Tensor, cp: int, cp_rank: int) -> Tensor:
     return torch.cat(rows)
 
 
-def share(batch: PackedBatch, cp: int, cp_rank: int) -> PackedBatch:
+def cp_shard(batch: PackedBatch, cp: int, cp_rank: int) -> PackedBatch:
     """This context-parallel rank's rows of a batch. Offsets, lengths and the response tokens' order stay the batch's.
 
     Targets were shifted before, so they belong to rows wherever these go.
     """
     rows = rank_rows(batch.cu_seqlens, cp, cp_rank)
-    place = torch.full((batch.tokens.numel(),), -1)
-    place[rows] = torch.arange(rows.numel())
-    mine = (place[batch.response_rows] >= 0).nonzero()[:, 0]
-    prompt = place[batch.prompt_rows] >= 0
+    own_row = torch.full((batch.tokens.numel(),), -1)  # of each of the batch's rows; -1: another rank's
+    own_row[rows] = torch.arange(rows.numel())
+    mine = (own_row[batch.response_rows] >= 0).nonzero()[:, 0]
+    prompt = own_row[batch.prompt_rows] >= 0
     return replace(
         batch,
         tokens=batch.tokens[rows],
         position_ids=batch.position_ids[rows],
         buckets=[],
         rows=rows,
-        response_rows=place[batch.response_rows[mine]],
+        response_rows=own_row[batch.response_rows[mine]],
         target=batch.target[mine],
-        response_places=mine,
-        prompt_rows=place[batch.prompt_rows[prompt]],
+        response_index=mine,
+        prompt_rows=own_row[batch.prompt_rows[prompt]],
         prompt_segment=batch.prompt_segment[prompt],
     )

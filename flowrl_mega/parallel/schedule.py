@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from flowrl_mega.parallel.packing import PackedBatch
+B = TypeVar("B")  # a micro-batch, of whatever type the forward and the loss take
 
 # (a stage's model, micro-batch) -> hidden states for the next stage; of the last stage whatever `LossFunction` takes
-Forward = Callable[[Any, PackedBatch], Any]
-# (what the last stage gives, micro-batch) -> (sum of the losses of its sequences, their number, anything to report)
-LossFunction = Callable[[Any, PackedBatch], tuple[Tensor, int, Any]]
+Forward = Callable[[Any, B], Any]
+# (the last stage's outputs, micro-batch) -> (sum of the losses of its sequences, their number, anything to report)
+LossFunction = Callable[[Any, B], tuple[Tensor, int, Any]]
 
 
 def forward_backward(
-    model: list[DistributedDataParallel], batches: list[PackedBatch], forward: Forward, loss: LossFunction
+    model: list[DistributedDataParallel], batches: list[B], forward: Forward[B], loss: LossFunction[B]
 ) -> list[Any]:
     """Gradients of (sum of losses) / (number of sequences), both over all micro-batches and data-parallel ranks.
 
@@ -31,24 +31,24 @@ def forward_backward(
     config.finalize_model_grads_func = finalize_model_grads
     config.no_sync_func = model[0].no_sync if len(model) == 1 else [stage.no_sync for stage in model]
 
-    def after(output: Any, batch: PackedBatch) -> tuple[Tensor, Tensor, Any]:
+    def after(output: Any, batch: B) -> tuple[Tensor, Tensor, Any]:
         total, count, report = loss(output, batch)
         return total, torch.tensor(count, dtype=torch.int, device=total.device), report
 
     return _run(model, batches, forward, after, forward_only=False)
 
 
-def forward_only(stages: list[Any], batches: list[PackedBatch], forward: Forward) -> list[Any]:
+def forward_only(stages: list[Any], batches: list[B], forward: Forward[B]) -> list[Any]:
     """What the last stage gives, by micro-batch; [] on the other stages. No backward follows."""
 
-    def after(output: Any, batch: PackedBatch, non_loss_data: bool) -> Any:
+    def after(output: Any, batch: B, non_loss_data: bool) -> Any:
         return output
 
     return _run(stages, batches, forward, after, forward_only=True)
 
 
-def _run(stages: list[Any], batches: list[PackedBatch], forward: Forward, after: Any, forward_only: bool) -> list[Any]:
-    def step(batches: Iterator[PackedBatch], stage: Any) -> tuple[Any, Any]:
+def _run(stages: list[Any], batches: list[B], forward: Forward[B], after: Any, forward_only: bool) -> list[Any]:
+    def step(batches: Iterator[B], stage: Any) -> tuple[Any, Any]:
         batch = next(batches)
         return forward(stage, batch), partial(after, batch=batch)
 

@@ -14,18 +14,20 @@ from flowrl_mega.config import OverlongSettings, RewardsSettings
 from flowrl_mega.parallel.layout import Layout, ranks_on_host
 from flowrl_mega.rewards.overlong import overlong_penalty
 from flowrl_mega.rewards.pool import Pool
-from flowrl_mega.rewards.registry import Score, call, load_reward, refuse_all_failed
+from flowrl_mega.rewards.registry import Reward, Score, call, refuse_all_failed
 
 Row = dict[str, Any]
 HEARD_S = 5.0  # ranks whose rewards are done hear from the others at least so often
 
 
 class Scorer:
-    """`begin` may be called on any rank and from any thread; `score` is collective."""
+    """Scores with `reward`, in worker processes that load it from `spec` themselves.
 
-    def __init__(self, spec: str, settings: RewardsSettings, layout: Layout) -> None:
-        self.settings, self.layout = settings, layout
-        self.reward = load_reward(spec, settings)
+    `begin` may be called on any rank and from any thread; `score` is collective.
+    """
+
+    def __init__(self, reward: Reward, spec: str, settings: RewardsSettings, layout: Layout) -> None:
+        self.reward, self.settings, self.layout = reward, settings, layout
         workers = settings.workers
         if workers is None:
             workers = 0 if self.reward.is_quick else max(1, (os.cpu_count() or 1) // ranks_on_host())

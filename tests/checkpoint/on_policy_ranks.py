@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from conversion_models import tensors
 from megatron.core import dist_checkpointing
-from on_ranks import build, trainer
+from on_ranks import build, start
 from torch import Tensor
 
 from flowrl_mega.checkpoint import load_model
@@ -17,13 +17,14 @@ from flowrl_mega.model.weights import named_tensors
 
 def save(hf: Path, run_dir: Path, z: str, **sections: Any) -> dict[str, Tensor]:
     """The trainer's checkpoint of the policy in `hf` before any update; gives the partition function in it, made up."""
-    job = trainer(hf, run_dir=str(run_dir), objective={"name": "flowrl", "z": z}, **sections)
-    partition = job.policy.partition
+    job = start(hf, run_dir=str(run_dir), objective={"name": "flowrl", "z": z}, **sections)
+    partition = job.models.policy.partition
     assert partition is not None
     generator = torch.Generator().manual_seed(0)
     for parameter in partition.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-    job.save(1)
+    job.trainer.step_done = 1
+    job.save()
     return {name: tensor.clone() for name, tensor in partition.state_dict().items()}
 
 

@@ -22,7 +22,7 @@ from flowrl_mega.checkpoint import hf_to_megatron, megatron_to_hf
 from flowrl_mega.cli import main
 from flowrl_mega.model.weights import named_tensors
 from flowrl_mega.parallel.packing import pack
-from flowrl_mega.train import Trainer
+from flowrl_mega.run import Run
 
 SEQUENCES = random_sequences([(3, 5), (6, 4)], vocab=15)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -32,17 +32,18 @@ pytestmark = pytest.mark.ranks
 def record_policy() -> None:
     """In a rank, before it trains: whenever a checkpoint is saved, the policy's weights, log Z and log-probs go to
     RUN_DIR/policy.pt."""
-    save = Trainer.save
+    save = Run.save
 
-    def recorded(self: Trainer, step: int) -> None:
-        assert self.policy.partition is not None
-        logp = self.policy.score([pack(SEQUENCES)], 1.0)[0].logp
-        found = {"weights": dict(named_tensors(self.policy)), "log_z": self.policy.partition.state_dict(), "logp": logp}
+    def recorded(self: Run) -> None:
+        policy = self.models.policy
+        assert policy.partition is not None
+        logp = policy.score([pack(SEQUENCES)], 1.0)[0].logp
+        found = {"weights": dict(named_tensors(policy)), "log_z": policy.partition.state_dict(), "logp": logp}
         if self.layout.rank == 0:
             torch.save(found, Path(self.config.run_dir) / "policy.pt")
-        save(self, step)
+        save(self)
 
-    Trainer.save = recorded  # type: ignore[method-assign]
+    Run.save = recorded  # type: ignore[method-assign]
 
 
 EXPORTING = ["--steps=4", "--checkpoint.every=4", "--checkpoint.export_hf=true"]

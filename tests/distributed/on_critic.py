@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from attention_over_ranks import attention_over_ranks
-from on_layouts import Answers
-from on_ranks import config_for, whole_gradients
+from on_ranks import start, whole_gradients
 from torch import Tensor
 
 from flowrl_mega.checkpoint import load_model
-from flowrl_mega.parallel import layout as layouts
-from flowrl_mega.train import Trainer
+from flowrl_mega.experience import Experience
+from flowrl_mega.run import Run
 
 
 class Learnt(NamedTuple):
@@ -34,7 +33,7 @@ def head(hidden: int) -> tuple[Tensor, Tensor]:
 
 
 def learn(
-    path: Path, reference: Path, answers: list[Answers], load: Path | None, save: bool, **sections: Any
+    path: Path, reference: Path, answers: list[Experience], load: Path | None, save: bool, **sections: Any
 ) -> Learnt:
     """Train on these answers, a step each; `load` is a checkpoint to begin from, `save` writes one at the end.
 
@@ -42,44 +41,47 @@ def learn(
     """
     stand_in = sections.get("parallel", {}).get("cp", 1) > 1
     with attention_over_ranks() if stand_in else nullcontext():
-        config = config_for(path, **sections)
-        job = Trainer(config, layouts.init(config.parallel, config.seed), load)
-        if job.reference is not None:
-            load_model(job.reference, reference)
+        job = start(path, load, **sections)
+        if job.models.reference is not None:
+            load_model(job.models.reference, reference)
         if load is None:
             _set_head(job)
         return _learn(job, answers, save)
 
 
-def _set_head(job: Trainer) -> None:
-    stage = (job.critic or job.policy).stages[-1]
+def _set_head(job: Run) -> None:
+    stage = (job.models.critic or job.models.policy).stages[-1]
     if stage.value_head is not None:
         with torch.no_grad():
-            for parameter, value in zip(stage.value_head.parameters(), head(job.policy.arch.hidden), strict=True):
+            for parameter, value in zip(
+                stage.value_head.parameters(), head(job.models.policy.arch.hidden), strict=True
+            ):
                 parameter.copy_(value)
 
 
-def _learn(job: Trainer, answers: list[Answers], save: bool) -> Learnt:
+def _learn(job: Run, answers: list[Experience], save: bool) -> Learnt:
     gradients: dict[str, Any] = {}
     metrics: list[dict[str, float]] = []
+    trainer = job.trainer
     for step in answers:
         updates = []
-        for mini_batch in job.batch(*step):
+        for mini_batch in trainer.micro_batches(step):
             with ExitStack() as stack:
-                for name, (model, optimizer) in job.learned().items() if not gradients else ():
+                for name, (model, optimizer) in job.models.trained().items() if not gradients else ():
                     stack.enter_context(_gathered(model, optimizer, name, gradients))
-                updates.append(job.update(mini_batch))
-        job.step_done += 1
+                updates.append(trainer.update(mini_batch))
+        trainer.step_done += 1
         if "kl" in updates[0]:
             mean = {"kl": sum(update["kl"] for update in updates) / len(updates)}
-            job.objective = job.objective.adapted(mean, len(step.sequences))
+            trainer.objective = trainer.objective.adapted(mean, len(step.sequences))
         metrics += updates
     if save:
-        job.save(job.step_done)
+        job.save()
     weights = {
-        name: [p.detach().clone() for _, p in model.named_parameters()] for name, (model, _) in job.learned().items()
+        name: [p.detach().clone() for _, p in model.named_parameters()]
+        for name, (model, _) in job.models.trained().items()
     }
-    return Learnt(gradients, metrics, weights, getattr(job.objective, "kl_coef", 0.0))
+    return Learnt(gradients, metrics, weights, getattr(trainer.objective, "kl_coef", 0.0))
 
 
 @contextmanager

@@ -11,21 +11,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from attention_over_ranks import attention_over_ranks
-from on_ranks import sums_left_out, trainer, whole_gradients
+from on_ranks import start, sums_left_out, whole_gradients
 from torch import Tensor
 
-from flowrl_mega.parallel.packing import Sequence
-from flowrl_mega.rewards.registry import Score
-from flowrl_mega.rollout import Rollout
-from flowrl_mega.train import Trainer
-
-
-class Answers(NamedTuple):
-    """One step's rollouts, written down."""
-
-    sequences: list[Sequence]
-    rollouts: list[Rollout]
-    scores: list[Score]
+from flowrl_mega.experience import Experience, MicroBatch
+from flowrl_mega.run import Run
 
 
 class Trained(NamedTuple):
@@ -39,7 +29,9 @@ class Trained(NamedTuple):
     replica_difference: float  # between copies of a gradient on several ranks
 
 
-def walk(path: Path, steps: list[Answers], cases: list[dict[str, Any]], left_out: str | None = None) -> list[Trained]:
+def walk(
+    path: Path, steps: list[Experience], cases: list[dict[str, Any]], left_out: str | None = None
+) -> list[Trained]:
     """The steps from the same model in every case, by these ranks.
 
     `left_out` names the process group (tp, dp, cp, dp_cp, embd, mp) over which nothing is summed in the first update.
@@ -51,35 +43,35 @@ def walk(path: Path, steps: list[Answers], cases: list[dict[str, Any]], left_out
     return found
 
 
-def _train(path: Path, steps: list[Answers], case: dict[str, Any], left_out: str | None) -> Trained:
+def _train(path: Path, steps: list[Experience], case: dict[str, Any], left_out: str | None) -> Trained:
     stand_in = case.get("parallel", {}).get("cp", 1) > 1 and case.get("model", {}).get("spec") != "te"
     with attention_over_ranks() if stand_in else nullcontext():
-        job = trainer(path, **case)
+        job = start(path, **case)
     metrics, first = [], {}
     for step in steps:
-        mini_batches = job.batch(*step)
+        mini_batches = job.trainer.micro_batches(step)
         if not first:
             first = _scores(job, mini_batches, len(step.sequences))
         for mini_batch in mini_batches:
             if "gradients" not in first:
                 with without_sums(job, left_out), kept_gradients(job) as kept:
-                    metrics.append(job.update(mini_batch))
+                    metrics.append(job.trainer.update(mini_batch))
                 first |= kept
             else:
-                metrics.append(job.update(mini_batch))
+                metrics.append(job.trainer.update(mini_batch))
     job.close()
     return Trained(metrics=metrics, **first)
 
 
-def _scores(job: Trainer, mini_batches: list[Any], count: int) -> dict[str, Any]:
+def _scores(job: Run, mini_batches: list[list[MicroBatch]], count: int) -> dict[str, Any]:
     """By sequence, gathered from whichever ranks have them."""
     found: dict[str, dict[int, Any]] = {"old_logp": {}, "ref_logp": {}, "log_z": {}}
     batches = [batch for mini_batch in mini_batches for batch in mini_batch]
-    outputs = job.policy.score(batches, job.config.rollout.temperature)
+    outputs = job.models.policy.score([batch.packed for batch in batches], job.config.rollout.temperature)
     for batch, output in zip(batches, outputs, strict=False):
-        lengths, order = batch.response_cu_seqlens.diff().tolist(), batch.index.tolist()
+        lengths, order = batch.packed.response_cu_seqlens.diff().tolist(), batch.packed.index.tolist()
         for name in ("old_logp", "ref_logp"):
-            found[name].update(zip(order, batch.scores[name].split(lengths), strict=True))
+            found[name].update(zip(order, getattr(batch, name).split(lengths), strict=True))
         found["log_z"].update(zip(order, output.log_z, strict=True))
     merged: dict[str, dict[int, Any]] = {name: {} for name in found}
     for part in job.layout.gather_objects(found):
@@ -90,23 +82,23 @@ def _scores(job: Trainer, mini_batches: list[Any], count: int) -> dict[str, Any]
 
 
 @contextmanager
-def kept_gradients(job: Trainer) -> Iterator[dict[str, Any]]:
+def kept_gradients(job: Run) -> Iterator[dict[str, Any]]:
     """The update's gradients, read when they are complete and before they are clipped."""
     kept: dict[str, Any] = {}
-    real = job.learner.optimizer.inner.prepare_grads
+    real = job.models.learner.optimizer.inner.prepare_grads
 
     def prepare_grads() -> Any:
-        kept["gradients"], kept["replica_difference"] = whole_gradients(job.policy)
+        kept["gradients"], kept["replica_difference"] = whole_gradients(job.models.policy)
         return real()
 
-    job.learner.optimizer.inner.prepare_grads = prepare_grads
+    job.models.learner.optimizer.inner.prepare_grads = prepare_grads
     try:
         yield kept
     finally:
-        del job.learner.optimizer.inner.prepare_grads
+        del job.models.learner.optimizer.inner.prepare_grads
 
 
-def without_sums(job: Trainer, left_out: str | None) -> AbstractContextManager[None]:
+def without_sums(job: Run, left_out: str | None) -> AbstractContextManager[None]:
     """Nothing is summed over this group."""
     layout = job.layout
     members = {"tp": layout.tp_group, "dp": layout.dp_group, "cp": layout.cp_group, "embd": layout.groups.embd}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import flowrl_mega.parallel  # noqa: F401
 from flowrl_mega.config import Config, LogZ, validated
+from flowrl_mega.experience import MicroBatch
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.names import from_shards, hf_names, to_named
 from flowrl_mega.model.policy import Policy
@@ -21,7 +22,8 @@ from flowrl_mega.model.stage import Model
 from flowrl_mega.model.weights import load_hf
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.packing import PackedBatch, Sequence, pack, plan
-from flowrl_mega.train import Trainer
+from flowrl_mega.preflight import Inputs
+from flowrl_mega.run import Run
 
 
 def config_for(path: Path | str, **sections: Any) -> Config:
@@ -59,23 +61,24 @@ def score(path: Path, sequences: list[Sequence], temperature: float = 1.0, **sec
     return {"logp": output.logp, "entropy": output.entropy, "segment": segment}
 
 
-def trainer(path: Path | str, **sections: Any) -> Trainer:
+def start(path: Path | str, checkpoint: Path | None = None, **sections: Any) -> Run:
+    """A run of these settings, before its first step."""
     config = config_for(path, **sections)
-    return Trainer(config, layouts.init(config.parallel, config.seed))
+    return Run(Inputs(config), layouts.init(config.parallel, config.seed), checkpoint)
 
 
 def step_by_updates(path: Path | str, steps: int = 1, **sections: Any) -> list[dict[str, float]]:
     """Whole training steps; the metrics of each of their updates."""
-    job, found = trainer(path, **sections), []
-    real = job.update
+    trainer, found = start(path, **sections).trainer, []
+    real = trainer.update
 
-    def update(mini_batch: list[PackedBatch]) -> dict[str, float]:
+    def update(mini_batch: list[MicroBatch]) -> dict[str, float]:
         found.append(real(mini_batch))
         return found[-1]
 
-    job.update = update  # type: ignore[method-assign]
-    for step in range(1, steps + 1):
-        job.step(step)
+    trainer.update = update  # type: ignore[method-assign]
+    for _ in range(steps):
+        trainer.step()
     return found
 
 
@@ -111,31 +114,36 @@ def updates_short_of_one(path: Path, recorded: Recorded, **sections: Any) -> lis
     return [*(_update(job, batches, leave_out) for leave_out in range(complete.sums)), complete]
 
 
-def _prepare(path: Path, recorded: Recorded, sections: dict[str, Any]) -> tuple[Trainer, list[PackedBatch]]:
-    job = trainer(path, **sections)
+def _prepare(path: Path, recorded: Recorded, sections: dict[str, Any]) -> tuple[Run, list[MicroBatch]]:
+    job = start(path, **sections)
     sequences, budget = recorded.sequences, job.config.batch.tokens_per_microbatch
     (batches,) = plan(sequences, len(sequences), job.layout, budget)
-    for batch in batches:
-        order = batch.index.tolist()
-        batch.scores["credit"] = recorded.credit[batch.index]
-        batch.scores["old_logp"] = torch.cat([recorded.old_logp[i] for i in order])
-        batch.scores["ref_logp"] = torch.cat([recorded.ref_logp[i] for i in order])
-    return job, batches
+    return job, [
+        MicroBatch(
+            batch,
+            credit=recorded.credit[batch.index],
+            group=batch.index,
+            old_logp=torch.cat([recorded.old_logp[i] for i in batch.index.tolist()]),
+            ref_logp=torch.cat([recorded.ref_logp[i] for i in batch.index.tolist()]),
+        )
+        for batch in batches
+    ]
 
 
-def _update(job: Trainer, batches: list[PackedBatch], leave_out: int | None) -> Update:
+def _update(job: Run, batches: list[MicroBatch], leave_out: int | None) -> Update:
     found: dict[str, Any] = {}
 
     def gather_instead_of_step(loss_is_finite: bool) -> dict[str, float]:
-        job.learner.optimizer.inner.prepare_grads()
-        norm = float(job.learner.optimizer.inner.get_grad_norm())
-        found["gradients"], found["difference"] = whole_gradients(job.policy)
+        job.models.learner.optimizer.inner.prepare_grads()
+        norm = float(job.models.learner.optimizer.inner.get_grad_norm())
+        found["gradients"], found["difference"] = whole_gradients(job.models.policy)
         return {"grad_norm": norm}
 
-    job.learner.optimizer.step = gather_instead_of_step  # type: ignore[method-assign]
+    job.models.learner.optimizer.step = gather_instead_of_step  # type: ignore[method-assign]
     with counted_sums(leave_out) as calls:
-        metrics = job.update(batches)
-    partition = {} if job.policy.partition is None else job.policy.partition.state_dict()
+        metrics = job.trainer.update(batches)
+    partition = job.models.policy.partition
+    partition = {} if partition is None else partition.state_dict()
     partition = job.layout.from_last_stage(partition)
     return Update(metrics, found["gradients"], partition, found["difference"], len(batches), len(calls))
 

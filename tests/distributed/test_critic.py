@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from on_critic import Learnt, head, learn
-from on_layouts import Answers
 from rank_pool import RankPool
 from tiny_models import in_float64, make, random_sequences, response_logits
 from torch import Tensor
 
+from flowrl_mega.experience import Experience
 from flowrl_mega.rewards.registry import Score
 from flowrl_mega.rollout import Rollout
 
@@ -48,10 +48,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make("llama", tmp_path_factory.mktemp("reference"), vocab=31, seed=1)
 
 
-def recorded(seed: int) -> Answers:
+def recorded(seed: int) -> Experience:
     sequences = random_sequences(LENGTHS, seed=seed, vocab=31)
     rollouts = [Rollout(s.response, [-3.0] * len(s.response), "stop", [(0, len(s.response))]) for s in sequences]
-    return Answers(sequences, rollouts, [Score(reward, "", False) for reward in REWARDS])
+    return Experience(sequences, rollouts, [Score(reward, "", False) for reward in REWARDS])
 
 
 STEPS = [recorded(step) for step in range(2)]

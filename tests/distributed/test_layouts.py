@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from on_layouts import Answers, Trained, walk
+from on_layouts import Trained, walk
 from rank_pool import RankPool
 from tiny_models import make, random_sequences
 
+from flowrl_mega.experience import Experience
 from flowrl_mega.parallel.backends import transformer_engine
 from flowrl_mega.rewards.registry import Score
 from flowrl_mega.rollout import Rollout
@@ -74,7 +75,7 @@ COMMON = {
 }
 
 
-def recorded(step: int) -> Answers:
+def recorded(step: int) -> Experience:
     """12 rollouts of three prompts' groups; the engine's log-probs are made up, near those of a random model."""
     draw = torch.Generator().manual_seed(step)
     sequences = random_sequences(LENGTHS, seed=step)
@@ -88,7 +89,7 @@ def recorded(step: int) -> Answers:
         for s in sequences
     ]
     scores = [Score(reward, "", False) for reward in torch.rand(len(sequences), generator=draw).tolist()]
-    return Answers(sequences, rollouts, scores)
+    return Experience(sequences, rollouts, scores)
 
 
 STEPS = [recorded(step) for step in range(3)]

@@ -13,9 +13,9 @@ import pytest
 from flowrl_mega import objectives
 from flowrl_mega.config import Config
 from flowrl_mega.config_file import load_config
-from flowrl_mega.job import _check_sequences
 from flowrl_mega.model.architecture import check_layout, check_megatron, check_pipeline, read_architecture
 from flowrl_mega.parallel.layout import check_world
+from flowrl_mega.preflight import check_sequences
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # name: (GPUs, hidden, layers, heads, key-value heads, feed-forward), from the models' config.json
@@ -46,7 +46,7 @@ def test_the_layout_divides_the_model_and_the_machines(name: str, tmp_path: Path
     check_layout(arch, config.parallel.tp)
     check_pipeline(arch, config.parallel.pp, config.parallel.vpp)
     check_megatron(config.megatron)
-    _check_sequences(config, gpus // config.parallel.model_ranks)
+    check_sequences(config, gpus // config.parallel.model_ranks)
     server = config.rollout.server_args.get("tp_size", 1)
     assert config.rollout.servers * server == 8, "all GPUs of the first node"
     assert config.model.dtype == "bf16" and config.rollout.colocated

@@ -254,9 +254,10 @@ def rounding() -> None:
     def counted(self: Trainer, mini_batch: Any) -> dict[str, float]:
         done.append(1)
         if len(done) == 3:
-            layer = self.policy.stages[0].gpt.decoder.layers[1].mlp.linear_fc2
+            policy = self.models.policy
+            layer = policy.stages[0].gpt.decoder.layers[1].mlp.linear_fc2
             layer.register_forward_hook(
-                lambda module, inputs, output: (output[0] * (30 if self.policy.stages[0].config.fp8 else 1), output[1])
+                lambda module, inputs, output: (output[0] * (30 if policy.stages[0].config.fp8 else 1), output[1])
             )
         return update(self, mini_batch)
 

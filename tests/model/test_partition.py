@@ -65,7 +65,7 @@ def log_z(
     if draw is None:
         values = policy.score([batch])[0].log_z
     else:
-        batch.draw = draw
+        batch.step = draw
         values = policy.stages[0](batch).log_z.detach()
     return dict(zip(batch.index.tolist(), values.tolist(), strict=True)), policy.partition.state_dict()
 

@@ -14,12 +14,12 @@ from torch.autograd import grad
 
 import flowrl_mega.parallel  # noqa: F401  # before megatron
 from flowrl_mega.config import ConfigError
+from flowrl_mega.experience import Experience, credited
 from flowrl_mega.objectives import GRPO, FlowRL, build
 from flowrl_mega.objectives.common import mismatch_metrics
 from flowrl_mega.objectives.flowrl import flowrl_loss
 from flowrl_mega.rewards.registry import Score
 from flowrl_mega.rollout import Rollout
-from flowrl_mega.train import Trainer
 
 DRIFTS = [0.0, 1e-5, 1e-2, 1.0]
 LENGTHS = (3, 1, 7, 2, 5, 9, 1, 4)
@@ -221,12 +221,8 @@ def test_missing_or_misshapen_log_probs_are_refused(packed):
 def test_an_engine_that_reports_no_log_probs_is_told_before_an_update(reported):
     """Weights of 1 for want of log-probs would pass for a correction that was made."""
     rollouts = [Rollout([3, 4], reported, "stop", [(0, 2)])]
-    trainer = SimpleNamespace(
-        config=SimpleNamespace(rollout=SimpleNamespace(group_size=1, engine="sglang")),
-        objective=FlowRL(tis="sum"),
-        layout=SimpleNamespace(device="cpu"),
-    )
+    config = SimpleNamespace(rollout=SimpleNamespace(group_size=1, engine="sglang"))
+    experience = Experience([], rollouts, [Score(1.0, "", False)])
     with pytest.raises(ConfigError, match="objective.tis = sum.*rollout.engine = sglang.*set objective.tis=none"):
-        Trainer.note(trainer, [], rollouts, [Score(1.0, "", False)])
-    trainer.objective = FlowRL()
-    Trainer.note(trainer, [], rollouts, [Score(1.0, "", False)])
+        credited([], experience, FlowRL(tis="sum"), config, "cpu")
+    assert credited([], experience, FlowRL(), config, "cpu") == []

@@ -13,9 +13,9 @@ from tiny_models import random_sequences
 from flowrl_mega.parallel.packing import (
     PackedBatch,
     Sequence,
+    cp_shard,
     efficiency,
     pack,
-    share,
     split_by_tokens,
     split_data_parallel,
 )
@@ -147,7 +147,7 @@ def test_padding_and_waiting_count_as_computed():
 def test_context_parallel_ranks_share_out_every_row_and_every_target(seed, cp):
     """Rank r has the chunks r and 2 cp - 1 - r of every sequence, and the targets that those rows predict."""
     whole = pack(mixed(seed), 2 * cp, each=2 * cp)
-    ranks = [share(whole, cp, rank) for rank in range(cp)]
+    ranks = [cp_shard(whole, cp, rank) for rank in range(cp)]
     chunks = [(start, end, (end - start) // (2 * cp)) for start, end in pairwise(whole.cu_seqlens.tolist())]
     for rank, part in enumerate(ranks):
         wanted = [
@@ -158,11 +158,11 @@ def test_context_parallel_ranks_share_out_every_row_and_every_target(seed, cp):
         assert part.rows.tolist() == wanted
         assert part.tokens.tolist() == whole.tokens[wanted].tolist()
         assert part.position_ids.tolist() == whole.position_ids[wanted].tolist()
-        assert part.target.tolist() == whole.target[part.response_places].tolist()
-        assert part.rows[part.response_rows].tolist() == whole.response_rows[part.response_places].tolist()
+        assert part.target.tolist() == whole.target[part.response_index].tolist()
+        assert part.rows[part.response_rows].tolist() == whole.response_rows[part.response_index].tolist()
         assert part.prompt_lengths.tolist() == whole.prompt_lengths.tolist()
     assert torch.cat([part.rows for part in ranks]).sort()[0].tolist() == list(range(whole.tokens.numel()))
-    assert torch.cat([part.response_places for part in ranks]).sort()[0].tolist() == list(range(whole.target.numel()))
+    assert torch.cat([part.response_index for part in ranks]).sort()[0].tolist() == list(range(whole.target.numel()))
     prompts = torch.cat([torch.stack([part.rows[part.prompt_rows], part.prompt_segment]) for part in ranks], 1)
     prompts = prompts[:, prompts[0].argsort()]
     assert torch.equal(prompts, torch.stack([whole.prompt_rows, whole.prompt_segment]))

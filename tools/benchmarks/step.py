@@ -125,7 +125,8 @@ def run_rank(options: argparse.Namespace) -> None:
     """One rank of one layout: train, and write the steps' metrics."""
     from flowrl_mega.config import Config, validated
     from flowrl_mega.parallel import layout as layouts
-    from flowrl_mega.train import Trainer
+    from flowrl_mega.preflight import Inputs
+    from flowrl_mega.run import Run
 
     rank, out = os.environ["RANK"], Path(options.out)
     data = out / f"prompts_{rank}.jsonl"
@@ -147,9 +148,9 @@ def run_rank(options: argparse.Namespace) -> None:
         "monitor": {"progress": False},
     }
     config = validated(Config, tree, "")
-    trainer = Trainer(config, layouts.init(config.parallel, config.seed))
-    steps = [trainer.step(step)[0] for step in range(1, config.steps + 1)]
-    tokens = sum((len(p.token_ids) + options.tokens) * options.answers for p in trainer.prompts)
+    run = Run(Inputs(config), layouts.init(config.parallel, config.seed))
+    steps = [run.trainer.step()[0] for _ in range(config.steps)]
+    tokens = sum((len(p.token_ids) + options.tokens) * options.answers for p in run.inputs.data.prompts)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     (out / f"{rank}.json").write_text(json.dumps({"steps": steps, "tokens": tokens, "peak_rss_bytes": peak}))
     layouts.shutdown()

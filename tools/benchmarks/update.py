@@ -90,7 +90,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     layout = layouts.init(config.parallel, config.seed)
     arch = work_of.SHAPES[options.shape]
     work = work_of.Work(options.sequences, options.prompt, options.response, options.microbatch_tokens)
-    job = work_of.Job(arch, config, layout)
+    job = work_of.trainer(arch, config, layout)
     seconds = work_of.seconds_of_updates(job, work_of.recorded(arch, work, layout), WARM_UP, options.rounds)
     cuda = layout.device.type == "cuda"
     median, flops = statistics.median(seconds), work_of.training_flops(arch, work)

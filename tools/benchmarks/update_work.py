@@ -9,11 +9,13 @@ import torch
 
 from flowrl_mega import objectives
 from flowrl_mega.config import Config, validated
-from flowrl_mega.learner import Learner
+from flowrl_mega.experience import MicroBatch
+from flowrl_mega.learner import Learner, Models
 from flowrl_mega.model.architecture import Architecture
+from flowrl_mega.model.fp8_gate import Fp8Gate
 from flowrl_mega.model.policy import Policy
 from flowrl_mega.parallel.layout import Layout
-from flowrl_mega.parallel.packing import PackedBatch, Sequence, plan
+from flowrl_mega.parallel.packing import Sequence, plan
 from flowrl_mega.train import Trainer
 
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -88,16 +90,14 @@ def training_flops(arch: Architecture, work: Work) -> dict[str, float]:
     }
 
 
-class Job(Trainer):
-    """The trainer as far as an update needs it, with random weights, straight from an architecture: no files, prompts
-    or engine."""
-
-    def __init__(self, arch: Architecture, config: Config, layout: Layout) -> None:
-        self.config, self.layout = config, layout
-        self.objective = objectives.build(config.objective)
-        self.policy = Policy(arch, config, layout, self.objective.log_z)
-        self.critic_learner, bf16 = None, config.model.dtype == "bf16"
-        self.learner = Learner(self.policy.stages, config.optimizer, layout, bf16, total_updates=1)
+def trainer(arch: Architecture, config: Config, layout: Layout) -> Trainer:
+    """A trainer that can update: random weights straight from an architecture, without files, prompts or engine."""
+    objective = objectives.build(config.objective)
+    policy = Policy(arch, config, layout, objective.log_z)
+    learner = Learner(policy, config.optimizer, config.model.dtype == "bf16", total_updates=1)
+    models = Models(policy, learner, None, None, None, None, Fp8Gate(policy, config.model, length_norm=True))
+    parts: Any = {"engine": None, "batches": None, "grader": None}
+    return Trainer(config, layout, objective, models, **parts)
 
 
 def settings(precision: str, first_last_bf16: bool, megatron: dict[str, Any] | None = None) -> Config:
@@ -111,23 +111,24 @@ def settings(precision: str, first_last_bf16: bool, megatron: dict[str, Any] | N
     return validated(Config, tree, "")
 
 
-def recorded(arch: Architecture, work: Work, layout: Layout) -> list[PackedBatch]:
+def recorded(arch: Architecture, work: Work, layout: Layout) -> list[MicroBatch]:
     """The update's micro-batches: random tokens, rewards and log-probs, always the same."""
     draw = torch.Generator().manual_seed(0)
     shape = (work.sequences, work.prompt + work.response)
     tokens = torch.randint(arch.vocab, shape, generator=draw).tolist()
     sequences = [Sequence(i, ids[: work.prompt], ids[work.prompt :]) for i, ids in enumerate(tokens)]
     (batches,) = plan(sequences, work.sequences, layout, work.tokens_per_microbatch)
+    found = []
     for batch in batches:
+        credit = torch.randn(batch.size, generator=draw, dtype=torch.float64)
+        ref_logp, rollout_logp = (-8.0 + 0.1 * torch.randn(batch.target.numel(), generator=draw) for _ in range(2))
         device = batch.tokens.device
-        batch.scores["credit"] = torch.randn(batch.size, generator=draw, dtype=torch.float64).to(device)
-        for name in ("ref_logp", "rollout_logp"):
-            logp = -8.0 + 0.1 * torch.randn(batch.target.numel(), generator=draw)
-            batch.scores[name] = logp.to(device)
-    return batches
+        logps = {"ref_logp": ref_logp.to(device), "rollout_logp": rollout_logp.to(device)}
+        found.append(MicroBatch(batch, credit.to(device), group=batch.index, **logps))
+    return found
 
 
-def seconds_of_updates(job: Job, batches: list[PackedBatch], warm_up: int, rounds: int) -> list[float]:
+def seconds_of_updates(job: Trainer, batches: list[MicroBatch], warm_up: int, rounds: int) -> list[float]:
     """Of each of `rounds` updates; forward, backward and optimizer are the trainer's own `update`."""
 
     def now() -> float:

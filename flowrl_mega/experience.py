@@ -1,0 +1,188 @@
+"""What a step learns from: its answers, and the micro-batches made of them with all that the losses read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowrl_mega.config import Config, ConfigError
+from flowrl_mega.learner import Models
+from flowrl_mega.model.policy import PolicyOutput
+from flowrl_mega.objectives import Objective, Sequences
+from flowrl_mega.parallel.layout import Layout
+from flowrl_mega.parallel.packing import PackedBatch, Sequence, efficiency, plan
+from flowrl_mega.rewards.registry import Score
+from flowrl_mega.rewards.scorer import verdicts
+from flowrl_mega.rollout import Rollout
+from flowrl_mega.rollout.batches import Group
+
+
+@dataclass(frozen=True)
+class Experience:
+    """The N answers of one step with their scores, prompt by prompt, equally many each."""
+
+    sequences: list[Sequence]
+    rollouts: list[Rollout]
+    scores: list[Score]
+
+    @classmethod
+    def of(cls, groups: list[Group]) -> Experience:
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        scores = [score for group in groups for score in group.scores]
+        return cls(as_sequences([group.prompt for group in groups], rollouts), rollouts, scores)
+
+    @property
+    def has_rollout_logp(self) -> bool:
+        """Whether the engine reported a log-prob for every token."""
+        return all(len(rollout.logp) == len(rollout.response) for rollout in self.rollouts)
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and response tokens, each answer with its prompt."""
+        return sum(sequence.rows + 1 for sequence in self.sequences)
+
+    @property
+    def generated_tokens(self) -> int:
+        return sum(len(rollout.response) for rollout in self.rollouts)
+
+    def metrics(self) -> dict[str, float]:
+        rollouts, scores = self.rollouts, self.scores
+        return {
+            "reward": sum(score.reward for score in scores) / len(scores),
+            "reward_failed": sum(score.failed for score in scores),
+            **verdicts(scores),
+            "response_length": self.generated_tokens / len(rollouts),
+            "stopped": sum(r.finish_reason == "stop" for r in rollouts) / len(rollouts),
+        }
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Packed rows of B answers with R response tokens, and what the losses read beside the policy's outputs.
+
+    Scores are those before the step's first update, by response token in the packed order; under context parallelism
+    every rank has those of the whole micro-batch. Log-probs are in nats, at the rollout's temperature. Only the last
+    pipeline stage has `old_logp`, `ref_logp` and `value`: it alone computes losses.
+    """
+
+    packed: PackedBatch
+    credit: Tensor  # [B] float64, what `Objective.credit` made of the rewards
+    group: Tensor  # [B] int64, each answer's prompt by its number in the step
+    rollout_logp: Tensor | None = None  # [R] log-probs that the engine reported; None where it reports none
+    old_logp: Tensor | None = None  # [R] log pi_old(y_t); None where the first update's own forward gives it
+    ref_logp: Tensor | None = None  # [R] log pi_ref(y_t); None where the objective needs no reference
+    value: Tensor | None = None  # [R] the critic's V(x, y_<t); None without a critic
+    prepared: Mapping[str, Tensor] = field(default_factory=dict)  # what `Objective.prepare` made of the whole step
+
+    def loss_inputs(self, output: PolicyOutput | None = None) -> Sequences:
+        """The micro-batch as objectives read it: with the policy's outputs in an update, without before it."""
+        if output:
+            logp, old_logp = output.logp, self.old_logp
+            old_logp = logp.detach() if old_logp is None else old_logp
+        else:
+            # What is not scored must not be read: NaN makes of such a mistake a refused update.
+            unknown = torch.full((int(self.packed.response_cu_seqlens[-1]),), math.nan, device=self.credit.device)
+            logp = old_logp = unknown if self.old_logp is None else self.old_logp
+        return Sequences(
+            logp=logp,
+            old_logp=old_logp,
+            ref_logp=self.ref_logp,
+            log_z=output.log_z if output else None,
+            cu_seqlens=self.packed.response_cu_seqlens,
+            credit=self.credit,
+            rollout_logp=self.rollout_logp,
+            group=self.group,
+            value=self.value,
+            prepared=self.prepared,
+        )
+
+
+def micro_batches(
+    experience: Experience, models: Models, objective: Objective, config: Config, layout: Layout, step: int
+) -> list[list[MicroBatch]]:
+    """This rank's micro-batches of every update in the step, scored by the old policy, critic and reference.
+
+    The old policy is scored before the first update, with the update's own micro-batches: then w = 1 exactly on the
+    first. A step of one update has pi_old = pi_theta, and the update's own forward will do, but where the objective's
+    `prepare` reads it. Collective.
+    """
+    updates = plan(experience.sequences, *packing(experience, config, layout))
+    packed = [batch for update in updates for batch in update]
+    for batch in packed:
+        batch.step = step
+    models.gate.before_training(step, packed[0], config.rollout.temperature)
+    batches = credited(packed, experience, objective, config, layout.device)
+    batches = scored(batches, models, objective, config.rollout.temperature, updates=len(updates))
+    if layout.is_last_stage:
+        groups = len(experience.rollouts) // config.rollout.group_size
+        inputs = [batch.loss_inputs() for batch in batches]
+        prepared = objective.prepare(inputs, layout.sum_over_replicas, groups)
+        batches = [replace(batch, prepared=values) for batch, values in zip(batches, prepared, strict=True)]
+    left = iter(batches)
+    return [[next(left) for _ in update] for update in updates]
+
+
+def credited(
+    packed: list[PackedBatch], experience: Experience, objective: Objective, config: Config, device: Any
+) -> list[MicroBatch]:
+    """Attaches credit, group and the engine's log-probs to each packed batch.
+
+    Raises ConfigError where the objective weighs by log-probs that the engine does not report.
+    """
+    if objective.tis != "none" and not experience.has_rollout_logp:
+        raise ConfigError(
+            f"objective.tis = {objective.tis}: weighs by the engine's log-probs, and rollout.engine = "
+            f"{config.rollout.engine} has reported none; set objective.tis=none, or have it report them"
+        )
+    rewards = torch.tensor([score.reward for score in experience.scores], dtype=torch.float64)
+    group = torch.arange(len(rewards)) // config.rollout.group_size
+    credit, group = objective.credit(rewards, group).to(device), group.to(device)
+
+    def rollout_logp(batch: PackedBatch) -> Tensor | None:
+        if not experience.has_rollout_logp:
+            return None
+        return torch.tensor([x for i in batch.index.tolist() for x in experience.rollouts[i].logp], device=device)
+
+    return [MicroBatch(batch, credit[batch.index], group[batch.index], rollout_logp(batch)) for batch in packed]
+
+
+def scored(
+    batches: list[MicroBatch], models: Models, objective: Objective, temperature: float, updates: int
+) -> list[MicroBatch]:
+    """Attaches what the models give without gradient: old log-probs, values and reference log-probs. Collective."""
+    packed = [batch.packed for batch in batches]
+    if updates > 1 or objective.needs_old_logp or models.shares_trunk:
+        old = models.policy.score(packed, temperature)  # [] but on the last pipeline stage
+        if old:
+            batches = [replace(b, old_logp=x.logp, value=x.value) for b, x in zip(batches, old, strict=True)]
+    if models.critic is not None and (values := models.critic.score(packed)):
+        batches = [replace(batch, value=value) for batch, value in zip(batches, values, strict=True)]
+    if models.reference is not None:
+        with models.reference_offload or nullcontext():
+            reference = models.reference.score(packed, temperature)
+        if reference:
+            batches = [replace(b, ref_logp=x.logp) for b, x in zip(batches, reference, strict=True)]
+    return batches
+
+
+def packing(experience: Experience, config: Config, layout: Layout) -> tuple[int, Layout, int]:
+    """How a step's sequences become micro-batches: the arguments of `plan` and `efficiency`."""
+    per_update = config.batch.mini_batch or len(experience.sequences)
+    return per_update, layout, config.batch.tokens_per_microbatch
+
+
+def packing_efficiency(experience: Experience, config: Config, layout: Layout) -> float:
+    """Rows of answers / rows that all replicas have time for, padding and waiting included."""
+    return efficiency(experience.sequences, *packing(experience, config, layout))
+
+
+def as_sequences(prompts: list[list[int]], rollouts: list[Rollout]) -> list[Sequence]:
+    """Prompts (token ids) and their answers, prompt by prompt and equally many each, as sequences to pack."""
+    answers = len(rollouts) // len(prompts)
+    return [Sequence(i, prompts[i // answers], rollout.response) for i, rollout in enumerate(rollouts)]

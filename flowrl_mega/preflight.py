@@ -1,0 +1,229 @@
+"""Everything that can be wrong with a run's input, found before a rank starts; and what would run, in words."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from flowrl_mega import objectives, ops
+from flowrl_mega.checkpoint import check_checkpoint, check_model, find_checkpoint, is_megatron
+from flowrl_mega.config import Config, ConfigError
+from flowrl_mega.data.inputs import PromptData, kinds_of, load_prompts
+from flowrl_mega.model.architecture import (
+    Architecture,
+    check_layout,
+    check_megatron,
+    check_pipeline,
+    read_architecture,
+)
+from flowrl_mega.model.fp8 import check_layers, describe_fp8, describe_layers
+from flowrl_mega.monitor import check_wandb
+from flowrl_mega.monitor.run_folder import METRICS
+from flowrl_mega.objectives import Objective
+from flowrl_mega.parallel import backends
+from flowrl_mega.parallel import layout as layouts
+from flowrl_mega.parallel.optimizer import check_optimizer
+from flowrl_mega.rewards.registry import Reward, load_reward
+
+
+class Inputs:
+    """What the settings name, each loaded once, when it is first asked for: the checks, the plan and the run share it.
+
+    Each property raises ConfigError where its setting is wrong.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @cached_property
+    def arch(self) -> Architecture:
+        return read_architecture(self.config.model.path)
+
+    @cached_property
+    def objective(self) -> Objective:
+        return objectives.build(self.config.objective)
+
+    @cached_property
+    def data(self) -> PromptData:
+        """The prompts, tokenized."""
+        return load_prompts(self.config)
+
+    @cached_property
+    def reward(self) -> Reward:
+        return load_reward(self.config.reward, self.config.rewards)
+
+    @cached_property
+    def reward_description(self) -> str:
+        """What the reward says of itself and the data's rows, such as the isolation that programs get here; it may
+        refuse them."""
+        reward, data = self.reward, self.data  # a wrong name is told before data are read
+        return reward.describe(kinds_of(data.prompts) | (kinds_of(data.held_out) if data.held_out else set()))
+
+
+def check(inputs: Inputs, world: int, resume: str, checkpoint: Path | None, one_of_many: bool = False) -> None:
+    """Raises ConfigError for anything wrong with the input, before a rank starts and before anything is written.
+
+    Ranks that torchrun or srun started (`one_of_many`) all find the same here, so that none waits for another that
+    has given up; a checkpoint's bytes they check together when they load it.
+    """
+    config, objective = inputs.config, inputs.objective
+    check_critic(inputs)
+    check_ops(config.ops.backend)
+    layouts.check_world(config.parallel, world)
+    arch = inputs.arch
+    check_layout(arch, config.parallel.tp)
+    check_pipeline(arch, config.parallel.pp, config.parallel.vpp)
+    check_megatron(config.megatron)
+    check_layers(config.model, arch, config.parallel.tp, config.parallel.cp)
+    check_optimizer(config.optimizer)
+    if config.critic:
+        check_optimizer(config.critic.optimizer, "critic.optimizer")
+    check_model(config.model.path, arch)
+    _ = inputs.reward_description
+    check_wandb(config.monitor.wandb)
+    check_sequences(config, world // config.parallel.model_ranks)
+    if not one_of_many:
+        check_engine(inputs, world)
+    _check_run_dir(Path(config.run_dir), resume, checkpoint)
+    if checkpoint and not one_of_many:
+        check_checkpoint(checkpoint, arch, objective.log_z, config.critic.trunk if config.critic else None)
+
+
+def check_critic(inputs: Inputs) -> None:
+    """A critic where the objective needs one and only there, and a model that fits beside the policy."""
+    config, needed = inputs.config, inputs.objective.needs_critic
+    critic, name = config.critic, config.objective["name"]
+    if needed and critic is None:
+        raise ConfigError(
+            f"critic = None: objective {name} takes its advantages from a critic; set critic={{}} (a second model like "
+            "model.path) or critic={trunk: shared}, or choose an objective without one, such as reinforce_pp"
+        )
+    if critic is None:
+        return
+    if not needed:
+        raise ConfigError(f"critic: objective {name} has none; leave the section out, or set objective.name=ppo")
+    if critic.trunk == "shared":
+        for field in ("path", "warmup_steps"):
+            if value := getattr(critic, field):
+                raise ConfigError(
+                    f"critic.{field} = {value!r}: the trunk is the policy's, which learns with it; leave this out, or "
+                    "set critic.trunk=own"
+                )
+        return
+    if critic.warmup_steps >= config.steps:
+        raise ConfigError(
+            f"critic.warmup_steps = {critic.warmup_steps}: leaves none of steps = {config.steps} to the policy; take "
+            "fewer"
+        )
+    if critic.path is not None:
+        arch, policy = read_architecture(critic.path, "critic.path"), inputs.arch
+        if arch.vocab != policy.vocab:
+            raise ConfigError(
+                f"critic.path = {critic.path!r}: has a vocabulary of {arch.vocab}, and model.path one of "
+                f"{policy.vocab}; take a model with the same tokenizer"
+            )
+        check_layout(arch, config.parallel.tp)
+        check_pipeline(arch, config.parallel.pp, config.parallel.vpp)
+        check_model(critic.path, arch)
+
+
+def check_ops(backend: Literal["auto", "native", "torch", "liger"]) -> str:
+    """Builds csrc before any rank waits for it; what will run, in words."""
+    try:
+        return ops.describe(backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except ops.BuildError as error:
+        raise ConfigError(f"ops.backend = {backend}: {error}") from None
+
+
+def check_engine(inputs: Inputs, world: int) -> str:
+    """What will write the answers, in words; refuses servers that cannot be started, or are not of this model."""
+    config = inputs.config
+    if config.rollout.engine == "embedded":
+        return "embedded: the policy's own weights, in the trainer's processes"
+    from flowrl_mega.rollout.servers import check_servers
+    from flowrl_mega.rollout.sglang import check_attached
+
+    if isinstance(config.rollout.servers, int):
+        return check_servers(config.rollout, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    prompts = [*inputs.data.prompts, *(inputs.data.held_out or [])]
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    return check_attached(config.rollout, inputs.arch, longest + config.rollout.max_tokens)
+
+
+def check_sequences(config: Config, dp: int) -> None:
+    sequences, parallel = config.batch.mini_batch or config.sequences_per_step, config.parallel
+    least = parallel.pp if parallel.vpp > 1 else 1
+    if sequences < dp * least:
+        each = f" x {least} that an interleaved pipeline (parallel.vpp) needs" if least > 1 else ""
+        raise ConfigError(
+            f"batch.mini_batch = {sequences}: fewer sequences than the {dp} data-parallel ranks{each}; "
+            "take more sequences or fewer ranks"
+        )
+
+
+def _check_run_dir(run_dir: Path, resume: str, checkpoint: Path | None) -> None:
+    """A run folder holds one run: only that run may go on in it.
+
+    With --resume auto, a run that was ended before its first checkpoint starts over and its records are replaced.
+    """
+    place = run_dir
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ConfigError(f"run_dir = {str(run_dir)!r}: {place} is no folder that can be written; choose another")
+    newest = find_checkpoint(run_dir, "auto")
+    records = run_dir / METRICS
+    goes_on = resume == "auto" or (newest and checkpoint and newest.resolve() == checkpoint.resolve())
+    if not goes_on and (newest or (records.is_file() and records.stat().st_size)):
+        raise ConfigError(
+            f"run_dir = {str(run_dir)!r}: holds a run already, and --resume {resume} would mix another one into it; "
+            "choose another run_dir, remove this one, or go on from its newest checkpoint with --resume auto"
+        )
+
+
+def describe(inputs: Inputs, world: int, checkpoint: Path | None) -> str:
+    """What would run where."""
+    config, arch, objective = inputs.config, inputs.arch, inputs.objective
+    prompts, held_out, _, stop_ids = inputs.data
+    rollout, parallel = config.rollout, config.parallel
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU (gloo)"
+    sizes = {name: getattr(parallel, name) for name in ("tp", "pp", "cp")} | {"dp": world // parallel.model_ranks}
+    ranks = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name in ("tp", "dp"))
+    ranks += f", {parallel.vpp} pieces of the model each" if parallel.vpp > 1 else ""
+    ranks += ", sequence parallel" if parallel.sequence_parallel else ""
+    settings = ", ".join(f"{name}={value}" for name, value in objective.model_dump().items() if name != "name")
+    size = f"{arch.layers} layers of {arch.hidden}, vocabulary {arch.vocab}"
+    kind = "Megatron checkpoint" if is_megatron(config.model.path) else "Hugging Face folder"
+    lines = {
+        "model": f"{config.model.path} ({kind}): {arch.model_type}, {size}",
+        "ranks": f"{world} = {ranks}, on {device}",
+        "layers": describe_layers(config.model),
+        "FP8": describe_fp8(config.model),
+        "optimizer": backends.optimizer(),
+        "log-probs": check_ops(config.ops.backend),
+        "engine": check_engine(inputs, world),
+        "objective": f"{config.objective['name']} ({settings})",
+        "log Z": objective.log_z.kind if objective.log_z else "none",
+        "critic": describe_critic(config),
+        "reference": "frozen copy of model.path" if objective.needs_reference else "not needed",
+        "prompts": f"{len(prompts)} to train on, {len(held_out) if held_out else 0} held out",
+        "reward": "; ".join(filter(None, [config.reward, inputs.reward_description])),
+        "step": f"{rollout.prompts_per_step} prompts x {rollout.group_size} answers of at most {rollout.max_tokens} "
+        f"tokens, {config.updates_per_step} update(s), {config.steps} steps; answers end at ids {list(stop_ids)}",
+        "run folder": f"{config.run_dir}, " + (f"resuming {checkpoint}" if checkpoint else "from the start"),
+    }
+    return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+
+
+def describe_critic(config: Config) -> str:
+    critic = config.critic
+    if critic is None:
+        return "none"
+    if critic.trunk == "shared":
+        return f"a second head on the policy's trunk, value_coef {critic.value_coef:g}"
+    warm = f", {critic.warmup_steps} steps before the policy learns" if critic.warmup_steps else ""
+    return f"a model of its own from {critic.path or 'model.path'}, lr {critic.optimizer.lr:g}{warm}"

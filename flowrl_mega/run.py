@@ -1,0 +1,141 @@
+"""A run: builds the parts, resumes, trains to the last step, evaluates when due, saves, and stops on request."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from flowrl_mega.checkpoint import load_checkpoint, read_side_files, save_checkpoint
+from flowrl_mega.checkpoint.folder import remove_unfinished
+from flowrl_mega.config import RunError
+from flowrl_mega.data.loaders import open_loader
+from flowrl_mega.data.stream import Stream
+from flowrl_mega.evaluate import Evaluator
+from flowrl_mega.grading import Grader
+from flowrl_mega.learner import build_models
+from flowrl_mega.model.generation import Sampling
+from flowrl_mega.monitor import Monitor
+from flowrl_mega.parallel.layout import Layout, together
+from flowrl_mega.preflight import Inputs
+from flowrl_mega.rollout import build_engine
+from flowrl_mega.rollout.batches import Batches
+from flowrl_mega.rollout.mismatch import beyond_budget
+from flowrl_mega.train import Trainer
+
+
+class Run:
+    """Everything that one rank needs for a run. All methods are collective.
+
+    `checkpoint`: the folder of the checkpoint to go on from; None starts from model.path.
+    """
+
+    def __init__(self, inputs: Inputs, layout: Layout, checkpoint: Path | None = None) -> None:
+        config, rollout = inputs.config, inputs.config.rollout
+        self.inputs, self.config, self.layout = inputs, config, layout
+        data = inputs.data
+        self.grader = Grader(config, layout, inputs.reward, data.prompts, data.tokenizer)
+        self.models = build_models(inputs.arch, inputs.objective, config, layout)
+        self.side_files = read_side_files(config.model.path)
+        self.engine = build_engine(config, layout, inputs.arch, self.side_files)
+        stop_ids = () if rollout.ignore_eos else data.stop_ids
+        sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k, stop_ids)
+        self.stream = Stream(open_loader(config.data, data.prompts, config.seed, layout.dp_rank, layout.dp), layout)
+        told = self.grader.begin if self.grader.is_early else None
+        self.batches = Batches(self.engine, self.stream, rollout, sampling, config.seed, told)
+        self.evaluator = Evaluator(self.engine, self.grader, sampling, config.evaluation, config.seed)
+        self.trainer = Trainer(config, layout, inputs.objective, self.models, self.engine, self.batches, self.grader)
+        if checkpoint:
+            self._resume(checkpoint)
+        self.engine.sync(self.models.policy, version=self.trainer.step_done)
+
+    def run(self, stop_requested: Callable[[], bool] = lambda: False) -> bool:
+        """Train to the last step; False when it stopped before that, on request and with a checkpoint saved."""
+        config, trainer = self.config, self.trainer
+        monitor = self._monitor()
+        if trainer.step_done == 0:
+            self._evaluate_when_due(monitor)
+        for step in range(trainer.step_done + 1, config.steps + 1):
+            metrics, samples = trainer.step()
+            if monitor:
+                monitor.log(step, metrics)
+                monitor.samples(step, samples)
+            self._evaluate_when_due(monitor)
+            last, every = step == config.steps, config.checkpoint.every
+            stop = self._on_any_rank(stop_requested())
+            fault = self._mismatch(metrics) or self.models.gate.fault
+            if stop or fault or (every and step % every == 0) or (last and config.checkpoint.at_end):
+                self.save()
+            if fault:
+                raise RunError(fault)
+            if stop:
+                break
+        if monitor:
+            monitor.close()
+        return trainer.step_done == config.steps
+
+    def save(self) -> None:
+        """Write checkpoints/step_N of the last step done."""
+        config, objective = self.config.checkpoint, self.trainer.objective
+        state = {
+            "step": self.trainer.step_done,
+            "rollout": self.batches.state(),
+            "objective": {name: getattr(objective, name) for name in objective.adapts},
+        }
+        folder, trained = Path(self.config.run_dir), self.models.trained()
+        save_checkpoint(folder, trained, state, config.keep_last, self.side_files, config.export_hf)
+
+    def close(self) -> None:
+        """End what was started: servers, reward workers, readers."""
+        for part in (self.engine, self.grader, self.stream):
+            part.close()
+
+    def _resume(self, checkpoint: Path) -> None:
+        """Fill all from the checkpoint. Checkpoints without a rollout state took prompts in order."""
+        state, trainer = load_checkpoint(checkpoint, self.models.trained()), self.trainer
+        adapts = trainer.objective.adapts
+        adapted = {name: value for name, value in state.get("objective", {}).items() if name in adapts}
+        trainer.objective = trainer.objective.model_copy(update=adapted)
+        cursor = state["step"] * self.config.rollout.prompts_per_step
+        self.batches.load(state.get("rollout", {"cursor": cursor, "groups": []}))
+        trainer.step_done = state["step"]
+
+    def _monitor(self) -> Monitor | None:
+        """Rank 0's; the others log nothing."""
+        config, m, monitor = self.config, self.config.monitor, None
+        with together():
+            if self.layout.rank == 0:
+                run_dir = Path(config.run_dir)
+                remove_unfinished(run_dir)
+                values = (config.dump(), config.steps, self.trainer.step_done, m.wandb, m.wandb_project, m.progress)
+                monitor = Monitor(run_dir, *values)
+        return monitor
+
+    def _evaluate_when_due(self, monitor: Monitor | None) -> None:
+        every, step, held_out = self.config.evaluation.every, self.trainer.step_done, self.inputs.data.held_out
+        if every and held_out is not None and (step % every == 0 or step == self.config.steps):
+            metrics = self.evaluator.evaluate(held_out, self.models.policy)
+            if monitor:
+                monitor.evaluation(step, metrics)
+
+    def _mismatch(self, metrics: dict[str, float]) -> str | None:
+        """The message that ends the run where the engine's log-probs are too far from the trainer's; or warns."""
+        settings = self.config.rollout.mismatch
+        message = beyond_budget(metrics.get("mismatch_abs_logp"), settings, self.trainer.step_done)
+        if message and settings.action == "stop":
+            return (
+                f"{message}; the run ends with a checkpoint of this step. Look for a server of another precision or "
+                "of stale weights, correct with objective.tis, or raise the budget"
+            )
+        if message and self.layout.rank == 0:
+            print(f"flowrl-mega: {message}", file=sys.stderr)
+        return None
+
+    def _on_any_rank(self, flag: bool) -> bool:
+        """True on all ranks where it is true on one: ranks that stop at different steps would wait for ever."""
+        shared = torch.tensor(float(flag), device=self.layout.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        return bool(shared)
