@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import importlib.util
 import inspect
 import math
 import numbers
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from flowrl_mega.config import ConfigError, RewardsSettings
+from flowrl_mega.imports import load_with_module
 
 Row = dict[str, Any]
 Result = float | tuple[float, str] | tuple[float, str, str]
@@ -57,13 +52,9 @@ def load_reward(spec: str, settings: RewardsSettings = RewardsSettings()) -> Rew
     `describe(settings)` or `describe(settings, kinds)` beside it says at the start what it works with. Raises
     ConfigError that names what cannot be imported, why, and the nearest function name.
     """
-    source, colon, name = spec.rpartition(":")
-    if not (colon and source and name):
-        raise ConfigError(f"reward = {spec!r}: must be module:function or path/to/file.py:function")
-    module = _import(source, spec)
-    function = getattr(module, name, None)
+    function, module = load_with_module(spec, "reward")
     if not callable(function):
-        raise ConfigError(f"reward = {spec!r}: {_missing(module, name)}")
+        raise ConfigError(f"reward = {spec!r}: is {function!r:.100}, not a function")
     if _takes(function, 3):
         bound = partial(_with_settings, function, settings)
     elif _takes(function, 2):
@@ -99,54 +90,6 @@ def refuse_all_failed(scores: Sequence[Score]) -> None:
             f"the reward function failed on all {len(scores)} responses of the batch, the first time with: "
             f"{scores[0].reason}; correct the function, or the rows it reads"
         )
-
-
-def _import(source: str, spec: str) -> ModuleType:
-    try:
-        return _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
-    except Exception as error:
-        raise ConfigError(
-            f"reward = {spec!r}: cannot import {source!r} ({_last_line(error)}); {_fix(source)}"
-        ) from error
-
-
-def _fix(source: str) -> str:
-    if source.endswith(".py"):
-        return "give the path of a Python file that can be imported"
-    return "give the name of an installed module, of one in the current directory, or the path of a .py file"
-
-
-def _import_module(name: str) -> ModuleType:
-    _append_path(Path.cwd())
-    return importlib.import_module(name)
-
-
-def _import_file(path: Path) -> ModuleType:
-    name = f"reward_file_{path.stem}"
-    found = importlib.util.spec_from_file_location(name, path.resolve(strict=True))
-    assert found and found.loader, "a .py file always has a loader"
-    _append_path(path.resolve().parent)  # so that the file can import its neighbours
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # dataclasses and pickle look a class's module up here
-    found.loader.exec_module(module)
-    return module
-
-
-def _append_path(folder: Path) -> None:
-    """Last on the path: a file of the user's must not shadow a library."""
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
-
-
-def _missing(module: ModuleType, name: str) -> str:
-    functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-    near = difflib.get_close_matches(name, functions, n=1, cutoff=0.5)
-    place = getattr(module, "__file__", None) or module.__name__
-    if hasattr(module, name):
-        problem = f"{name!r} in {place} is not a function"
-    else:
-        problem = f"{place} has no function {name!r}"
-    return problem + (f"; did you mean {near[0]!r}?" if near else f"; it has: {', '.join(functions) or 'none'}")
 
 
 def _takes(function: Callable[..., Any], arguments: int) -> bool:
