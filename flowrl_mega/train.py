@@ -17,7 +17,7 @@ from flowrl_mega import objectives
 from flowrl_mega.checkpoint import load_checkpoint, load_model, read_side_files, save_checkpoint
 from flowrl_mega.checkpoint.folder import remove_unfinished
 from flowrl_mega.config import Config, ConfigError, CriticSettings, OptimizerSettings, RunError
-from flowrl_mega.data.inputs import load_prompts
+from flowrl_mega.data.load_prompts import load_prompts
 from flowrl_mega.data.loaders import open_loader
 from flowrl_mega.data.prompts import Prompts
 from flowrl_mega.data.stream import Stream
