@@ -12,7 +12,7 @@ import torch
 from flowrl_mega import objectives, ops
 from flowrl_mega.checkpoint import check_checkpoint, check_model, find_checkpoint, is_megatron
 from flowrl_mega.config import Config, ConfigError
-from flowrl_mega.data.inputs import PromptData, kinds_of, load_prompts
+from flowrl_mega.data.load_prompts import PromptData, kinds_of, load_prompts
 from flowrl_mega.model.architecture import (
     Architecture,
     check_layout,

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from flowrl_mega.config import ConfigError
-from flowrl_mega.data.contamination import NEAR
-from flowrl_mega.data.recipes import GENERATED, RECIPES, recipe
+from flowrl_mega.data.prepare.contamination import NEAR
+from flowrl_mega.data.prepare.recipes import GENERATED, RECIPES, recipe
 
 DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
 
@@ -78,8 +78,8 @@ def _parser(recipes: str) -> argparse.ArgumentParser:
 
 
 def prepare(options: argparse.Namespace) -> int:
-    from flowrl_mega.data.preparing import REFUSED, Plan
-    from flowrl_mega.data.preparing import prepare as make
+    from flowrl_mega.data.prepare.make_store import REFUSED, Plan
+    from flowrl_mega.data.prepare.make_store import prepare as make
 
     for name in ("recipe", "model", "out"):
         if getattr(options, name) is None:
@@ -102,7 +102,7 @@ def prepare(options: argparse.Namespace) -> int:
         seed=options.seed,
         task_args=_object(options.task_args),
     )
-    from flowrl_mega.data.inputs import load_tokenizer
+    from flowrl_mega.data.load_prompts import load_tokenizer
 
     report = make(plan, load_tokenizer(str(options.model)), _gold_check())
     print(report)

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flowrl_mega.config import Config, OptimizerSettings
 from flowrl_mega.data import sums
-from flowrl_mega.data.inputs import load_prompts
+from flowrl_mega.data.load_prompts import load_prompts
 from flowrl_mega.data.tokenizer import char_tokenizer
 from flowrl_mega.evaluation.exact import exact_metrics, right_answer_probabilities
 from flowrl_mega.model.architecture import read_architecture

@@ -19,7 +19,7 @@ from typing import Any
 
 from flowrl_mega import cli
 from flowrl_mega.config_file import load_config
-from flowrl_mega.data.reasoning_gym import make_rows, write_jsonl
+from flowrl_mega.data.prepare.reasoning_gym import make_rows, write_jsonl
 from tools.fetch_smollm2 import fetch
 
 BAD_INPUT, STOPPED = 2, 75  # flowrl-mega's exit codes: wrong input; stopped on request, with a checkpoint saved

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from flowrl_mega.config import ConfigError, DaliSettings
+from flowrl_mega.data.dali_records import COMPONENTS, Records, records_of
 from flowrl_mega.data.loader import Subset, places_taken
 from flowrl_mega.data.order import index_at
 from flowrl_mega.data.prompts import Prompt, Prompts
-from flowrl_mega.data.records import COMPONENTS, Records, records_of
 from flowrl_mega.data.store import MappedStore, StoredPrompt
 
 BATCH = 64  # prompts that DALI reads at a time, and two such batches ahead

@@ -1,4 +1,4 @@
-"""Rewards from reasoning-gym's own scorers, for rows made by `flowrl_mega.data.reasoning_gym.make_rows`.
+"""Rewards from reasoning-gym's own scorers, for rows made by `flowrl_mega.data.prepare.reasoning_gym.make_rows`.
 
 In a YAML: `reward: flowrl_mega.rewards.reasoning_gym:score`. The scorers run in this process, and a few of them (e.g.
 countdown, binary_matrix) evaluate the answer as an expression: for those train inside a sandbox.

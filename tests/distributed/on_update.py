@@ -31,14 +31,14 @@ def counted(shape: str, work: tuple[int, int, int, int]) -> tuple[dict[str, int]
     config = update_work.settings("fp32", first_last_bf16=False)
     layout = layouts.init(config.parallel, config.seed)
     arch, what = update_work.SHAPES[shape], update_work.Work(*work)
-    job = update_work.trainer(arch, config, layout)
+    trainer = update_work.trainer(arch, config, layout)
     batches = update_work.recorded(arch, what, layout)
     with FlopCounterMode(display=False, custom_mapping=ALSO) as counter:
-        job.update(batches)
+        trainer.update(batches)
     found: Counter[str] = Counter()
     for kernel, operations in counter.get_flop_counts()["Global"].items():
         found[str(kernel)] += operations
-    matrices = sum(p.numel() for p in job.models.policy.partition.parameters() if p.dim() == 2)
+    matrices = sum(p.numel() for p in trainer.models.policy.partition.parameters() if p.dim() == 2)
     return dict(found), update_work.training_flops(arch, what), matrices
 
 
@@ -47,10 +47,10 @@ def trained(work: tuple[int, int, int, int]) -> tuple[list[float], bool]:
     config = update_work.settings("fp32", first_last_bf16=False)
     layout = layouts.init(config.parallel, config.seed)
     arch = update_work.SHAPES["tiny"]
-    job = update_work.trainer(arch, config, layout)
-    before = [p.detach().clone() for _, p in job.models.policy.named_parameters() if p.dim() == 2]
-    seconds = update_work.seconds_of_updates(job, update_work.recorded(arch, update_work.Work(*work), layout), 1, 2)
-    after = [p for _, p in job.models.policy.named_parameters() if p.dim() == 2]
+    trainer = update_work.trainer(arch, config, layout)
+    before = [p.detach().clone() for _, p in trainer.models.policy.named_parameters() if p.dim() == 2]
+    seconds = update_work.seconds_of_updates(trainer, update_work.recorded(arch, update_work.Work(*work), layout), 1, 2)
+    after = [p for _, p in trainer.models.policy.named_parameters() if p.dim() == 2]
     return seconds, not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 

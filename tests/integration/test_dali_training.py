@@ -9,7 +9,7 @@ import jobs
 import pytest
 
 from flowrl_mega.data import sums
-from flowrl_mega.data.inputs import load_tokenizer
+from flowrl_mega.data.load_prompts import load_tokenizer
 from flowrl_mega.data.prompts import tokenized
 from flowrl_mega.data.store import new_store
 

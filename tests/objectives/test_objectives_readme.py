@@ -46,8 +46,8 @@ def test_it_is_reinforce(packed, monkeypatch):
 def train(path: Path) -> dict[str, float]:
     REGISTRY["reinforce"] = example()
     try:
-        job = on_ranks.trainer(path, objective={"name": "reinforce"}, rollout={"prompts_per_step": 2, "max_tokens": 6})
-        return job.step(1)[0]
+        job = on_ranks.start(path, objective={"name": "reinforce"}, rollout={"prompts_per_step": 2, "max_tokens": 6})
+        return job.trainer.step()[0]
     finally:
         del REGISTRY["reinforce"]
 

@@ -176,13 +176,14 @@ def test_frequencies_of_whole_answers(tiny_model, ranks1):
 def generate_around_a_step(path, **sections: Any) -> list[tuple[list[Rollout], float]]:
     """The engine's answers to the same prompts and seed before and after a training step, each with the largest
     difference of their log-probs to the policy's of that moment."""
-    job = on_ranks.trainer(path, optimizer={"lr": 1e-2, "warmup_steps": 0}, objective={"name": "flowrl"}, **sections)
+    job = on_ranks.start(path, optimizer={"lr": 1e-2, "warmup_steps": 0}, objective={"name": "flowrl"}, **sections)
     prompts, answers, found = [[2, 3, 4], [5, 6]], 4, []
-    for step in (1, 2):
-        rollouts = [r for group in generate(job.engine, prompts, answers, job.sampling, seed=0) for r in group]
-        forced = teacher_forced(job.policy, prompts, answers, rollouts, job.sampling.temperature)
+    sampling = job.evaluator.sampling
+    for _ in range(2):
+        rollouts = [r for group in generate(job.engine, prompts, answers, sampling, seed=0) for r in group]
+        forced = teacher_forced(job.models.policy, prompts, answers, rollouts, sampling.temperature)
         found.append((rollouts, (logp_of(rollouts) - forced).abs().max().item()))
-        job.step(step)
+        job.trainer.step()
     return found
 
 

@@ -37,10 +37,10 @@ from workload import machine, turns, write
 
 from flowrl_mega.config import ConfigError, DataSettings
 from flowrl_mega.data.dali import import_dali
+from flowrl_mega.data.dali_records import records_of
 from flowrl_mega.data.loaders import open_loader
 from flowrl_mega.data.order import permutation
 from flowrl_mega.data.prompts import Prompt
-from flowrl_mega.data.records import records_of
 from flowrl_mega.data.store import MappedStore, StoredPrompt, new_store
 from flowrl_mega.data.tokenizer import char_tokenizer
 

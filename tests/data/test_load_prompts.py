@@ -12,7 +12,7 @@ from on_ranks import config_for
 
 from flowrl_mega.config import ConfigError
 from flowrl_mega.config_file import load_config
-from flowrl_mega.data.inputs import kinds_of, load_prompts
+from flowrl_mega.data.load_prompts import kinds_of, load_prompts
 from flowrl_mega.data.prompts import Prompt, Prompts, Row, tokenized
 from flowrl_mega.data.split import split
 from flowrl_mega.data.store import new_store

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from flowrl_mega.config import ConfigError
-from flowrl_mega.data import code_recipes
-from flowrl_mega.data.problems import (
+from flowrl_mega.data.prepare import code_recipes
+from flowrl_mega.data.prepare.problem import (
     BAD_ANSWER,
     BROKEN,
     BadRow,

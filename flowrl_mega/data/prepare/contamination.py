@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flowrl_mega.data.problems import without_wording
-from flowrl_mega.data.sources import records
+from flowrl_mega.data.prepare.problem import without_wording
+from flowrl_mega.data.prepare.sources import records
 
 RUN, SHORTEST, COMMON = 13, 8, 10
 COLUMNS = ("problem", "Problem", "question", "Question", "question_content", "prompt")

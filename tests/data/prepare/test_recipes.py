@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from flowrl_mega.config import ConfigError
-from flowrl_mega.data.code_recipes import check_tests, unpack
-from flowrl_mega.data.problems import BadRow, last_boxed, without_wording
-from flowrl_mega.data.recipes import RECIPES, recipe
+from flowrl_mega.data.prepare.code_recipes import check_tests, unpack
+from flowrl_mega.data.prepare.problem import BadRow, last_boxed, without_wording
+from flowrl_mega.data.prepare.recipes import RECIPES, recipe
 
 SAMPLES = Path(__file__).parent / "samples"
 
@@ -188,7 +188,7 @@ def test_damaged_packed_tests():
 
 
 def test_a_bomb_is_not_unpacked(monkeypatch):
-    monkeypatch.setattr("flowrl_mega.data.code_recipes.MOST_BYTES", 1000)
+    monkeypatch.setattr("flowrl_mega.data.prepare.code_recipes.MOST_BYTES", 1000)
     with pytest.raises(BadRow, match="too large"):
         unpack(base64.b64encode(zlib.compress(pickle.dumps("x" * 5000))).decode())
 

@@ -16,11 +16,11 @@ from byte_tokenizer import byte_tokenizer
 from PIL import Image
 
 from flowrl_mega.config import ConfigError
-from flowrl_mega.data.preparing import Plan, prepare
-from flowrl_mega.data.recipes import RECIPES
+from flowrl_mega.data.prepare.make_store import Plan, prepare
+from flowrl_mega.data.prepare.recipes import RECIPES
 from flowrl_mega.data.store import MappedStore, open_store
 
-REPO = Path(__file__).parents[2]
+REPO = Path(__file__).parents[3]
 SAMPLES = Path(__file__).parent / "samples"
 sys.path.append(str(REPO / "tools"))
 
@@ -446,12 +446,12 @@ def test_memory_is_bounded(tmp_path, tokenizer):
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path, tokenizer, monkeypatch):
-    from flowrl_mega.data import preparing
+    from flowrl_mega.data.prepare import make_store
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preparing, "encode", interrupted)
+    monkeypatch.setattr(make_store, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(Plan("gsm8k", tmp_path / "s", [str(SAMPLES / "gsm8k.jsonl")]), tokenizer, None)
     assert os.listdir(tmp_path) == []

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from flowrl_mega.config import ConfigError
-from flowrl_mega.data import contamination
-from flowrl_mega.data.problems import BAD_ANSWER, BROKEN, EMPTY, BadRow, Problem
+from flowrl_mega.data.prepare import contamination
+from flowrl_mega.data.prepare.problem import BAD_ANSWER, BROKEN, EMPTY, BadRow, Problem
+from flowrl_mega.data.prepare.recipes import GENERATED, Recipe, recipe
+from flowrl_mega.data.prepare.sources import SHOWN, Record, records
 from flowrl_mega.data.prompts import Row, encode, render
-from flowrl_mega.data.recipes import GENERATED, Recipe, recipe
-from flowrl_mega.data.sources import SHOWN, Record, records
 from flowrl_mega.data.store import decode_image, new_store
 
 DUPLICATE, OTHER_ANSWER, TOO_LONG = "duplicate", "duplicate with another answer", "too long"
@@ -158,7 +158,7 @@ def _whole(record: Record, number: int, plan: Plan, chosen: Recipe, check_answer
 
 
 def _generated(plan: Plan) -> Iterator[Item]:
-    from flowrl_mega.data.reasoning_gym import make_rows
+    from flowrl_mega.data.prepare.reasoning_gym import make_rows
 
     for task in plan.tasks:
         for number, row in enumerate(make_rows(task, plan.count, plan.seed, **plan.task_args)):

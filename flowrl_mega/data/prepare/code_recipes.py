@@ -16,7 +16,7 @@ import zlib
 from itertools import islice
 from typing import Any
 
-from flowrl_mega.data.problems import BAD_TESTS, BadRow, Problem, code, column, text_of
+from flowrl_mega.data.prepare.problem import BAD_TESTS, BadRow, Problem, code, column, text_of
 
 STDIN = (
     "{}\n\nWrite a Python program that reads from standard input and writes to standard output. "

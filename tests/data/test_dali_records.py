@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from flowrl_mega.config import ConfigError
-from flowrl_mega.data import records
-from flowrl_mega.data.records import NO_IMAGE, records_of
+from flowrl_mega.data import dali_records
+from flowrl_mega.data.dali_records import NO_IMAGE, records_of
 from flowrl_mega.data.store import MappedStore, new_store
 from flowrl_mega.data.tokenizer import char_tokenizer
 
@@ -42,15 +42,15 @@ def test_the_tar_file_holds_the_store(store):
 
 RANK = """
 import sys, time
-from flowrl_mega.data import records
+from flowrl_mega.data import dali_records
 from flowrl_mega.data.store import MappedStore
-write = records._write
+write = dali_records._write
 def slowly(store, folder):
     print("wrote", flush=True)
     time.sleep(1)
     write(store, folder)
-records._write = slowly
-print(len(records.records_of(MappedStore(sys.argv[1])).places))
+dali_records._write = slowly
+print(len(dali_records.records_of(MappedStore(sys.argv[1])).places))
 """
 
 
@@ -79,11 +79,11 @@ def test_a_write_that_fails_leaves_nothing(store, monkeypatch):
 
 def test_a_store_that_cannot_be_written_to_has_its_records_in_the_cache(store, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    real = records._writable
-    monkeypatch.setattr(records, "_writable", lambda folder: folder != store.path and real(folder))
+    real = dali_records._writable
+    monkeypatch.setattr(dali_records, "_writable", lambda folder: folder != store.path and real(folder))
     made = records_of(store)
     assert made.tar.is_relative_to(tmp_path / "cache")
-    monkeypatch.setattr(records, "_writable", lambda folder: False)
+    monkeypatch.setattr(dali_records, "_writable", lambda folder: False)
     assert records_of(store).tar == made.tar, "found again"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     with pytest.raises(ConfigError, match="cannot be written to .*loader=mmap"):

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.integration
 reasoning_gym = pytest.importorskip("reasoning_gym", reason="the example's requirements are not installed")
 
 from flowrl_mega.config import ConfigError  # noqa: E402
-from flowrl_mega.data.reasoning_gym import make_rows, write_jsonl  # noqa: E402
+from flowrl_mega.data.prepare.reasoning_gym import make_rows, write_jsonl  # noqa: E402
 from flowrl_mega.rewards.reasoning_gym import extract, score  # noqa: E402
 
 pytestmark = pytest.mark.integration

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from flowrl_mega.data import contamination
-from flowrl_mega.data.contamination import COMMON, RUN, Benchmark, find, read_test_set, table, words
+from flowrl_mega.data.prepare import contamination
+from flowrl_mega.data.prepare.contamination import COMMON, RUN, Benchmark, find, read_test_set, table, words
 
 LONG = "a train leaves the town at nine and goes to the sea at sixty miles an hour when is it"  # 20 words
 

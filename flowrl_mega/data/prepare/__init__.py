@@ -1,0 +1,1 @@
+"""From published data to prompt stores: recipes, checks, duplicates, contamination. Training imports none of it."""
