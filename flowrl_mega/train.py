@@ -33,7 +33,7 @@ from flowrl_mega.model.policy import Policy, PolicyOutput, build_reference
 from flowrl_mega.model.stage import Model
 from flowrl_mega.monitor import Monitor
 from flowrl_mega.monitor.step_metrics import cost_metrics, merge_updates
-from flowrl_mega.parallel.layout import Layout, together
+from flowrl_mega.parallel.layout import Layout, raise_on_all_ranks
 from flowrl_mega.parallel.packing import PackedBatch, Sequence, efficiency, plan
 from flowrl_mega.rewards.registry import Score
 from flowrl_mega.rewards.scorer import verdicts
@@ -167,7 +167,7 @@ class Trainer:
             keep("ref_logp", batches, [output.logp for output in scored])
         if self.layout.is_last_stage:
             scored_batches, groups = [to_sequences(batch) for batch in batches], len(rollouts) // rollout.group_size
-            prepared = objective.prepare(scored_batches, self.layout.sum_over_replicas, groups)
+            prepared = objective.prepare(scored_batches, self.layout.dp_sum, groups)
             for batch, values in zip(batches, prepared, strict=True):
                 batch.prepared = values
         return mini_batches
@@ -331,7 +331,7 @@ class Trainer:
     def _monitor(self) -> Monitor | None:
         """Rank 0's; the others log nothing."""
         config, m, monitor = self.config, self.config.monitor, None
-        with together():
+        with raise_on_all_ranks():
             if self.layout.rank == 0:
                 run_dir = Path(config.run_dir)
                 remove_unfinished(run_dir)
