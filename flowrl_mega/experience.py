@@ -122,7 +122,7 @@ def micro_batches(
     if layout.is_last_stage:
         groups = len(experience.rollouts) // config.rollout.group_size
         inputs = [batch.loss_inputs() for batch in batches]
-        prepared = objective.prepare(inputs, layout.sum_over_replicas, groups)
+        prepared = objective.prepare(inputs, layout.dp_sum, groups)
         batches = [replace(batch, prepared=values) for batch, values in zip(batches, prepared, strict=True)]
     left = iter(batches)
     return [[next(left) for _ in update] for update in updates]

@@ -19,7 +19,7 @@ from flowrl_mega.grading import Grader
 from flowrl_mega.learner import build_models
 from flowrl_mega.model.generation import Sampling
 from flowrl_mega.monitor import Monitor
-from flowrl_mega.parallel.layout import Layout, together
+from flowrl_mega.parallel.layout import Layout, raise_on_all_ranks
 from flowrl_mega.preflight import Inputs
 from flowrl_mega.rollout import build_engine
 from flowrl_mega.rollout.batches import Batches
@@ -106,7 +106,7 @@ class Run:
     def _monitor(self) -> Monitor | None:
         """Rank 0's; the others log nothing."""
         config, m, monitor = self.config, self.config.monitor, None
-        with together():
+        with raise_on_all_ranks():
             if self.layout.rank == 0:
                 run_dir = Path(config.run_dir)
                 remove_unfinished(run_dir)

@@ -34,7 +34,7 @@ from flowrl_mega.config import ConfigError
 from flowrl_mega.model.architecture import Architecture, read_architecture
 from flowrl_mega.model.hf_folder import INDEX, SINGLE, HfFolder, ToWrite, side_files, write_safetensors
 from flowrl_mega.model.names import Place, joined_shape, kind_of, places, to_whole
-from flowrl_mega.parallel.layout import rank, together, world
+from flowrl_mega.parallel.layout import raise_on_all_ranks, rank, world
 
 LOG_Z = "log_z"  # a folder of its own: inference servers load every *.safetensors that lies beside config.json
 
@@ -44,7 +44,7 @@ def hf_to_megatron(hf: Path, out: Path, dtype: torch.dtype | None = None, show: 
 
     `dtype` None keeps every tensor's own. ConfigError where the input is wrong or the disk full; then nothing is left.
     """
-    with together():
+    with raise_on_all_ranks():
         arch = read_architecture(hf, "--hf")
         folder = HfFolder(hf)
         folder.check(arch)
@@ -63,7 +63,7 @@ def megatron_to_hf(ckpt: Path, out: Path, show: bool = True) -> None:
     Reads the checkpoint only: its tensors, and the side files that stand in it. The partition function goes to
     out/log_z. ConfigError as in `hf_to_megatron`.
     """
-    with together():
+    with raise_on_all_ranks():
         tensors = MegatronTensors(ckpt, checkpoint_architecture(ckpt))
         files = _files(ckpt, tensors)
         check_target(out, sum(tensors.bytes(name) for names in files.values() for name in names))

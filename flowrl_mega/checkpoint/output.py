@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from flowrl_mega.checkpoint.folder import new_folder
 from flowrl_mega.config import ConfigError
-from flowrl_mega.parallel.layout import rank, together
+from flowrl_mega.parallel.layout import raise_on_all_ranks, rank
 
 
 def check_target(out: Path, needed: int) -> None:
@@ -40,7 +40,7 @@ def written(out: Path) -> Iterator[Path]:
     """`new_folder`; where it fails, the folders on the way to it go as well. Collective."""
     made = [folder for folder in out.absolute().parents if not folder.exists()]
     try:
-        with _disk(out), new_folder(out) as folder, together(), _disk(out):
+        with _disk(out), new_folder(out) as folder, raise_on_all_ranks(), _disk(out):
             yield folder
     except BaseException:
         for folder in made if rank() == 0 else []:

@@ -31,7 +31,7 @@ from flowrl_mega.model.hf_folder import HfFolder
 from flowrl_mega.model.policy import Policy
 from flowrl_mega.model.stage import Model
 from flowrl_mega.model.weights import fill, load_hf
-from flowrl_mega.parallel.layout import Layout, together
+from flowrl_mega.parallel.layout import Layout, raise_on_all_ranks
 from flowrl_mega.parallel.optimizer import Optimizer
 
 # Its successor needs another package (nvidia-resiliency-ext) and says so at each save.
@@ -96,7 +96,7 @@ def load_checkpoint(path: Path, learned: Learned) -> dict[str, Any]:
     reward function does.
     """
     policy, _ = _policy_of(learned)
-    with together():  # each rank reads a share of the files
+    with raise_on_all_ranks():  # each rank reads a share of the files
         verify_checkpoint(path, policy.layout.rank, policy.layout.world)
     with ExitStack() as on_device:
         for _, optimizer in learned.values():

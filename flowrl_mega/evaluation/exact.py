@@ -24,7 +24,7 @@ def sequence_logp(policy: Policy, sequences: list[Sequence], temperature: float,
     for batch, output in zip(batches, policy.score(batches, temperature), strict=layout.is_last_stage):
         owner = batch.index.repeat_interleave(batch.response_cu_seqlens.diff())
         total.index_add_(0, owner, output.logp.double())
-    return layout.sum_of_replicas(total)
+    return layout.dp_sum_to_all_stages(total)
 
 
 def right_answer_probabilities(
@@ -62,5 +62,5 @@ def spread_metrics(
     (batches,) = plan(sequences, len(sequences), layout, budget)
     for ours, theirs in zip(policy.score(batches, temperature), reference.score(batches, temperature), strict=True):
         sums += torch.stack([ours.entropy.double().sum(), (ours.logp.double() - theirs.logp.double()).sum()])
-    entropy, kl = (layout.sum_of_replicas(sums) / len(sequences)).tolist()
+    entropy, kl = (layout.dp_sum_to_all_stages(sums) / len(sequences)).tolist()
     return {"entropy": entropy, "kl": kl}

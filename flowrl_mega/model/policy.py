@@ -13,7 +13,7 @@ from flowrl_mega.model.fp8 import reference_settings
 from flowrl_mega.model.partition import build_partition, prompt_mean_parts
 from flowrl_mega.model.stage import Model, Stage
 from flowrl_mega.ops import Shard, lm_head_logprob
-from flowrl_mega.parallel.context import total, whole_response
+from flowrl_mega.parallel.context import all_reduce_grad, whole_response
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.parallel.packing import PackedBatch
 
@@ -77,7 +77,7 @@ class PolicyStage(Stage):
         if self.log_z.kind == "mlp-detached":
             hidden = hidden.detach()
         sums, tokens = prompt_mean_parts(batch, hidden, self.log_z.prompt)
-        return self.partition(total(sums, self.layout.cp_group) / tokens[:, None], batch)
+        return self.partition(all_reduce_grad(sums, self.layout.cp_group) / tokens[:, None], batch)
 
 
 class Policy(Model):

@@ -61,34 +61,34 @@ class Layout:
         return math.lcm(shares * self.row_alignment, self.sequence_multiple)
 
     def from_last_stage(self, item: Any) -> Any:
-        """The last pipeline stage's `item`, on every stage."""
+        """Broadcast the last pipeline stage's `item` to the other stages; returns it on every stage."""
         if self.pp == 1:
             return item
         items = [item]
         dist.broadcast_object_list(items, group=self.pp_group, group_src=self.pp - 1, device=self.device)
         return items[0]
 
-    def sum_over_replicas(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The data-parallel replicas' tensors added up, on the ranks of one pipeline stage."""
+    def dp_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All-reduce (sum) `tensor` over the data-parallel group, in place; returns it."""
         if self.dp > 1:
             dist.all_reduce(tensor, group=self.dp_group)
         return tensor
 
-    def sum_of_replicas(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The last stages' tensors added up over the data-parallel replicas, on every rank."""
-        self.sum_over_replicas(tensor)
+    def dp_sum_to_all_stages(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As `dp_sum` of the last pipeline stage's tensors, and broadcast to the other stages; in place."""
+        self.dp_sum(tensor)
         if self.pp > 1:
             dist.broadcast(tensor, group=self.pp_group, group_src=self.pp - 1)
         return tensor
 
-    def from_first(self, item: Any) -> Any:
-        """Rank 0's `item`, on every rank."""
+    def broadcast_from_rank0(self, item: Any) -> Any:
+        """Broadcast rank 0's `item`; returns it on every rank."""
         items = [item]
         dist.broadcast_object_list(items, src=0)
         return items[0]
 
     def gather_objects(self, item: Any) -> list[Any]:
-        """Every rank's `item`, by rank."""
+        """All-gather `item`; returns the list of every rank's, by rank."""
         items: list[Any] = [None] * self.world
         dist.all_gather_object(items, item)
         return items
@@ -110,8 +110,8 @@ def world() -> int:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """A ConfigError or RunError that one rank raises inside is raised by all: none is left waiting. Collective."""
+def raise_on_all_ranks() -> Iterator[None]:
+    """Collective block: a ConfigError or RunError that one rank raises inside is raised on all ranks at its end."""
     fault: ConfigError | RunError | None = None
     try:
         yield

@@ -85,7 +85,7 @@ class SglangEngine:
         self._push(None, check)
         self._on_first(lambda d: d.set_hold(False))
         self._until(lambda d: d.has_server())
-        return self.layout.from_first(self.weights.metrics)
+        return self.layout.broadcast_from_rank0(self.weights.metrics)
 
     def start(self, requests: list[Request], sampling: Sampling, seed: int, answered: Answered | None = None) -> Job:
         assert self.policy is not None, "sync() comes first"
@@ -107,7 +107,7 @@ class SglangEngine:
         counts: dict[str, float] = {}
         if self.dispatcher:
             counts = {f"rollout/{name}": float(count) for name, count in self.dispatcher.taken_counts().items()}
-        return self.layout.from_first(counts)
+        return self.layout.broadcast_from_rank0(counts)
 
     def close(self) -> None:
         """End the servers that were started here; those of others go on without work. May be called again."""
@@ -179,7 +179,7 @@ class SglangEngine:
                 what = order()
             except (ConfigError, RunError) as error:
                 what = ("fault", error)
-        what = self.layout.from_first(what)
+        what = self.layout.broadcast_from_rank0(what)
         if what[0] == "fault":
             raise what[1]
         return what

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowrl_mega.model import layers
-from flowrl_mega.parallel.context import total
+from flowrl_mega.parallel.context import all_reduce_grad
 from flowrl_mega.parallel.packing import rank_rows, to_buckets
 
 
@@ -26,7 +26,7 @@ class AttentionOverRanks(layers.PackedAttention):
         whole = []
         for x in (query, key, value):
             empty = x.new_zeros(x.shape[0] * self.group.size(), *x.shape[1:])
-            whole.append(total(empty.index_copy(0, rows, x), self.group))
+            whole.append(all_reduce_grad(empty.index_copy(0, rows, x), self.group))
         buckets = to_buckets(given.cu_seqlens_q.diff().tolist())
         attended = super().forward(*whole, packed_seq_params=layers.PackedRows(buckets=buckets))
         return attended[rows]

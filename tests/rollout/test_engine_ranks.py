@@ -92,12 +92,12 @@ def test_all_ranks_get_the_same_answers(parallel, pause, tiny_llama, stand_in, r
 def many_orders(path: Path, folder: Path, urls: list[str]) -> int:
     """How often a rank that waits has heard from rank 0."""
     policy, engine = engine_for(path, folder, urls, {"dp": 2})
-    real, heard, sglang.ORDER_S = engine.layout.from_first, [], 0.05
+    real, heard, sglang.ORDER_S = engine.layout.broadcast_from_rank0, [], 0.05
 
     class Counting:
         rank, world = engine.layout.rank, 2
 
-        def from_first(self, item: Any) -> Any:
+        def broadcast_from_rank0(self, item: Any) -> Any:
             heard.append(1)
             return real(item)
 
