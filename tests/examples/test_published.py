@@ -14,7 +14,8 @@ from flowrl_mega import objectives
 from flowrl_mega.config import Config
 from flowrl_mega.config_file import load_config
 from flowrl_mega.job import _check_sequences
-from flowrl_mega.model.architecture import check_layout, check_megatron, check_pipeline, read_architecture
+from flowrl_mega.model.architecture import read_architecture
+from flowrl_mega.model.checks import check_layout, check_megatron, check_pipeline
 from flowrl_mega.parallel.layout import check_world
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
