@@ -10,16 +10,12 @@ what the store holds. One process of a host writes and the others wait.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tarfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -27,6 +23,7 @@ import numpy as np
 
 from flowrl_mega.config import ConfigError
 from flowrl_mega.data.store import MappedStore
+from flowrl_mega.file_lock import locked
 
 FORMAT = 1
 COMPONENTS = ("ids", "image")
@@ -63,7 +60,7 @@ def records_of(store: MappedStore) -> Records:
                 f"data.loader = dali: its records cannot be written to {' or '.join(map(str, homes))}; make one "
                 "writable, or set data.loader=mmap"
             )
-        with _lock(found.parent / ".dali.lock"):
+        with locked(found.parent / ".dali.lock"):
             if not found.is_dir():  # another process may have written them while this one waited
                 _write(store, found)
     return _open(found, key)
@@ -87,18 +84,6 @@ def _writable(folder: Path) -> bool:
     except OSError:
         return False
     return os.access(folder, os.W_OK)
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:  # closed, and thereby unlocked, however this process ends
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            # Some cluster file systems have no locks: each process then writes, and the first to be done is read.
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-        yield
 
 
 def _write(store: MappedStore, folder: Path) -> None:
