@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its place in the store, its token ids and the row that the reward will see."""
+    """One prompt: its index in the data set, its token ids and the row that the reward will see."""
 
     index: int
     token_ids: list[int]

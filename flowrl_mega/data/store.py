@@ -197,7 +197,7 @@ def open_store(path: str | Path, tokenizer: Any, max_prompt_tokens: int, chat_te
 
 
 class StoreWriter:
-    """Adds prompts one by one; only the places where they end are kept in memory (8 bytes each)."""
+    """Adds prompts one by one; only the offsets of their ends are kept in memory (8 bytes each)."""
 
     def __init__(self, folder: Path, dtype: np.dtype, files: Mapping[str, Any]) -> None:
         self.folder, self.dtype, self.files = folder, dtype, files

@@ -137,12 +137,12 @@ def test_a_resumed_stream_equals_an_uninterrupted_one(kind, trial, store):
     got, loader = [], opened(kind, store(size), **place)
     while len(got) < 1000:
         got += in_pieces(loader, min(rng.randint(0, 150), 1000 - len(got)), rng)
-        state = json.loads(json.dumps(loader.state()))
+        state = json.loads(json.dumps(loader.state_dict()))
         in_pieces(loader, rng.randint(0, 100), rng)  # lost with the process
         loader.close()
         loader = opened(kind, store(size), **place)
-        loader.load(state)
-        assert loader.state() == state
+        loader.load_state_dict(state)
+        assert loader.state_dict() == state
     assert got == whole
 
 
@@ -154,7 +154,7 @@ from flowrl_mega.data.store import MappedStore
 loader = open_loader(DataSettings(**json.loads(sys.argv[1])), MappedStore(sys.argv[2]), 3, 1, 2)
 while True:
     indices = [prompt.index for prompt in loader.next(random.randint(1, 30))]
-    print(json.dumps([indices, loader.state()]), flush=True)
+    print(json.dumps([indices, loader.state_dict()]), flush=True)
 """
 
 
@@ -171,7 +171,7 @@ def test_a_killed_process_is_continued(kind, store):
     assert child.wait(60) == -signal.SIGKILL
     before = [index for line in said for index in json.loads(line)[0]]
     loader = opened(kind, store(200), shard=1, shards=2)
-    loader.load(json.loads(said[-1])[1])
+    loader.load_state_dict(json.loads(said[-1])[1])
     after = [prompt.index for prompt in loader.next(400)]
     whole = opened(kind, store(200), shard=1, shards=2).next(len(before) + 400)
     assert before + after == [prompt.index for prompt in whole]
@@ -187,9 +187,9 @@ def test_index_gives_the_order_of_mmap(stretch, store, monkeypatch):
         place = {"seed": 11, "shard": shard, "shards": 2}
         mmap, index = opened("mmap", prompts, **place), opened("index", prompts, **place)
         assert mmap.next(333) == index.next(333)
-        mmap, index, state = opened("mmap", prompts, **place), opened("index", prompts, **place), mmap.state()
-        index.load(state)
-        mmap.load(index.state())
+        mmap, index, state = opened("mmap", prompts, **place), opened("index", prompts, **place), mmap.state_dict()
+        index.load_state_dict(state)
+        mmap.load_state_dict(index.state_dict())
         assert mmap.next(99) == index.next(99)
 
 
@@ -220,13 +220,13 @@ def test_a_state_of_another_run_is_refused(change, told, store):
     run = {"kind": "reader", "prompts": 200, "shard": 1, "shards": 2, "seed": 3, **change}
     other = opened(run.pop("kind"), store(run.pop("prompts")), **run)
     with pytest.raises(ConfigError, match=told):
-        other.load(loader.state())
+        other.load_state_dict(loader.state_dict())
 
 
 @needs_dali
 def test_a_state_without_a_checkpoint_is_no_readers(store):
     with pytest.raises(ConfigError, match="is of store unknown"):
-        opened("reader", store(200)).load(opened("mmap", store(200)).state())
+        opened("reader", store(200)).load_state_dict(opened("mmap", store(200)).state_dict())
 
 
 # Images
@@ -295,7 +295,7 @@ def test_a_resumed_stream_of_images_equals_an_uninterrupted_one(kind, picture_st
         loader = opened(kind, picture_store)
         loader.next(cut)
         other = opened(kind, picture_store)
-        other.load(loader.state())
+        other.load_state_dict(loader.state_dict())
         assert [prompt.index for prompt in other.next(60 - cut)] == whole[cut:]
 
 

@@ -24,9 +24,9 @@ def drawn(parallel: dict[str, int], sizes: list[int], state: dict[str, Any] | No
     loader = MmapLoader(prompts, SEED, layout.dp_rank, layout.dp)
     stream = Stream(loader, layout)
     if state:
-        stream.load(state)
+        stream.load_state_dict(state)
     before = loader.taken
-    return [item for n in sizes for item in stream.next(n)], stream.state(), loader.taken - before
+    return [item for n in sizes for item in stream.next(n)], stream.state_dict(), loader.taken - before
 
 
 def expected(places: range) -> list[tuple[int, list[int]]]:
