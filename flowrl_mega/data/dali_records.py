@@ -48,7 +48,7 @@ class Records(NamedTuple):
 
 
 def records_of(store: MappedStore) -> Records:
-    """The store's records, written if they do not exist yet. ConfigError if nowhere is writable, or they are damaged."""
+    """The store's records, written if they do not exist. ConfigError if nowhere is writable, or if they are damaged."""
     key = _key(store)
     homes = [store.path, *_cache()]
     folders = [home / f"dali-{key}" for home in homes]
