@@ -1,4 +1,4 @@
-"""Prompts in memory: rows of a JSONL file or a built-in task, tokenised once."""
+"""Prompts in memory: rows of a JSONL file or a task, tokenised once."""
 
 from __future__ import annotations
 
