@@ -26,7 +26,7 @@ def store(tmp_path):
 
 
 def test_the_tar_file_holds_the_store(store):
-    """Read by Python's own tarfile; the places are those where it finds the contents."""
+    """Read by Python's own tarfile; the spans are where it finds the contents."""
     made = records_of(store)
     with tarfile.open(made.tar) as tar:
         names = tar.getnames()

@@ -29,10 +29,10 @@ def drawn(parallel: dict[str, int], sizes: list[int], state: dict[str, Any] | No
     return [item for n in sizes for item in stream.next(n)], stream.state_dict(), loader.taken - before
 
 
-def expected(places: range) -> list[tuple[int, list[int]]]:
+def expected(positions: range) -> list[tuple[int, list[int]]]:
     """By the definition alone: epochs of numpy's order, one after the other."""
     order = [int(i) for epoch in range(4) for i in permutation(SEED, epoch, SIZE)]
-    return [(order[place], [order[place], order[place] + 1]) for place in places]
+    return [(order[position], [order[position], order[position] + 1]) for position in positions]
 
 
 @pytest.mark.parametrize("parallel", [{"dp": 2}, {"tp": 2}])
