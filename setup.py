@@ -46,6 +46,7 @@ class BdistWheel(bdist_wheel):
 
 def build_libraries(package: Path, cache: Path) -> bool:
     """Into package/ops/lib what can be built here; whether that is anything."""
+    sys.path.insert(0, str(package.parent))  # for flowrl_mega.file_lock
     spec = importlib.util.spec_from_file_location("flowrl_mega_build", package / "ops" / "build.py")
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stop = StopRequest()
     try:
         if options.command == "ablate":
-            from flowrl_mega.ablate import ablate
+            from flowrl_mega.ablation.run import ablate
 
             return ablate(options.config, overrides, options.vary, options.seeds, options.dry_run, stop)
         config = load_config(options.config, overrides)

@@ -107,13 +107,20 @@ class DataSettings(Settings):
         None,
         description="prompt store (tools/prepare_data.py), or JSON lines: a 'prompt' each and what rewards read",
     )
-    task: Literal["sums"] | None = Field(None, description="a built-in task instead of a file")
+    task: str | None = Field(None, description="instead of a file: sums, or a class of yours as module:Class")
     task_args: dict[str, Any] = Field(default_factory=dict)
     held_out: float | str | None = Field(None, description="prompts kept for evaluation: a share, or a JSON lines file")
     chat_template: bool = False
     max_prompt_tokens: int = Field(2048, ge=1, description="data with longer prompts is refused")
     loader: Literal["mmap", "dali"] = Field("mmap", description="what reads prompts; dali needs a prompt store")
     dali: DaliSettings = DaliSettings()
+
+    @field_validator("task")
+    @classmethod
+    def _is_task(cls, value: str | None) -> str | None:
+        if value not in (None, "sums") and ":" not in str(value):
+            raise ValueError("must be 'sums', or a class of yours as module:Class or path/to/file.py:Class")
+        return value
 
 
 class SyncSettings(Settings):

@@ -51,7 +51,7 @@ def _parser(recipes: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--recipe", help="how records become prompts, see below")
+    add("--recipe", help="how records become prompts, see below; or your own, as path/to/file.py:function")
     add("--input", nargs="+", default=[], help="files, folders or ids; read in this order")
     add("--model", type=Path, help="Hugging Face folder with the tokenizer that the model is trained with")
     add("--out", type=Path, help="the store, a folder to be made")

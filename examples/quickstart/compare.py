@@ -119,7 +119,7 @@ def matched_coefficient() -> float:
 
 def mean_length(task_args: dict[str, Any]) -> float:
     """Tokens of a right answer with its end token, averaged over prompts and answers (the demonstrations' mean)."""
-    prompts = [row["right_answers"] for row in sums.rows(**task_args)]
+    prompts = [row["right_answers"] for row in sums.Sums(**task_args).rows()]
     return sum(sum(len(answer) + 1 for answer in right) / len(right) for right in prompts) / len(prompts)
 
 

@@ -24,7 +24,7 @@ import torch
 
 from flowrl_mega.config import ConfigError, DaliSettings
 from flowrl_mega.data.dali_records import COMPONENTS, Records, records_of
-from flowrl_mega.data.loader import Subset, places_taken
+from flowrl_mega.data.loader import Subset, taken
 from flowrl_mega.data.order import index_at
 from flowrl_mega.data.prompts import Prompt, Prompts
 from flowrl_mega.data.store import MappedStore, StoredPrompt
@@ -35,9 +35,9 @@ STRETCH = 1 << 14  # most prompts in an index file of IndexLoader
 
 
 class DaliLoader(ABC):
-    """What both have in common: prompts are handed out of batches that DALI reads ahead.
+    """Base of both: prompts are handed out of batches that DALI reads ahead.
 
-    Raises ConfigError where DALI cannot be imported or `prompts` are not those of a store, or some of them.
+    `prompts` must be a store, or a Subset of one; ConfigError otherwise, and where DALI cannot be imported.
     """
 
     def __init__(self, prompts: Prompts, settings: DaliSettings, seed: int, shard: int = 0, shards: int = 1) -> None:
@@ -49,7 +49,7 @@ class DaliLoader(ABC):
         self.device = _device(settings, self.store.has_images)
         self._reader: _Reader | None = None
         self._ready: deque[Prompt] = deque()
-        self.taken = 0  # prompts of this shard
+        self.taken = 0  # prompts of this shard that `next` has returned
 
     def next(self, n: int) -> list[Prompt]:
         prompts = []
@@ -62,13 +62,13 @@ class DaliLoader(ABC):
 
     @abstractmethod
     def _batch(self) -> list[Prompt]:
-        """The shard's next prompts, one at least."""
+        """The shard's next prompts, at least one."""
 
     @abstractmethod
-    def state(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]: ...
 
     @abstractmethod
-    def load(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def close(self) -> None:
         self._reader = None  # DALI's threads end with it
@@ -79,31 +79,31 @@ class DaliLoader(ABC):
 
 
 class IndexLoader(DaliLoader):
-    """data.dali.shuffle = index: prompts and state are those of MmapLoader."""
+    """data.dali.shuffle = index: the same prompts and the same state as MmapLoader."""
 
-    _left = 0  # prompts of the present index file that were not read
+    _left = 0  # prompts of the current index file that are not read yet
 
     def _batch(self) -> list[Prompt]:
         if self._reader is None or not self._left:
             self._left = min(STRETCH, max(1024, len(self.indices)))
             first = self.shard + self.shards * self.taken
             stream = range(first, first + self.shards * self._left, self.shards)
-            order = [index_at(place, self.seed, len(self.indices)) for place in stream]
+            order = [index_at(position, self.seed, len(self.indices)) for position in stream]
             self._reader = self._open(self.indices[order])
         batch = self._reader.batch()[: self._left]  # beyond its end the reader begins again
         self._left -= len(batch)
         return batch
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"taken": self.taken}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.close()
-        self.taken = places_taken(state)
+        self.taken = taken(state)
 
 
 class ReaderLoader(DaliLoader):
-    """data.dali.shuffle = reader: DALI's order. Its state, a checkpoint of DALI's, is of this very shard and store."""
+    """data.dali.shuffle = reader: DALI's own order. The state is a DALI checkpoint, for this shard and store only."""
 
     def __init__(self, prompts: Prompts, settings: DaliSettings, seed: int, shard: int = 0, shards: int = 1) -> None:
         super().__init__(prompts, settings, seed, shard, shards)
@@ -121,7 +121,7 @@ class ReaderLoader(DaliLoader):
             "stick_to_shard": False,
         }
         chosen = hashlib.sha256(self.indices.tobytes()).hexdigest()[:16]
-        self.identity = {  # all that the meaning of DALI's checkpoint depends on
+        self.identity = {  # everything that DALI's checkpoint depends on
             "store": f"{self.records.key}/{chosen}",
             "shard": shard,
             "shards": shards,
@@ -130,7 +130,7 @@ class ReaderLoader(DaliLoader):
             "batch": _batch_size(self.store),
             "dali": import_dali().__version__,
         }
-        self._before: bytes | None = None  # DALI's checkpoint ahead of the batch that prompts are handed out of
+        self._before: bytes | None = None  # DALI's checkpoint before the batch that prompts are handed out of
         self._batch_size = 0
 
     def _batch(self) -> list[Prompt]:
@@ -142,12 +142,12 @@ class ReaderLoader(DaliLoader):
         self._batch_size = len(batch)
         return batch
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         checkpoint = None if self._before is None else base64.b64encode(self._before).decode()
         handed_out = self._batch_size - len(self._ready)
         return {**self.identity, "taken": self.taken, "checkpoint": checkpoint, "handed_out": handed_out}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, mine in self.identity.items():
             if state.get(name) != mine:
                 raise ConfigError(
@@ -162,7 +162,7 @@ class ReaderLoader(DaliLoader):
 
 
 class _Reader:
-    """A DALI pipeline: an endless row of batches of the prompts `indices`, in that order if it is not to shuffle."""
+    """A DALI pipeline: endless batches of the prompts `indices`, in that order unless `reading` shuffles them."""
 
     def __init__(
         self,
@@ -219,12 +219,12 @@ class _Reader:
         return StoredPrompt(index, token_ids, self.store.row_bytes(index), pixels, str(self.store.path))
 
     def checkpoint(self) -> bytes:
-        """What `checkpoint` must be for the batch after the last one to come first."""
+        """DALI state that resumes with the batch after the last one returned."""
         return self.pipe.checkpoint()
 
 
 def import_dali() -> ModuleType:
-    """nvidia.dali with its functions; ConfigError where it is not installed, or something else of that name is."""
+    """The module nvidia.dali; ConfigError where it is not installed, or another package of that name is."""
     try:
         import nvidia.dali.fn
         import nvidia.dali.types
@@ -250,7 +250,7 @@ def _installed(distribution: str) -> bool:
 
 
 def _stored(prompts: Prompts) -> tuple[MappedStore, np.ndarray]:
-    """The store, and [prompts] int64 which of it."""
+    """(the store, [prompts] int64 indices into it)."""
     store = prompts.prompts if isinstance(prompts, Subset) else prompts
     if not isinstance(store, MappedStore):
         raise ConfigError(
@@ -260,7 +260,7 @@ def _stored(prompts: Prompts) -> tuple[MappedStore, np.ndarray]:
 
 
 def _device(settings: DaliSettings, images: bool) -> int | None:
-    """The GPU that decodes images; None: the CPU does, or there are none."""
+    """The GPU that decodes images; None if the CPU does, or if there are no images."""
     if settings.device == "gpu" and not torch.cuda.is_available():
         raise ConfigError("data.dali.device = gpu: this machine has no GPU that torch can use; set auto or cpu")
     if not images or settings.device == "cpu" or not torch.cuda.is_available():

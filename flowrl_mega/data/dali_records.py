@@ -1,25 +1,21 @@
-"""What DALI reads: the prompts of a store once more, as a webdataset. It cannot read the store's own files, whose
-prompts do not begin at multiples of 512 bytes.
+"""Copies a store's prompts into a webdataset for DALI, which cannot read the store's own files: their prompts do not
+begin at multiples of 512 bytes.
 
     records.tar   <i>.ids: int32 [i, whether it has an image, token ids...]; <i>.image: the image as it is encoded
     places.npy    [prompts, components, 2] int64: offset and size in bytes of each component in records.tar
 
-They are written once, into the store's folder, or into the user's cache where that cannot be written to, under a key of
-what the store holds. One process of a host writes and the others wait.
+The files are written once, into the store's folder or, where that is read-only, into the user's cache, in a folder
+named by a hash of the store's contents. One process per host writes them and the others wait.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tarfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -27,6 +23,7 @@ import numpy as np
 
 from flowrl_mega.config import ConfigError
 from flowrl_mega.data.store import MappedStore
+from flowrl_mega.file_lock import locked
 
 FORMAT = 1
 COMPONENTS = ("ids", "image")
@@ -38,20 +35,20 @@ NO_IMAGE = bytes.fromhex(
 
 
 class Records(NamedTuple):
-    key: str  # of what the store holds
+    key: str  # hash of the store's contents
     tar: Path
-    places: np.ndarray  # [prompts, components, 2] int64
+    spans: np.ndarray  # [prompts, components, 2] int64: offset and size in bytes
 
     def write_index(self, path: Path, indices: np.ndarray) -> None:
-        """The index file from which DALI takes these prompts, in this order; one may come more than once."""
-        places = self.places[indices].reshape(len(indices), -1)
-        line = " ".join(f"{name} %d %d" for name in COMPONENTS[: self.places.shape[1]])
-        lines = "\n".join(map(line.__mod__, map(tuple, places.tolist())))
+        """Write the index file that makes DALI read the prompts `indices` in this order; repeats are allowed."""
+        spans = self.spans[indices].reshape(len(indices), -1)
+        line = " ".join(f"{name} %d %d" for name in COMPONENTS[: self.spans.shape[1]])
+        lines = "\n".join(map(line.__mod__, map(tuple, spans.tolist())))
         path.write_text(f"v1.1 {len(indices)}\n{lines}\n")
 
 
 def records_of(store: MappedStore) -> Records:
-    """The store's records, written if they are not there yet."""
+    """The store's records, written if they do not exist. ConfigError if nowhere is writable, or if they are damaged."""
     key = _key(store)
     homes = [store.path, *_cache()]
     folders = [home / f"dali-{key}" for home in homes]
@@ -63,7 +60,7 @@ def records_of(store: MappedStore) -> Records:
                 f"data.loader = dali: its records cannot be written to {' or '.join(map(str, homes))}; make one "
                 "writable, or set data.loader=mmap"
             )
-        with _lock(found.parent / ".dali.lock"):
+        with locked(found.parent / ".dali.lock"):
             if not found.is_dir():  # another process may have written them while this one waited
                 _write(store, found)
     return _open(found, key)
@@ -89,28 +86,16 @@ def _writable(folder: Path) -> bool:
     return os.access(folder, os.W_OK)
 
 
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:  # closed, and thereby unlocked, however this process ends
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            # Some cluster file systems have no locks: each process then writes, and the first to be done is read.
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-        yield
-
-
 def _write(store: MappedStore, folder: Path) -> None:
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.mkdir()
         with (partial / "records.tar").open("wb") as file:
-            places = [_add_prompt(file, store, i) for i in range(len(store))]
+            spans = [_add_prompt(file, store, i) for i in range(len(store))]
             file.write(bytes(2 * tarfile.BLOCKSIZE))
             file.flush()
             os.fsync(file.fileno())
-        np.save(partial / "places.npy", np.array(places, np.int64))
+        np.save(partial / "places.npy", np.array(spans, np.int64))
         try:
             partial.rename(folder)
         except OSError:
@@ -128,7 +113,7 @@ def _add_prompt(file: BinaryIO, store: MappedStore, i: int) -> list[tuple[int, i
 
 
 def _add(file: BinaryIO, name: str, data: bytes) -> tuple[int, int]:
-    """Offset and size of `data`, which now is a file of this tar file."""
+    """Append `data` to the tar file as a file named `name`; returns (offset, size) of its bytes."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     file.write(info.tobuf(tarfile.USTAR_FORMAT))
@@ -140,11 +125,11 @@ def _add(file: BinaryIO, name: str, data: bytes) -> tuple[int, int]:
 def _open(folder: Path, key: str) -> Records:
     tar = folder / "records.tar"
     try:
-        places = np.load(folder / "places.npy", mmap_mode="r")
-        offset, size = places[-1, -1].tolist()
+        spans = np.load(folder / "places.npy", mmap_mode="r")
+        offset, size = spans[-1, -1].tolist()
         whole = tar.stat().st_size == offset + size + -size % tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE
     except (OSError, ValueError, IndexError):
         whole = False
     if not whole:
         raise ConfigError(f"{folder}: these records of loader dali are damaged; remove the folder, they are made again")
-    return Records(key, tar, places)
+    return Records(key, tar, spans)

@@ -1,4 +1,4 @@
-"""Which tokenizer made a prompt store: the same name in another version of a library must not change it."""
+"""Identifies a tokenizer by what it does: a name can mean other ids in another version of a library."""
 
 from __future__ import annotations
 

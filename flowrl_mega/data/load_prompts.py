@@ -1,4 +1,4 @@
-"""From the data settings to prompts: rows of a file or a built-in task, tokenized with the model's own tokenizer."""
+"""From the data settings to prompts: rows of a file or a task, tokenized with the model's own tokenizer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from transformers import AutoTokenizer
 
 from flowrl_mega.config import Config, ConfigError, DataSettings
-from flowrl_mega.data import sums
 from flowrl_mega.data.loader import whole
 from flowrl_mega.data.prompts import Prompts, read_jsonl, tokenized
 from flowrl_mega.data.split import split
 from flowrl_mega.data.store import MappedStore, open_store
+from flowrl_mega.data.task import task_rows
 
 
 class PromptData(NamedTuple):
@@ -28,15 +28,13 @@ class PromptData(NamedTuple):
 def load_prompts(config: Config) -> PromptData:
     """The prompts that the `data` section names, tokenized. Raises ConfigError where they cannot be read."""
     data, tokenizer = config.data, load_tokenizer(config.model.path)
-    if data.path is None:
-        try:
-            rows = sums.rows(**data.task_args)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"data.task_args = {data.task_args!r}: {error}") from None
+    held_out: Prompts | None = None
+    if data.task is not None:
+        rows = task_rows(data.task, data.task_args)
         prompts: Prompts = tokenized(rows, tokenizer, data.chat_template, data.max_prompt_tokens)
     else:
+        assert data.path is not None, "the settings have exactly one of the two"
         prompts = _read(data.path, data, tokenizer)
-    held_out: Prompts | None = None
     if isinstance(data.held_out, str):
         held_out = _read(data.held_out, data, tokenizer)
     elif data.held_out is not None:
@@ -52,7 +50,7 @@ def _read(path: str, data: DataSettings, tokenizer: Any) -> Prompts:
 
 
 def kinds_of(prompts: Prompts) -> set[str]:
-    """The kinds of rewards that rows ask for; "" for rows that do not say."""
+    """The "kind" of every row, which says what grades it; "" for rows without one. A store's header knows them."""
     store = whole(prompts)
     if isinstance(store, MappedStore):
         return set(store.header["kinds"])
@@ -68,7 +66,7 @@ def load_tokenizer(path: str) -> Any:
 
 
 def stop_ids(path: str, tokenizer: Any) -> tuple[int, ...]:
-    """The end tokens that generation_config.json names, and the tokenizer's own."""
+    """Ids of the end tokens: those in generation_config.json and the tokenizer's own, sorted."""
     file = Path(path) / "generation_config.json"
     named = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
     ids = named if isinstance(named, list) else [named]

@@ -1,7 +1,7 @@
-"""What reads prompts: an endless stream of epochs, shared out over data-parallel ranks.
+"""Loaders read prompts: an endless stream of epochs, sharded over the data-parallel ranks.
 
-An epoch is a permutation of the data set by (seed, epoch). The stream is the epochs one after the other, and of S
-shards shard s has the places s, s + S, s + 2S, ... of it: the union over the shards is each epoch exactly once.
+An epoch is a permutation of the data set by (seed, epoch). The stream is one epoch after the other, and shard s of S
+has the positions s, s + S, s + 2S, ... of it: the union over the shards is each epoch exactly once.
 """
 
 from __future__ import annotations
@@ -22,40 +22,43 @@ class Loader(Protocol):
     def next(self, n: int) -> list[Prompt]:
         """The shard's next `n` prompts."""
 
-    def state(self) -> dict[str, Any]:
-        """What `load` needs to go on from here: plain values, of this shard."""
+    def state_dict(self) -> dict[str, Any]:
+        """This shard's state, in values that JSON can hold."""
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called. Raises ConfigError for a state that this loader cannot continue."""
 
     def close(self) -> None:
-        """End what was started."""
+        """End the loader's threads and release its memory."""
 
 
 class MmapLoader:
-    """Loader that looks prompts up where they are: nothing is read ahead, its state is a number."""
+    """Looks prompts up when they are asked for: nothing is read ahead, and the state is one number."""
 
     def __init__(self, prompts: Prompts, seed: int, shard: int = 0, shards: int = 1) -> None:
         assert 0 <= shard < shards
         self.prompts, self.seed, self.shard, self.shards = prompts, seed, shard, shards
-        self.taken = 0  # prompts of this shard
+        self.taken = 0  # prompts of this shard that `next` has returned
 
     def next(self, n: int) -> list[Prompt]:
-        places = (self.shard + self.shards * i for i in range(self.taken, self.taken + n))
+        positions = (self.shard + self.shards * i for i in range(self.taken, self.taken + n))
         self.taken += n
-        return [self.prompts[index_at(place, self.seed, len(self.prompts))] for place in places]
+        return [self.prompts[index_at(position, self.seed, len(self.prompts))] for position in positions]
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"taken": self.taken}
 
-    def load(self, state: dict[str, Any]) -> None:
-        self.taken = places_taken(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.taken = taken(state)
 
     def close(self) -> None: ...
 
 
-def places_taken(state: dict[str, Any]) -> int:
-    """What both loaders that go by the permutation keep; they resume each other's runs."""
+def taken(state: dict[str, Any]) -> int:
+    """How many prompts a shard has returned, from the state of either loader that follows the permutation.
+
+    Those resume each other's runs. ConfigError for the state of DALI's own shuffle buffer.
+    """
     if "checkpoint" in state:
         raise ConfigError(
             "data.loader: the state to resume from is that of DALI's own shuffle buffer, whose order no other loader "
@@ -65,14 +68,14 @@ def places_taken(state: dict[str, Any]) -> int:
 
 
 def whole(prompts: Prompts) -> Prompts:
-    """The data set that prompts are of, by whose indices they are known."""
+    """The whole data set that `prompts` are taken from: `Prompt.index` is an index into it."""
     return prompts.prompts if isinstance(prompts, Subset) else prompts
 
 
 class Subset(Sequence[Prompt]):
-    """Some of a store's prompts, such as those that are not held out. Their `index` stays the store's.
+    """Some prompts of a data set, such as those that are not held out. Their `index` stays that in the data set.
 
-    `indices`: [n] int64, places in `prompts`.
+    `indices`: [n] int64, into `prompts`.
     """
 
     def __init__(self, prompts: Prompts, indices: Sequence[int] | np.ndarray) -> None:

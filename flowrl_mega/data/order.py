@@ -1,4 +1,4 @@
-"""In which order prompts are served."""
+"""The order in which prompts are served."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from functools import lru_cache
 import numpy as np
 
 
-def index_at(place: int, seed: int, size: int) -> int:
-    """Which of `size` prompts is at a place of the stream."""
-    epoch, item = divmod(place, size)
+def index_at(position: int, seed: int, size: int) -> int:
+    """The index, among `size` prompts, of the one at `position` of the endless stream."""
+    epoch, item = divmod(position, size)
     return int(permutation(seed, epoch, size)[item])
 
 

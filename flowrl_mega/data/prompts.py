@@ -1,4 +1,4 @@
-"""Prompts in memory: rows of a JSONL file or a built-in task, tokenised once."""
+"""Prompts in memory: rows of a JSONL file or a task, tokenised once."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from flowrl_mega.config import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # takes seconds to import, and prepare_data --help must not
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its place in the store, its token ids and the row that the reward will see."""
+    """One prompt: its index in the data set, its token ids and the row that the reward will see."""
 
     index: int
     token_ids: list[int]

@@ -1,4 +1,4 @@
-"""Prompts that are kept for evaluation."""
+"""Holds out prompts for evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowrl_mega.data.store import MappedStore
 
 
 def split(prompts: Prompts, share: float, seed: int) -> tuple[Prompts, Prompts]:
-    """(training prompts, held-out prompts): a `share` of the distinct prompts is held out, at least one.
+    """(training prompts, held-out prompts): the fraction `share` of the distinct prompts is held out, at least one.
 
     Equal prompts (the same token ids) stay on one side, so that no held-out prompt is ever trained on; both sides keep
     the order of `prompts`.
@@ -34,7 +34,7 @@ def split(prompts: Prompts, share: float, seed: int) -> tuple[Prompts, Prompts]:
 
 
 def _keys(prompts: Prompts) -> list[bytes]:
-    """One for each prompt, equal where their token ids are. Rows stay unread."""
+    """One key per prompt, equal for equal token ids. Does not read rows."""
     if isinstance(prompts, MappedStore):
         ids = (prompts.tokens(i).astype(np.int64).tobytes() for i in range(len(prompts)))
     else:

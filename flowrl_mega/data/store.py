@@ -37,7 +37,7 @@ FIX = "make it again with tools/prepare_data.py"
 
 
 class StoredPrompt(Prompt):
-    """A prompt whose row is decoded when somebody asks for it: loaders pass on far more prompts than rewards read."""
+    """A prompt whose row is decoded on first use: loaders return far more prompts than rewards read."""
 
     def __init__(self, index: int, token_ids: list[int], encoded: bytes, image: np.ndarray | None, where: str) -> None:
         # Past the frozen dataclass's own __init__, which would want the row.
@@ -53,7 +53,7 @@ class StoredPrompt(Prompt):
 
 
 class MappedStore(Sequence[Prompt]):
-    """The prompts of a store by their index. Pickled and forked as its path: every process maps the files itself.
+    """The prompts of a store by index. Pickled as its path: every process maps the files itself.
 
     `header` is store.json. Raises ConfigError for a folder that is no store, an unfinished or a damaged one.
     """
@@ -142,13 +142,8 @@ def decode_image(encoded: bytes) -> np.ndarray:
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))  # upright, as DALI decodes it
 
 
-def is_store(path: str | Path) -> bool:
-    """Whether this is a prompt store, rather than a file of rows."""
-    return (Path(path) / HEADER).is_file()
-
-
 def read_header(path: Path) -> dict[str, Any]:
-    """store.json, when it is what was written and the files are as long as it says."""
+    """The contents of store.json. ConfigError if they have changed, or if a file has another length than they say."""
     try:
         header = json.loads((path / HEADER).read_text())
     except OSError as error:
@@ -170,7 +165,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def open_store(path: str | Path, tokenizer: Any, max_prompt_tokens: int, chat_template: bool) -> MappedStore:
-    """The store at `path`, when it was made with this tokenizer and fits the settings; else ConfigError."""
+    """The store at `path`. ConfigError if it was made with another tokenizer, or does not fit the settings."""
     store = MappedStore(path)
     made, mine = Fingerprint(**store.header["tokenizer"]), Fingerprint.of(tokenizer)
     again = "prepare it again with --model naming this model's folder"
@@ -197,7 +192,7 @@ def open_store(path: str | Path, tokenizer: Any, max_prompt_tokens: int, chat_te
 
 
 class StoreWriter:
-    """Adds prompts one by one; only the places where they end are kept in memory (8 bytes each)."""
+    """Adds prompts one by one; only the offsets of their ends are kept in memory (8 bytes each)."""
 
     def __init__(self, folder: Path, dtype: np.dtype, files: Mapping[str, Any]) -> None:
         self.folder, self.dtype, self.files = folder, dtype, files
@@ -256,9 +251,10 @@ class StoreWriter:
 def new_store(
     path: str | Path, tokenizer: Any, *, chat_template: bool = False, made: Any = None
 ) -> Iterator[StoreWriter]:
-    """A writer. The store appears under `path` when the block ends, with at least one prompt in it, and only then.
+    """A writer of a new store, which appears under `path` when the block ends without an error.
 
-    `chat_template`: the prompts were made with the tokenizer's; `made`: how, as JSON. ConfigError where `path` exists.
+    `chat_template`: whether the prompts were made with the tokenizer's; `made`: JSON that says how. ConfigError if
+    `path` exists, or if the block adds no prompt.
     """
     path = Path(path)
     if path.exists() or path.is_symlink():

@@ -6,6 +6,7 @@ distinct answers and coverage are computed exactly instead of sampled. The score
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from flowrl_mega.config import ConfigError
@@ -13,16 +14,31 @@ from flowrl_mega.config import ConfigError
 ALPHABET = "0123456789+:"
 
 
-def rows(lo: int = 0, hi: int = 99, terms: int = 2) -> list[dict[str, Any]]:
-    """{"prompt": "07:", "total": 7, "terms": 2, "right_answers": ["0+7", ...]} for each total in lo..hi, both ends."""
-    if not 0 <= lo <= hi <= 99:
-        raise ConfigError(f"sums: the totals {lo}..{hi} must lie within 0..99, the lower one first")
-    if terms < 2:
-        raise ConfigError(f"sums: terms={terms} must be at least 2")
-    return [
-        {"prompt": f"{total:02d}:", "total": total, "terms": terms, "right_answers": right_answers(total, terms)}
-        for total in range(lo, hi + 1)
-    ]
+@dataclass(frozen=True)
+class Sums:
+    """The task `data.task: sums`: the totals lo..hi, both included. ConfigError for totals outside 0..99."""
+
+    lo: int = 0
+    hi: int = 99
+    terms: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lo <= self.hi <= 99:
+            raise ConfigError(f"sums: the totals {self.lo}..{self.hi} must lie within 0..99, the lower one first")
+        if self.terms < 2:
+            raise ConfigError(f"sums: terms={self.terms} must be at least 2")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per total: {"prompt": "07:", "total": 7, "terms": 2, "right_answers": ["0+7", ...]}."""
+        return [
+            {
+                "prompt": f"{total:02d}:",
+                "total": total,
+                "terms": self.terms,
+                "right_answers": right_answers(total, self.terms),
+            }
+            for total in range(self.lo, self.hi + 1)
+        ]
 
 
 def right_answers(n: int, terms: int = 2) -> list[str]:

@@ -18,10 +18,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from flowrl_mega.monitor.ablation import Records, heading
-
 Table = Mapping[str, Mapping[str, Any]]
-Curves = Mapping[str, Sequence[Mapping[str, Any]]]
+Records = Sequence[Mapping[str, Any]]
+Curves = Mapping[str, Records]
 
 # Okabe and Ito's palette: told apart with every kind of colour blindness. A method looks the same in every picture.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -155,7 +154,7 @@ def ablation_figure(cells: Mapping[str, Sequence[tuple[Records, Records]]], path
     legend_columns = min(len(cells), int(width / name_width), 6)
     figure = _figure(width, 2.7 * lines + 0.25 + 0.21 * math.ceil(len(cells) / legend_columns))
     for place, (kind, name) in enumerate(panels, start=1):
-        title = LABELS.get(name, heading(name))
+        title = LABELS.get(name, name.replace("_", " "))
         axes = _plain(figure.add_subplot(lines, columns, place), f"held-out {title}" if kind else title)
         axes.set_xlabel("step")
         for number, (cell, seeds) in enumerate(cells.items()):

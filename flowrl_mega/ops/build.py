@@ -7,13 +7,11 @@
   3. the compiler. One process builds, the others wait at a file lock, which the kernel releases when its holder dies.
 `python -m flowrl_mega.ops` does that ahead of first use.
 
-Only the standard library is imported at the top: setup.py loads this file by its path, torch or no torch.
+Nothing that must be installed is imported at the top: setup.py loads this file by its path, torch or no torch.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -24,11 +22,12 @@ import shutil
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+from flowrl_mega.file_lock import locked
 
 Kind = Literal["cpu", "cuda"]
 KINDS: tuple[Kind, ...] = ("cpu", "cuda")
@@ -107,7 +106,7 @@ def cached(kind: Kind, csrc: Path, cache: Path) -> Path:
     try:
         if not path.exists():
             cache.mkdir(parents=True, exist_ok=True)
-            with _lock(path.with_suffix(".lock")):
+            with locked(path.with_suffix(".lock")):
                 if not path.exists():
                     _build(kind, csrc, tools, record, path)
     except OSError as error:
@@ -251,18 +250,6 @@ def _english() -> dict[str, str]:
 
 
 # Building
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:  # closed, and thereby unlocked, however this process ends
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            # Some cluster file systems have no locks: processes then build side by side, and os.replace keeps it right.
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-        yield
 
 
 def _build(kind: Kind, csrc: Path, tools: Tools, record: dict[str, str | None], path: Path) -> None:

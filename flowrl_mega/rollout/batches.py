@@ -43,16 +43,16 @@ class Group:
 class Stream(Protocol):
     """The endless stream of prompts. All methods are collective, and give every rank the same."""
 
-    place: int  # of the next prompt
+    position: int  # of the next prompt
 
     def next(self, n: int) -> list[tuple[int, list[int]]]:
         """(index in the data set, token ids) of the next `n` prompts."""
 
-    def state(self) -> dict[str, Any]:
-        """What `load` needs to go on from here."""
+    def state_dict(self) -> dict[str, Any]:
+        """{"place": the position, ...}: plain values, the same on every rank."""
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Batches:
     ) -> None:
         self.engine, self.stream, self.settings = engine, stream, settings
         self.sampling, self.seed, self.answered = sampling, seed, answered
-        self.position = stream.state()  # before the prompts of a round under way
+        self.position = stream.state_dict()  # before the prompts of a round under way
         self.ready: list[Group] = []  # complete, scored and kept
         self.unfinished: list[Group] = []  # with answers that go on, or complete but not scored
         self.rounds = 0  # of the step that is being filled
@@ -97,7 +97,7 @@ class Batches:
         """Let the engine begin the next round for `step`; nothing is remembered of it before `answer`."""
         wanted = math.ceil(self.settings.prompts_per_step * self.settings.oversample)
         new = max(0, wanted - len(self.ready) - len(self.unfinished))
-        place = self.stream.place
+        place = self.stream.position
         fresh = [Group(place + i, index, ids) for i, (index, ids) in enumerate(self.stream.next(new))]
         groups = [*self.unfinished, *fresh]
         asked = [(group, i) for group in groups for i in self._open(group)]
@@ -106,7 +106,7 @@ class Batches:
         seed = derive_seed(self.seed, step, *([self.rounds] if self.rounds else []))
         told = partial(self._tell, asked) if self.answered else None
         job = self.engine.start(requests, self.sampling, seed, told) if requests else None
-        self.pending = _Round(job, groups, asked, self.stream.state())
+        self.pending = _Round(job, groups, asked, self.stream.state_dict())
 
     def answer(self, step: int) -> list[Group]:
         """Finish a round: the groups that are complete now, for the trainer to score and to give to `keep`."""
@@ -162,11 +162,11 @@ class Batches:
             Group(**(group if "index" in group else group | self._found(group["place"]))) for group in groups
         ]
         self.position = state.get("stream") or {"place": state["cursor"]}
-        self.stream.load(self.position)
+        self.stream.load_state_dict(self.position)
 
     def _found(self, place: int) -> dict[str, Any]:
         """The prompt at a place of the stream, which is left behind it."""
-        self.stream.load({"place": place})
+        self.stream.load_state_dict({"place": place})
         ((index, prompt),) = self.stream.next(1)
         return {"index": index, "prompt": prompt}
 

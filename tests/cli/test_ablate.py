@@ -1,4 +1,4 @@
-"""`flowrl-mega ablate`: which runs a grid is, which of them run, and what the table says they came to.
+"""`flowrl-mega ablate`: what it refuses, which runs of a grid it starts, and the files that it writes.
 
 Runs are stood in for by writing their records, but for the last test, which has real ones.
 """
@@ -16,136 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from jobs import Job, records, write_config
 
 from flowrl_mega import cli
-from flowrl_mega.ablate import cell_names, grid, read_axes, read_axis, run_of
 from flowrl_mega.config_file import load_config
 from flowrl_mega.monitor import plots
-from flowrl_mega.monitor.ablation import figures, summarise, table
 from flowrl_mega.monitor.run_folder import RunFolder
 from flowrl_mega.parallel import launch
 
 Capture = pytest.CaptureFixture[str]
 BETAS = ["--vary", "objective.beta=1,2"]
-
-
-@pytest.mark.parametrize(
-    ("text", "values"),
-    [
-        ("a.b=paper,max10,none", ["paper", "max10", "none"]),
-        ("a.b=1, 0.5,true,null,1e-6", [1, 0.5, True, None, "1e-6"]),
-        ("a.b=[1, 2]", [1, 2]),
-        ("a.b=[[0.9, 0.95], [0.9, 0.99]]", [[0.9, 0.95], [0.9, 0.99]]),
-        ("a.b=[0.9, 0.95],[0.9, 0.99]", [[0.9, 0.95], [0.9, 0.99]]),
-        ("a.b=[{name: grpo}, {name: flowrl, beta: 6}]", [{"name": "grpo"}, {"name": "flowrl", "beta": 6}]),
-        ("a.b=http://gpu7:30000,my_reward:score", ["http://gpu7:30000", "my_reward:score"]),
-        ("a.b=only", ["only"]),
-        ("a.b='',','", ["", ","]),
-    ],
-)
-def test_values_are_read_as_yaml(text: str, values: list[object]) -> None:
-    assert read_axis(text) == [{"a.b": value} for value in values]
-
-
-def test_settings_that_change_together() -> None:
-    """An objective that needs another section than the others cannot be one factor of a product."""
-    axis = read_axis("objective.name+optimizer.lr=[[grpo, 1e-3], [flowrl, 5.0e-4]]")
-    assert axis == [
-        {"objective.name": "grpo", "optimizer.lr": "1e-3"},
-        {"objective.name": "flowrl", "optimizer.lr": 5e-4},
-    ]
-
-
-@pytest.mark.parametrize(
-    ("choices", "names"),
-    [
-        ([{"objective.weight": "paper"}, {"objective.weight": "none"}], ["weight=paper", "weight=none"]),
-        ([{"objective.beta": 6, "optimizer.lr": "1e-6"}], ["beta=6,lr=1e-6"]),
-        ([{"optimizer.lr": 0.5, "critic.optimizer.lr": None}], ["optimizer.lr=0.5,critic.optimizer.lr=null"]),
-        ([{"objective": {"name": "flowrl", "beta": 6, "z": None}}], ["objective=flowrl-beta=6-z=null"]),
-        ([{"model.path": "../models/Qwen 2.5"}], ["path=..-models-Qwen-2.5"]),
-        ([{"objective.name": "ppo", "critic": {}}], ["name=ppo,critic=default"]),
-        ([{"optimizer.betas": [0.9, 0.95]}], ["betas=0.9-0.95"]),
-    ],
-)  # fmt: skip
-def test_cells_have_readable_folders(choices: list[dict[str, object]], names: list[str]) -> None:
-    assert cell_names(choices) == names
-
-
-def test_names_that_are_no_good_for_folders_get_a_hash() -> None:
-    """Two paths that differ in odd characters only; and what no file system takes. Both stay the same every time."""
-    alike = cell_names([{"model.path": "a b"}, {"model.path": "a/b"}, {"model.path": "c"}])
-    assert len(set(alike)) == 3 and alike[0].startswith("path=a-b-") and alike[2] == "path=c"
-    long = cell_names([{"model.path": "x" * 300 + end} for end in "ab"])
-    assert len(set(long)) == 2 and max(map(len, long)) < 200
-    assert cell_names([{"model.path": "x" * 300 + "b"}]) == long[1:]
-
-
-def test_a_grid_is_the_product_with_every_seed(model: Path, tmp_path: Path) -> None:
-    """Against settings written out by hand. The name, 'none', reaches the settings as the text that it is."""
-    path = str(write_config(tmp_path, model))
-    vary = ["optimizer.lr=1e-3,0.01", "objective=[{name: grpo}, {name: flowrl, reward_norm: none}]"]
-    cells = grid(path, ["--seed=5"], read_axes(vary))
-    assert [cell.name for cell in cells] == [
-        "lr=1e-3,objective=grpo", "lr=1e-3,objective=flowrl-reward_norm=none",
-        "lr=0.01,objective=grpo", "lr=0.01,objective=flowrl-reward_norm=none",
-    ]  # fmt: skip
-    run = run_of(cells[1], place=2)
-    assert run.folder == tmp_path / "run" / cells[1].name / "seed_7"
-    wanted = yaml.safe_load(Path(path).read_text())
-    wanted |= {"seed": 7, "run_dir": str(run.folder), "objective": {"name": "flowrl", "reward_norm": "none"}}
-    wanted["optimizer"]["lr"] = 1e-3
-    (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(wanted))
-    assert run.config == load_config(tmp_path / "wanted.yaml")
-
-
-def test_figures_of_a_run() -> None:
-    """25 steps: the last tenth is three of them. A null, a number that was not finite, is in no mean."""
-    rewards, entropies = np.linspace(0, 1, 25), np.geomspace(3, 0.1, 25)
-    steps = [
-        {"step": i + 1, "reward": r, "entropy": e, "response_length": 10 * r, "seconds/step": 0.5, "loss": 1.0}
-        for i, (r, e) in enumerate(zip(rewards.tolist(), entropies.tolist(), strict=True))
-    ]
-    steps[23]["entropy"] = None
-    evaluation = [{"step": 0, "reward": 9.0}, {"step": 25, "reward": 0.25, "pass@4": 0.5, "coverage": None}]
-    found = figures(steps, evaluation)
-    assert found == pytest.approx(
-        {
-            "reward": rewards[-3:].mean(),
-            "entropy": (entropies[-3] + entropies[-1]) / 2,
-            "response_length": 10 * rewards[-3:].mean(),
-            "held_out_reward": 0.25,
-            "held_out_pass@4": 0.5,
-            "seconds": 12.5,
-        }
-    )
-    assert figures(steps[:1], [])["reward"] == rewards[0], "a run of one step has a last tenth, too"
-
-
-def test_the_table_is_mean_and_sample_deviation() -> None:
-    """Against NumPy; a cell whose runs failed and a figure that one cell lacks are lines and places like others."""
-    draw = np.random.default_rng(0).normal([0.5, 120.0, 3e-3], [0.1, 20.0, 1e-3], (3, 3))
-    names = ("reward", "seconds", "held_out_kl")
-    rows = {seed: dict(zip(names, values, strict=True)) for seed, values in enumerate(draw)}
-    summary = {
-        "weight=paper": {**summarise(rows), "failed": {}},
-        "weight=none": {**summarise({0: {"reward": 0.25, "seconds": 7.0}}), "failed": {1: "exit code 1"}},
-        "weight=max10": {**summarise({}), "failed": {}},
-    }
-    text = table(summary, [0, 1, 2])
-    cells = [[cell.strip() for cell in line.strip("| ").split(" |")] for line in text.splitlines()[:5]]
-    mean, std = draw.mean(0), draw.std(0, ddof=1)
-    assert cells[0] == ["cell", "seeds", "reward", "held-out kl", "seconds"], "seconds come last"
-    assert cells[2] == [
-        "weight=paper", "3",
-        f"{mean[0]:.3f} ± {std[0]:.3f}", f"{mean[2]:.5f} ± {std[2]:.5f}", f"{mean[1]:.0f} ± {std[1]:.0f}",
-    ]  # fmt: skip
-    assert cells[3] == ["weight=none", "1 of 3", "0.250", "-", "7"]
-    assert cells[4] == ["weight=max10", "0 of 3", "-", "-", "-"]
-    assert len({len(line) for line in text.splitlines()[:5]}) == 1, "columns stand under each other"
-    assert "- weight=none, seed 1: exit code 1" in text and "seeds 0, 1, 2" in text
 
 
 # arguments -> what the message must contain

@@ -1,4 +1,4 @@
-"""One's own task, as the README shows it: a JSON lines file, a function in a file beside it, and a few settings."""
+"""One's own task, without a change of the package: a JSON lines file or a class, and a reward function beside it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from jobs import Job, records
+from jobs import Job, records, write_config
 
 from flowrl_mega.checkpoint.folder import checkpoints
 
@@ -58,3 +58,42 @@ def test_two_steps_of_training(folder: Path) -> None:
 
     Job(["train", "digits.yaml", "--steps=3"], folder / "log", world=1, cwd=folder).run()
     assert [row["step"] for row in records(run_dir, "metrics")] == [1, 2, 3], "raising steps goes on"
+
+
+TASK = '''
+class Parity:
+    """docs/data.md's example."""
+
+    def __init__(self, highest=9):
+        self.highest = highest
+
+    def rows(self):
+        return [{"prompt": f"{n}:", "parity": n % 2} for n in range(self.highest + 1)]
+
+
+def score(row, response):
+    return float(response[-1:].isdigit() and int(response[-1]) % 2 == row["parity"])
+'''
+
+
+@pytest.mark.ranks
+def test_two_steps_on_a_task_that_is_a_class(model: Path, tmp_path: Path) -> None:
+    """data.task: parity.py:Parity. The rewards are those of its rows, and a share of them is held out."""
+    (tmp_path / "parity.py").write_text(TASK)
+    config = write_config(
+        tmp_path,
+        model,
+        steps=2,
+        parallel={"tp": 1},
+        data={"task": "parity.py:Parity", "task_args": {"highest": 19}, "held_out": 0.2},
+        reward="parity.py:score",
+        rollout={"prompts_per_step": 4, "group_size": 4, "max_tokens": 3},
+        monitor={"progress": False, "samples_per_step": 16},
+    )
+    Job(["train", str(config)], tmp_path / "log", world=1, cwd=tmp_path).run()
+    samples = records(tmp_path / "run", "samples")
+    assert len(samples) == 32 and {row["prompt"] for row in samples} <= {f"{n}:" for n in range(20)}
+    for row in samples:
+        last = row["response"][-1:]
+        assert row["reward"] == (last.isdigit() and int(last) % 2 == int(row["prompt"][:-1]) % 2)
+    assert [row["step"] for row in records(tmp_path / "run", "evaluation")] == [0, 2]

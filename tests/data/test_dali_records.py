@@ -26,14 +26,14 @@ def store(tmp_path):
 
 
 def test_the_tar_file_holds_the_store(store):
-    """Read by Python's own tarfile; the places are those where it finds the contents."""
+    """Read by Python's own tarfile; the spans are where it finds the contents."""
     made = records_of(store)
     with tarfile.open(made.tar) as tar:
         names = tar.getnames()
         contents = [tar.extractfile(member).read() for member in tar.getmembers()]
         offsets = [(member.offset_data, member.size) for member in tar.getmembers()]
     assert names == [f"{i:09d}.{part}" for i in range(4) for part in ("ids", "image")]
-    assert made.places.reshape(-1, 2).tolist() == [list(place) for place in offsets]
+    assert made.spans.reshape(-1, 2).tolist() == [list(span) for span in offsets]
     for i, image in enumerate(IMAGES):
         ids = np.frombuffer(contents[2 * i], "<i4").tolist()
         assert ids == [i, int(bool(image)), *store.tokens(i).tolist()]
@@ -50,7 +50,7 @@ def slowly(store, folder):
     time.sleep(1)
     write(store, folder)
 dali_records._write = slowly
-print(len(dali_records.records_of(MappedStore(sys.argv[1])).places))
+print(len(dali_records.records_of(MappedStore(sys.argv[1])).spans))
 """
 
 
@@ -74,7 +74,7 @@ def test_a_write_that_fails_leaves_nothing(store, monkeypatch):
         records_of(store)
     assert not [path for path in store.path.iterdir() if path.is_dir()]
     monkeypatch.undo()
-    assert len(records_of(store).places) == 4
+    assert len(records_of(store).spans) == 4
 
 
 def test_a_store_that_cannot_be_written_to_has_its_records_in_the_cache(store, monkeypatch, tmp_path):

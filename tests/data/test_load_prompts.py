@@ -12,6 +12,7 @@ from on_ranks import config_for
 
 from flowrl_mega.config import ConfigError
 from flowrl_mega.config_file import load_config
+from flowrl_mega.data.fingerprint import PROBE
 from flowrl_mega.data.load_prompts import kinds_of, load_prompts
 from flowrl_mega.data.prompts import Prompt, Prompts, Row, tokenized
 from flowrl_mega.data.split import split
@@ -98,6 +99,47 @@ def test_what_cannot_be_read_is_told_with_the_settings(data: dict[str, Any], mes
     path.write_text(json.dumps(tree))
     with pytest.raises(ConfigError, match=message):
         load_config(path)
+
+
+class Counting:
+    """A tokenizer that remembers each text that it is given."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.seen = tokenizer, Counter[str]()
+
+    def __call__(self, texts: list[str] | str, **arguments: Any) -> Any:
+        self.seen.update([texts] if isinstance(texts, str) else texts)
+        return self.tokenizer(texts, **arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+
+@pytest.mark.parametrize("held_out", ["a share", "a file", "a store"])
+@pytest.mark.parametrize("data", ["file", "task", "store"])
+def test_each_row_is_tokenized_once(
+    data: str, held_out: str, tokenizer, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And those of a store, which holds the ids, never: a hundred thousand prompts take half a minute."""
+    trained, held = [{"prompt": f"{n}:"} for n in range(30)], [{"prompt": f"{n}z"} for n in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trained))
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
+    settings: dict[str, Any] = {
+        "file": {"path": str(tmp_path / "rows.jsonl")},
+        "task": {"task": "sums", "task_args": {"lo": 10, "hi": 39}},
+        "store": {"path": str(in_store(trained, tokenizer, tmp_path / "store"))},
+    }[data]
+    settings["held_out"] = {
+        "a share": 0.2,
+        "a file": str(tmp_path / "held.jsonl"),
+        "a store": str(in_store(held, tokenizer, tmp_path / "held")),
+    }[held_out]
+    counting = Counting(tokenizer)
+    monkeypatch.setattr("flowrl_mega.data.load_prompts.load_tokenizer", lambda path: counting)
+    load_prompts(config_for(model, data=settings))
+    seen = [text for text in counting.seen.elements() if text not in PROBE]
+    rows = {"file": [row["prompt"] for row in trained], "task": [f"{n}:" for n in range(10, 40)], "store": []}[data]
+    assert sorted(seen) == sorted(rows + [row["prompt"] for row in held if held_out == "a file"])
 
 
 def test_a_folder_that_is_no_store(model: Path) -> None:

@@ -73,11 +73,11 @@ def opened(kind, prompts, seed=3, shard=0, shards=1):
 
 
 def share(kind, size, epoch, shard, shards):
-    """How many prompts of an epoch a shard has: every shards-th place of the stream; DALI cuts the store into parts."""
+    """How many prompts of an epoch a shard has: every shards-th of the stream; DALI cuts the store into parts."""
     if kind == "reader":
         part = (shard + epoch) % shards
         return size * (part + 1) // shards - size * part // shards
-    return sum(place % shards == shard for place in range(epoch * size, (epoch + 1) * size))
+    return sum(position % shards == shard for position in range(epoch * size, (epoch + 1) * size))
 
 
 def in_pieces(loader, count, rng, most=40):
@@ -132,17 +132,17 @@ def test_a_resumed_stream_equals_an_uninterrupted_one(kind, trial, store):
     """Cut at random samples, mostly in the middle of a batch and more than once; the state goes through JSON."""
     rng = random.Random(trial)
     size, shards = rng.choice([23, 200]), rng.randint(1, 3)
-    place = {"shard": rng.randrange(shards), "shards": shards}
-    whole = in_pieces(opened(kind, store(size), **place), 1000, rng)
-    got, loader = [], opened(kind, store(size), **place)
+    shard_args = {"shard": rng.randrange(shards), "shards": shards}
+    whole = in_pieces(opened(kind, store(size), **shard_args), 1000, rng)
+    got, loader = [], opened(kind, store(size), **shard_args)
     while len(got) < 1000:
         got += in_pieces(loader, min(rng.randint(0, 150), 1000 - len(got)), rng)
-        state = json.loads(json.dumps(loader.state()))
+        state = json.loads(json.dumps(loader.state_dict()))
         in_pieces(loader, rng.randint(0, 100), rng)  # lost with the process
         loader.close()
-        loader = opened(kind, store(size), **place)
-        loader.load(state)
-        assert loader.state() == state
+        loader = opened(kind, store(size), **shard_args)
+        loader.load_state_dict(state)
+        assert loader.state_dict() == state
     assert got == whole
 
 
@@ -154,7 +154,7 @@ from flowrl_mega.data.store import MappedStore
 loader = open_loader(DataSettings(**json.loads(sys.argv[1])), MappedStore(sys.argv[2]), 3, 1, 2)
 while True:
     indices = [prompt.index for prompt in loader.next(random.randint(1, 30))]
-    print(json.dumps([indices, loader.state()]), flush=True)
+    print(json.dumps([indices, loader.state_dict()]), flush=True)
 """
 
 
@@ -171,7 +171,7 @@ def test_a_killed_process_is_continued(kind, store):
     assert child.wait(60) == -signal.SIGKILL
     before = [index for line in said for index in json.loads(line)[0]]
     loader = opened(kind, store(200), shard=1, shards=2)
-    loader.load(json.loads(said[-1])[1])
+    loader.load_state_dict(json.loads(said[-1])[1])
     after = [prompt.index for prompt in loader.next(400)]
     whole = opened(kind, store(200), shard=1, shards=2).next(len(before) + 400)
     assert before + after == [prompt.index for prompt in whole]
@@ -184,12 +184,13 @@ def test_index_gives_the_order_of_mmap(stretch, store, monkeypatch):
     monkeypatch.setattr(dali, "STRETCH", stretch)
     prompts = Subset(store(200), range(0, 200, 3))
     for shard in range(2):
-        place = {"seed": 11, "shard": shard, "shards": 2}
-        mmap, index = opened("mmap", prompts, **place), opened("index", prompts, **place)
+        shard_args = {"seed": 11, "shard": shard, "shards": 2}
+        mmap, index = opened("mmap", prompts, **shard_args), opened("index", prompts, **shard_args)
         assert mmap.next(333) == index.next(333)
-        mmap, index, state = opened("mmap", prompts, **place), opened("index", prompts, **place), mmap.state()
-        index.load(state)
-        mmap.load(index.state())
+        state = mmap.state_dict()
+        mmap, index = opened("mmap", prompts, **shard_args), opened("index", prompts, **shard_args)
+        index.load_state_dict(state)
+        mmap.load_state_dict(index.state_dict())
         assert mmap.next(99) == index.next(99)
 
 
@@ -198,7 +199,7 @@ def test_reader_reads_in_turn_through_its_buffer(store):
     """What is said of its order: no prompt comes more than the buffer's length before its turn in the shard's part."""
     got = [prompt.index for prompt in opened("reader", store(200), shard=1, shards=2).next(100)]
     assert sorted(got) == list(range(100, 200))
-    assert max(place - turn for turn, place in enumerate(got, start=100)) < 16
+    assert max(position - turn for turn, position in enumerate(got, start=100)) < 16
 
 
 @needs_dali
@@ -220,13 +221,13 @@ def test_a_state_of_another_run_is_refused(change, told, store):
     run = {"kind": "reader", "prompts": 200, "shard": 1, "shards": 2, "seed": 3, **change}
     other = opened(run.pop("kind"), store(run.pop("prompts")), **run)
     with pytest.raises(ConfigError, match=told):
-        other.load(loader.state())
+        other.load_state_dict(loader.state_dict())
 
 
 @needs_dali
 def test_a_state_without_a_checkpoint_is_no_readers(store):
     with pytest.raises(ConfigError, match="is of store unknown"):
-        opened("reader", store(200)).load(opened("mmap", store(200)).state())
+        opened("reader", store(200)).load_state_dict(opened("mmap", store(200)).state_dict())
 
 
 # Images
@@ -295,7 +296,7 @@ def test_a_resumed_stream_of_images_equals_an_uninterrupted_one(kind, picture_st
         loader = opened(kind, picture_store)
         loader.next(cut)
         other = opened(kind, picture_store)
-        other.load(loader.state())
+        other.load_state_dict(loader.state_dict())
         assert [prompt.index for prompt in other.next(60 - cut)] == whole[cut:]
 
 

@@ -41,12 +41,12 @@ def test_a_resumed_stream_equals_an_uninterrupted_one(tokenizer):
 
     whole = [p.index for p in loader().next(40)]
     parts: list[int] = []
-    state = loader().state()
+    state = loader().state_dict()
     for size in (1, 6, 10, 3, 20):
         resumed = loader()
-        resumed.load(state)
+        resumed.load_state_dict(state)
         parts += [p.index for p in resumed.next(size)]
-        state = resumed.state()
+        state = resumed.state_dict()
     assert parts == whole
     assert whole != [p.index for p in loader(seed=6).next(40)]
 

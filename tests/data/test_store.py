@@ -16,7 +16,7 @@ from PIL import Image
 from flowrl_mega.config import ConfigError
 from flowrl_mega.data.fingerprint import Fingerprint
 from flowrl_mega.data.loader import MmapLoader
-from flowrl_mega.data.store import MappedStore, is_store, new_store, open_store
+from flowrl_mega.data.store import MappedStore, new_store, open_store
 
 TEXTS = ["2+2=", "Ünïcödé \u2028 日本語 🙂", "a", "tab\t\nline\r\n \x00 nul", "long " * 50]
 ROWS = [
@@ -183,7 +183,6 @@ def test_an_edited_header(store):
 
 def test_what_is_no_store(tmp_path):
     for path in (tmp_path, tmp_path / "none"):
-        assert not is_store(path)
         with pytest.raises(ConfigError, match="is no prompt store"):
             MappedStore(path)
 

@@ -24,15 +24,15 @@ def drawn(parallel: dict[str, int], sizes: list[int], state: dict[str, Any] | No
     loader = MmapLoader(prompts, SEED, layout.dp_rank, layout.dp)
     stream = Stream(loader, layout)
     if state:
-        stream.load(state)
+        stream.load_state_dict(state)
     before = loader.taken
-    return [item for n in sizes for item in stream.next(n)], stream.state(), loader.taken - before
+    return [item for n in sizes for item in stream.next(n)], stream.state_dict(), loader.taken - before
 
 
-def expected(places: range) -> list[tuple[int, list[int]]]:
+def expected(positions: range) -> list[tuple[int, list[int]]]:
     """By the definition alone: epochs of numpy's order, one after the other."""
     order = [int(i) for epoch in range(4) for i in permutation(SEED, epoch, SIZE)]
-    return [(order[place], [order[place], order[place] + 1]) for place in places]
+    return [(order[position], [order[position], order[position] + 1]) for position in positions]
 
 
 @pytest.mark.parametrize("parallel", [{"dp": 2}, {"tp": 2}])
@@ -47,6 +47,7 @@ def test_replicas_read_shares_and_ranks_get_all(parallel: dict[str, int], ranks2
 def test_it_goes_on_with_any_number_of_replicas(before: dict[str, int], after: dict[str, int], ranks2) -> None:
     """A checkpoint of one layout continues in another at the very next prompt, in the middle of an epoch."""
     (_, state, _), (_, other, _) = ranks2.run(drawn, before, [5, 4], None)
-    assert state == other
+    taken = [{"taken": 5}, {"taken": 4}] if "dp" in before else [{"taken": 9}]
+    assert state == other == {"place": 9, "loaders": taken}, "as checkpoints have always held it"
     (found, _, _), _ = ranks2.run(drawn, after, [3, 6], state)
     assert found == expected(range(9, 18))

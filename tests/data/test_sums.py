@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from flowrl_mega.config import ConfigError
-from flowrl_mega.data.sums import ALPHABET, right_answers, rows
+from flowrl_mega.data.sums import ALPHABET, Sums, right_answers
 from flowrl_mega.data.tokenizer import char_tokenizer
 from flowrl_mega.rewards.sums import score
 
@@ -15,7 +15,7 @@ from flowrl_mega.rewards.sums import score
 @pytest.mark.parametrize(("n", "terms", "length"), [(0, 2, 4), (3, 2, 4), (9, 2, 4), (10, 2, 4), (3, 3, 5), (0, 3, 5)])
 def test_the_scorer_accepts_exactly_the_listed_answers(n, terms, length):
     """Exact pass rates rest on this: among ALL strings up to `length`, those scored right are those listed."""
-    (row,) = rows(n, n, terms)
+    (row,) = Sums(n, n, terms).rows()
     alphabet = "".join(sorted({*"0+:", *str(n), *"1239"} if terms == 3 else set(ALPHABET)))
     strings = map("".join, itertools.chain(*(itertools.product(alphabet, repeat=k) for k in range(length + 1))))
     accepted = {text for text in strings if score(row, text)[0] == 1.0}
@@ -48,14 +48,14 @@ def test_a_wrong_sum_is_named():
 
 def test_rows_and_their_limits():
     """Prompts have two digits each; totals that do not fit are refused."""
-    first = rows(7, 10, 3)[0]
+    first = Sums(7, 10, 3).rows()[0]
     assert first == {"prompt": "07:", "total": 7, "terms": 3, "right_answers": right_answers(7, 3)}
-    assert [row["prompt"] for row in rows(7, 10)] == ["07:", "08:", "09:", "10:"]
+    assert [row["prompt"] for row in Sums(7, 10).rows()] == ["07:", "08:", "09:", "10:"]
     for arguments in ((5, 4), (0, 100), (-1, 5)):
         with pytest.raises(ConfigError, match=r"must lie within 0\.\.99"):
-            rows(*arguments)
+            Sums(*arguments)
     with pytest.raises(ConfigError, match="terms=1"):
-        rows(0, 9, 1)
+        Sums(0, 9, 1)
 
 
 def test_char_tokenizer_round_trips_through_a_folder(tmp_path, monkeypatch):

@@ -104,7 +104,7 @@ def test_the_sweep_has_the_matched_coefficient():
         if name.startswith("grpo_kl ")
     ]
     assert coefficients == [0.01, 0.05, 0.0909, 0.2]
-    right = [[a + "." for a in row["right_answers"]] for row in compare.sums.rows(lo=10, hi=99)]
+    right = [[a + "." for a in row["right_answers"]] for row in compare.sums.Sums(lo=10, hi=99).rows()]
     mean = sum(sum(map(len, answers)) / len(answers) for answers in right) / len(right)
     assert compare.matched_coefficient() == pytest.approx(1 / (2 * mean), abs=1e-4)
 

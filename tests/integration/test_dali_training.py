@@ -21,7 +21,7 @@ pytest.importorskip("nvidia.dali", reason="the extra dali is not installed")
 def store(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer, path = load_tokenizer(str(tiny_llama)), tmp_path_factory.mktemp("store") / "prompts"
     with new_store(path, tokenizer) as writer:
-        for prompt in tokenized(sums.rows(10, 40), tokenizer):
+        for prompt in tokenized(sums.Sums(10, 40).rows(), tokenizer):
             writer.add(prompt.token_ids, {**prompt.row, "kind": "sums", "task": "sums"})
     return path
 

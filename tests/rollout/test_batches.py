@@ -55,17 +55,17 @@ class Scripted:
 class Places:
     """A stream whose every prompt is its place, of a data set of 1000."""
 
-    place = 0
+    position = 0
 
     def next(self, n: int) -> list[tuple[int, list[int]]]:
-        self.place += n
-        return [(1000 - place, [place]) for place in range(self.place - n, self.place)]
+        self.position += n
+        return [(1000 - place, [place]) for place in range(self.position - n, self.position)]
 
-    def state(self) -> dict[str, int]:
-        return {"place": self.place}
+    def state_dict(self) -> dict[str, int]:
+        return {"place": self.position}
 
-    def load(self, state: dict[str, int]) -> None:
-        self.place = state["place"]
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["place"]
 
 
 def make(lengths: dict[int, list[int]], **settings: Any) -> tuple[Batches, Scripted]:

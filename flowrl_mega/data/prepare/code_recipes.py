@@ -48,7 +48,7 @@ def deepcoder(record: dict[str, Any], wording: str) -> Problem:
     else:
         cases = _cases(tests)
         name = cases[0].get("fn_name") or _function_name(record, cases)
-    return _from_cases(problem, starter, cases, name)
+    return _with_cases(problem, starter, cases, name)
 
 
 def livecodebench(record: dict[str, Any], wording: str) -> Problem:
@@ -61,7 +61,7 @@ def livecodebench(record: dict[str, Any], wording: str) -> Problem:
         private = unpack(private)
     cases = _cases(_json(column(record, "public_test_cases"), "public_test_cases"), may_be_empty=True)
     cases += _cases(_json(private, "private_test_cases"), may_be_empty=bool(cases))
-    return _from_cases(problem, record.get("starter_code") or "", cases, _function_name(record, cases))
+    return _with_cases(problem, record.get("starter_code") or "", cases, _function_name(record, cases))
 
 
 def humaneval(record: dict[str, Any], wording: str) -> Problem:
@@ -116,35 +116,62 @@ def _is_name(name: Any) -> bool:
     return isinstance(name, str) and 1 <= len(parts := name.split(".")) <= 2 and all(map(str.isidentifier, parts))
 
 
-def _from_cases(problem: str, starter: Any, cases: list[dict[str, Any]], name: Any) -> Problem:
+def _with_cases(problem: str, starter: Any, cases: list[dict[str, Any]], name: Any) -> Problem:
+    """A problem whose tests are {"input", "output"} each: of a whole program if `name` is empty, else of a function."""
     if not isinstance(starter, str):
         raise BadRow(BAD_TESTS, "'starter_code' must be text")
-    inputs, outputs = [case.get("input") for case in cases], [case.get("output") for case in cases]
     if not name:
-        tests = {"type": "stdin", "inputs": [_lines(v) for v in inputs], "outputs": [_lines(v) for v in outputs]}
-        check_tests(tests)
-        return code(problem, STDIN.format(problem), tests)
-    if any(case.get("testtype") == "functional" for case in cases):  # each argument is a line of JSON
-        inputs = [[_json(line, "input") for line in _lines(value).split("\n") if line.strip()] for value in inputs]
-        outputs = [_json(value, "output") for value in outputs]
-    else:
-        outputs = _unwrapped(outputs)
+        return _program(problem, cases)
     if isinstance(name, str) and "class Solution" in starter and "." not in name:
         name = f"Solution.{name}"
+    return _function(problem, starter, cases, name)
+
+
+def _program(problem: str, cases: list[dict[str, Any]]) -> Problem:
+    """A problem whose tests run a program: text on standard input, text expected on standard output."""
+    tests = {
+        "type": "stdin",
+        "inputs": [_lines(case.get("input")) for case in cases],
+        "outputs": [_lines(case.get("output")) for case in cases],
+    }
+    check_tests(tests)
+    return code(problem, STDIN.format(problem), tests)
+
+
+def _function(problem: str, starter: str, cases: list[dict[str, Any]], name: Any) -> Problem:
+    """A problem whose tests call the function or method `name`."""
+    inputs, outputs = [case.get("input") for case in cases], [case.get("output") for case in cases]
+    if _is_functional(cases):
+        inputs, outputs = [_arguments(value) for value in inputs], [_json(value, "output") for value in outputs]
+    else:
+        outputs = _unwrapped(outputs)
     tests = {"type": "call", "name": name, "inputs": inputs, "outputs": outputs}
     check_tests(tests)
     how = STARTER.format(starter.rstrip()) if starter.strip() else f" that defines {name}"
     return code(problem, CALL.format(problem, how), tests)
 
 
+def _is_functional(cases: list[dict[str, Any]]) -> bool:
+    """Whether these are LiveCodeBench's calls of a function, whose inputs and outputs are JSON."""
+    return any(case.get("testtype") == "functional" for case in cases)
+
+
+def _arguments(value: Any) -> list[Any]:
+    """The arguments in a functional test's input: one per line, as JSON."""
+    return [_json(line, "input") for line in _lines(value).split("\n") if line.strip()]
+
+
 def _unwrapped(outputs: list[Any]) -> list[Any]:
-    """TACO, like APPS before it, has results in a list in most problems. Not in all, and nothing else tells."""
+    """Results without the list of one that TACO, like APPS before it, puts around them in most problems.
+
+    Not in all problems, and no column tells in which: they are unwrapped if all results of a problem are lists of one.
+    """
     lists = [value for value in outputs if isinstance(value, list) and len(value) == 1]
     return [value[0] for value in lists] if len(lists) == len(outputs) else outputs
 
 
 def _lines(value: Any) -> Any:
-    """TACO gives some inputs as lists of lines."""
+    """A program's input or output as text; TACO gives some as lists of lines."""
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
         return "\n".join(value)
     if not isinstance(value, str):
@@ -168,7 +195,8 @@ def _cases(tests: Any, may_be_empty: bool = False) -> list[dict[str, Any]]:
 
 
 def _function_name(record: dict[str, Any], cases: list[dict[str, Any]]) -> Any:
-    if not any(case.get("testtype") == "functional" for case in cases):
+    """The function that the tests call, from the column metadata; None for tests of programs."""
+    if not _is_functional(cases):
         return None
     found = record.get("metadata") or cases[0].get("metadata")
     metadata = _json(found, "metadata") if isinstance(found, str) else found
@@ -179,7 +207,7 @@ def _function_name(record: dict[str, Any], cases: list[dict[str, Any]]) -> Any:
 
 
 def _json(value: Any, name: str) -> Any:
-    """The value that a column of JSON text holds; a value is itself."""
+    """The value of a column that holds JSON text; anything but text is returned as it is."""
     if not isinstance(value, str):
         return value
     try:
@@ -189,7 +217,7 @@ def _json(value: Any, name: str) -> Any:
 
 
 def unpack(packed: str) -> str:
-    """The text in base64 of zlib of a pickle, which is read and never run: it must hold one text. Else BadRow."""
+    """The one text in base64 of zlib of a pickle, whose operations are read and never run. BadRow if it is not that."""
     try:
         unzip = zlib.decompressobj()
         data = unzip.decompress(base64.b64decode(packed, validate=True), MOST_BYTES)

@@ -1,4 +1,4 @@
-"""Which problems of test sets are among the training problems: the same words, or runs of words in common.
+"""Finds problems of test sets among the training problems: the same words, or runs of words in common.
 
 Words are compared without case and punctuation. As for GPT-3 (arXiv 2005.14165, appendix C) a run is 13 words, and one
 that occurs in more than 10 different training problems is a phrase and left out. Phrases remain all the same ("m and n
@@ -34,7 +34,7 @@ class Benchmark(NamedTuple):
 
 
 class Overlap(NamedTuple):
-    """One test set's problems that are in the training set, by their ids."""
+    """The problems of one test set that are in the training set, by id."""
 
     name: str
     problems: int
@@ -71,7 +71,7 @@ def read_test_set(name: str, split: str) -> Benchmark:
 
 
 def _problem(record: dict[str, Any]) -> str:
-    """What is asked in a record; of chat messages the last."""
+    """The problem in a record's first known column; of chat messages the last one."""
     value = next((record[name] for name in COLUMNS if record.get(name)), "")
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         value = value[-1].get("content")
@@ -144,7 +144,7 @@ def _overlap(
 
 
 def table(overlaps: list[Overlap]) -> str:
-    """As Markdown."""
+    """A Markdown table, one line per test set."""
     lines = [
         f"| test set | problems | same words | {NEAR:.0%} of its runs | any run | training rows of the first two | for "
         "example |",

@@ -29,7 +29,7 @@ GoldCheck = Callable[[str], str | None]  # what is wrong with an answer, or None
 
 @dataclass(frozen=True)
 class Plan:
-    """What to prepare. `tasks`, `count`, `seed` and `task_args` are for reasoning-gym, which takes no input."""
+    """The options of tools/prepare_data.py. `tasks`, `count`, `seed` and `task_args` are for reasoning-gym only."""
 
     recipe: str
     out: Path
@@ -49,7 +49,7 @@ class Plan:
 
 
 class Item(NamedTuple):
-    """A record, and what became of it: `problem` with its whole row, or the reason why not."""
+    """A record with the problem made from it, row and all; or None, and why it is refused."""
 
     record: Record
     problem: Problem | None
@@ -89,6 +89,7 @@ def prepare(plan: Plan, tokenizer: Any, check_answer: GoldCheck | None) -> Repor
     dropped = set().union(*(found.train_ids(share) for found in report.overlaps)) if share is not None else set()
     made = {key: value for key, value in vars(plan).items() if key != "out" and value not in (None, [], {})}
     made |= {"inputs": [Path(name).name for name in plan.inputs], "against": [Path(n).name for n in plan.against]}
+    made["recipe"] = Path(plan.recipe).name
     with new_store(plan.out, tokenizer, chat_template=plan.chat_template, made=made) as writer:
         with (writer.folder / REFUSED).open("w") as listed:
             kept = _kept(_items(plan, check_answer), dropped, report, listed)
@@ -145,12 +146,13 @@ def _items(plan: Plan, check_answer: GoldCheck | None) -> Iterator[Item]:
 
 
 def _whole(record: Record, number: int, plan: Plan, chosen: Recipe, check_answer: GoldCheck | None) -> Problem:
-    """The record as the recipe makes it, with everything that is stored; BadRow where it is not fit for that."""
+    """The problem that the recipe makes from the record, with its row complete. BadRow if the record is unfit."""
     if record.value is None:
         raise BadRow(BROKEN, record.fault)
     named = record.value | {ours: record.value.get(theirs) for ours, theirs in plan.columns.items()}
     problem = chosen.make(named, plan.wording or chosen.wording)
-    row = {"id": f"{plan.recipe}/{plan.split}/{number}", "task": plan.recipe, **problem.row}
+    task = plan.recipe.rpartition(":")[2]  # of a user's recipe the function's name
+    row = {"id": f"{task}/{plan.split}/{number}", "task": task, **problem.row}
     if check_answer and row.get("kind") in ("math", "math_dapo") and (wrong := check_answer(row["answer"])):
         raise BadRow(BAD_ANSWER, f"the answer {row['answer']!r:.100}: {wrong}")
     _check_row(row, plan.chat_template)
@@ -182,7 +184,7 @@ def _check_row(row: Row, chat_template: bool) -> None:
 
 
 def _image(image: bytes | str, folder: Path | None) -> bytes:
-    """Its bytes, when they can be decoded. A path is that of the input file's folder."""
+    """The image's bytes; a path is relative to the input file's folder. BadRow if they cannot be decoded."""
     try:
         encoded = ((folder or Path()) / image).read_bytes() if isinstance(image, str) else image
         if encoded:
@@ -199,7 +201,7 @@ def _texts(plan: Plan, check_answer: GoldCheck | None) -> Iterator[tuple[str, st
 
 
 def _kept(items: Iterator[Item], dropped: Container[str], report: Report, listed: TextIO | None) -> Iterator[Item]:
-    """Those that are whole, and neither said before nor dropped; the others are refused."""
+    """The items that have a problem, are no duplicates and are not in `dropped`; the others are refused."""
     seen: dict[bytes, tuple[bytes, str]] = {}
     for item in items:
         report.read += 1
@@ -228,7 +230,7 @@ def _digest(value: Any) -> bytes:
 def _tokenised(
     items: Iterator[Item], plan: Plan, tokenizer: Any, report: Report, listed: TextIO | None
 ) -> Iterator[tuple[Item, list[int]]]:
-    """Those whose prompts have tokens, and not too many."""
+    """The items with their token ids; a prompt without tokens or with too many is refused."""
     for batch in _batches(items):
         for item, ids in zip(batch, _encode(batch, plan, tokenizer), strict=True):
             if isinstance(ids, str):
@@ -243,7 +245,7 @@ def _tokenised(
 
 
 def _batches(items: Iterator[Item]) -> Iterator[list[Item]]:
-    """Few enough that they fit into memory: tests of programs may be megabytes."""
+    """Items in batches that fit into memory: the tests of one program may be megabytes."""
     batch: list[Item] = []
     size = 0
     for item in items:
@@ -263,7 +265,7 @@ def _size(problem: Problem | None) -> int:
 
 
 def _encode(batch: list[Item], plan: Plan, tokenizer: Any) -> list[list[int] | str]:
-    """The ids of each prompt, or what is wrong with it."""
+    """For each prompt its token ids, or the words for what is wrong with it."""
     prompts = [item.problem.row["prompt"] for item in batch if item.problem]
     try:
         texts = [render(prompt, tokenizer, plan.chat_template) for prompt in prompts]

@@ -1,4 +1,4 @@
-"""What a recipe makes of a published record: the problem, the prompt, and what its reward reads."""
+"""A recipe's result: the problem, its prompt and what its reward reads; and helpers that read a record's columns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BROKEN, EMPTY, BAD_ANSWER, BAD_TESTS = "broken", "empty", "bad answer", "bad tes
 
 
 class BadRow(ValueError):
-    """This record gives no prompt: the class that it is counted under, and what is wrong with it."""
+    """A record that gives no prompt. `reason` is the class that it is counted under; the message says what is wrong."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -29,7 +29,7 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class Problem:
-    """`text` is the problem alone, which duplicates and contamination are found by; `row` all that is stored of it."""
+    """`text` is the problem alone, by which duplicates and contamination are found; `row` is what the store keeps."""
 
     text: str
     row: Row = field(default_factory=dict)
@@ -49,7 +49,7 @@ def code(text: str, prompt: str, tests: dict[str, Any]) -> Problem:
 
 
 def column(record: dict[str, Any], *names: str) -> Any:
-    """The first of these columns that the record has."""
+    """The value of the first of these columns that the record has. BadRow if it has none."""
     for name in names:
         if record.get(name) is not None:
             return record[name]
@@ -59,7 +59,7 @@ def column(record: dict[str, Any], *names: str) -> Any:
 
 
 def text_of(record: dict[str, Any], *names: str) -> str:
-    """The first of these columns, which must hold text."""
+    """The text in the first of these columns that the record has, stripped. BadRow if it is not text, or empty."""
     value = column(record, *names)
     if not isinstance(value, str):
         raise BadRow(BROKEN, f"{' or '.join(map(repr, names))} is a {type(value).__name__}; must be text")
@@ -69,7 +69,7 @@ def text_of(record: dict[str, Any], *names: str) -> str:
 
 
 def answer_of(record: dict[str, Any], *names: str) -> str:
-    """The first of these columns as an answer: text, or a number; 27.0 is 27."""
+    """The first of these columns as an answer: text, or a number, with 27.0 as 27. BadRow for anything else."""
     value = column(record, *names)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         kind = type(value).__name__
@@ -85,13 +85,13 @@ def answer_of(record: dict[str, Any], *names: str) -> str:
 
 
 def last_boxed(solution: str) -> str:
-    r"""What the last \boxed{...} of a solution holds, with its braces matched."""
+    r"""The contents of the last \boxed{...} of a solution, with braces matched. BadRow if there is none."""
     start = solution.rfind("\\boxed{")
     depth = 0
-    for place in range(start + 6, len(solution)) if start >= 0 else ():
-        depth += {"{": 1, "}": -1}.get(solution[place], 0)
+    for end in range(start + 6, len(solution)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(solution[end], 0)
         if depth == 0:
-            return solution[start + 7 : place].strip()
+            return solution[start + 7 : end].strip()
     raise BadRow(BAD_ANSWER, "the solution holds no whole \\boxed{...}; give an 'answer'")
 
 

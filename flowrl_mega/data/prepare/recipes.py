@@ -1,4 +1,4 @@
-"""From published data sets to rows. A recipe is a function of one record; all of them are in RECIPES.
+"""From published data sets to rows. A recipe is a function of one record: those in RECIPES, or one from anywhere.
 
 Every recipe also takes the form {"problem", "answer", "source"} (code: {"problem", "entry_point", "tests"}). Column
 names were read where each recipe says; no hub could be reached where this was written, so of the published files none
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from flowrl_mega.config import ConfigError
@@ -25,14 +26,15 @@ from flowrl_mega.data.prepare.problem import (
     text_of,
     without_wording,
 )
+from flowrl_mega.imports import load
 
 Record = dict[str, Any]
 
 
 class Recipe(NamedTuple):
-    make: Callable[[Record, str], Problem]  # of a record and a wording
+    make: Callable[[Record, str], Problem]  # (record, wording) -> problem; raises BadRow for a record unfit for it
     datasets: str  # ids on the hub
-    wording: str = "boxed"
+    wording: str = "boxed"  # the default: "boxed" or "answer"
 
 
 def dapo_math(record: Record, wording: str) -> Problem:
@@ -113,7 +115,7 @@ def rows(record: Record, wording: str) -> Problem:
 
 
 def _words(prompt: Any) -> str:
-    """All that is said in a prompt."""
+    """The text of a prompt; of chat messages all contents."""
     if isinstance(prompt, str):
         return text_of({"prompt": prompt}, "prompt")
     if not isinstance(prompt, list) or not prompt:
@@ -147,10 +149,38 @@ GENERATED = "reasoning-gym"
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of this name; ConfigError with the nearest one."""
+    """The recipe of this name, or the function that "module:function" or "path/to/file.py:function" names.
+
+    Raises ConfigError with the nearest name.
+    """
+    if ":" in name:
+        function = load(name, "--recipe")
+        if not callable(function):
+            raise ConfigError(f"--recipe {name}: is a {type(function).__name__}; must be a function (record, wording)")
+        return Recipe(partial(_from_outside, name, function), "your own")
     if name not in RECIPES:
         names = [*RECIPES, GENERATED]
         near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names)}"
-        raise ConfigError(f"--recipe {name}: unknown; {hint}")
+        raise ConfigError(f"--recipe {name}: unknown; {hint}; or give your own as path/to/file.py:function")
     return RECIPES[name]
+
+
+def _from_outside(name: str, function: Callable[[Record, str], Any], record: Record, wording: str) -> Problem:
+    """The problem that a user's recipe makes, its row checked like one of the recipe `rows`.
+
+    A record on which the function fails is refused as broken: one odd record must not end the preparation.
+    """
+    try:
+        problem = function(record, wording)
+    except BadRow:
+        raise
+    except Exception as error:
+        raise BadRow(BROKEN, f"the recipe failed ({type(error).__name__}: {error!s:.100})") from None
+    if not isinstance(problem, Problem):
+        raise ConfigError(
+            f"--recipe {name}: returned a {type(problem).__name__}; must return a Problem, of "
+            "flowrl_mega.data.prepare.problem"
+        )
+    checked = rows({**problem.row, "image": problem.image}, wording)
+    return Problem(text_of(vars(problem), "text"), checked.row, problem.image)

@@ -1,4 +1,4 @@
-"""Records as they were published: JSON lines, Parquet files, Hugging Face datasets; one by one, each with its place."""
+"""Reads published records one by one, each with file and row: JSON lines, Parquet files, Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _parsed(line: bytes) -> tuple[dict[str, Any] | None, str]:
 
 
 def _dataset(name: str, where: dict[str, Any], folder: Path | None) -> Iterator[Record]:
-    """Through the library `datasets`, as a stream: its cache would hold everything a second time."""
+    """Records read by the library `datasets`, as a stream: its cache would hold everything a second time."""
     try:
         import datasets
     except ImportError:

@@ -1,10 +1,12 @@
-"""What the runs of an ablation came to, as one table: mean and spread over the seeds."""
+"""The results of an ablation as one table and one plot: mean and spread over the seeds."""
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Records = Sequence[Mapping[str, Any]]
@@ -16,10 +18,44 @@ EXPLAINED = (
 )
 
 
-def figures(metrics: Records, evaluation: Records) -> dict[str, float]:
-    """A run's figures from its metrics.jsonl and evaluation.jsonl, as the table explains them.
+def write_report(
+    folder: Path,
+    seeds: Sequence[int],
+    settings: Mapping[str, Mapping[str, Any]],
+    records: Mapping[str, Mapping[int, tuple[Records, Records]]],
+    failed: Mapping[str, Mapping[int, str]],
+) -> None:
+    """Write ablation.md, ablation.json and, where a run is finished, ablation.png into `folder`; print the table.
 
-    A null (a number that was not finite) is left out of a mean; a figure that has nothing else is left out.
+    All three mappings have every cell. `settings`: the varied ones; `records`: seed -> (metrics.jsonl,
+    evaluation.jsonl) of finished runs; `failed`: seed -> why.
+    """
+    summary = {
+        cell: {
+            "settings": varied,
+            **summarise({seed: figures(*both) for seed, both in records[cell].items()}),
+            "failed": failed[cell],
+        }
+        for cell, varied in settings.items()
+    }
+    text = table(summary, seeds)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ablation.json").write_text(json.dumps({"seeds": seeds, "cells": summary}, indent=1, default=str))
+    (folder / "ablation.md").write_text(text)
+    print(f"\n{text}\n{folder}: ablation.md, ablation.json", end="")
+    curves = {cell: list(by_seed.values()) for cell, by_seed in records.items() if by_seed}
+    if curves:
+        from flowrl_mega.monitor.plots import ablation_figure  # matplotlib takes a second
+
+        ablation_figure(curves, folder / "ablation.png")
+        print(", ablation.png", end="")
+    print(flush=True)
+
+
+def figures(metrics: Records, evaluation: Records) -> dict[str, float]:
+    """A run's figures from its metrics.jsonl and evaluation.jsonl, as EXPLAINED defines them.
+
+    A null (a number that was not finite) is left out of its mean; a figure with nothing but nulls is left out.
     """
     last_tenth = metrics[-math.ceil(len(metrics) / 10) :]
     found: dict[str, float] = {}
@@ -34,7 +70,10 @@ def figures(metrics: Records, evaluation: Records) -> dict[str, float]:
 
 
 def summarise(runs: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
-    """{"runs": seed -> figures, "mean": ..., "std": ...}; the sample standard deviation where two seeds have one."""
+    """{"runs": seed -> figures, "mean": figures, "std": figures}.
+
+    "std" is the sample standard deviation; it has the figures that at least two seeds have.
+    """
     columns: dict[str, list[float]] = {}
     for found in runs.values():
         for name, value in found.items():
@@ -47,9 +86,9 @@ def summarise(runs: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
 
 
 def table(summary: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> str:
-    """Markdown that also reads well as it is: a cell a line, then what failed.
+    """A Markdown table that also reads well as plain text: one line per cell, then the failed runs.
 
-    `summary` is cell -> what `summarise` gave, with "failed": seed -> why.
+    `summary` is cell -> the result of `summarise`, with "failed": seed -> why.
     """
     names = list(dict.fromkeys(name for row in summary.values() for name in row["mean"]))
     names.sort(key=lambda name: (name == "seconds", name.startswith(HELD_OUT)))  # stable: else as they came
@@ -79,6 +118,6 @@ def _entry(row: Mapping[str, Any], name: str, decimals: int) -> str:
 
 
 def _decimals(means: Sequence[float]) -> int:
-    """Three digits of a column's largest number."""
+    """Decimals that show three digits of the column's largest number."""
     largest = max(map(abs, means))
     return min(max(2 - math.floor(math.log10(largest)), 0), 6) if largest else 3
