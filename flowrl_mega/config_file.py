@@ -107,7 +107,7 @@ def _check_decay(section: str, settings: OptimizerSettings, updates: int) -> Non
 
 
 def _check_fp8(model: ModelSettings, distributed: bool) -> None:
-    """What does not go together in the model section; what the machine lacks is found in model/fp8.py."""
+    """What does not go together in the model section; what the machine lacks is found in model/checks.py."""
     for field in ("fp8", "reference_fp8"):
         recipe = getattr(model, field)
         if recipe == "off":

@@ -10,7 +10,7 @@ from pathlib import Path
 from flowrl_mega.checkpoint import find_checkpoint, is_megatron, step_of
 from flowrl_mega.config import Config, ConfigError
 from flowrl_mega.model.architecture import read_architecture
-from flowrl_mega.model.fp8 import row_alignment
+from flowrl_mega.model.precision import row_alignment
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.launch import free_port, launch, rank_environment, started_by_launcher
 from flowrl_mega.preflight import Inputs, check, describe

@@ -13,14 +13,9 @@ from flowrl_mega import objectives, ops
 from flowrl_mega.checkpoint import check_checkpoint, check_model, find_checkpoint, is_megatron
 from flowrl_mega.config import Config, ConfigError
 from flowrl_mega.data.load_prompts import PromptData, kinds_of, load_prompts
-from flowrl_mega.model.architecture import (
-    Architecture,
-    check_layout,
-    check_megatron,
-    check_pipeline,
-    read_architecture,
-)
-from flowrl_mega.model.fp8 import check_layers, describe_fp8, describe_layers
+from flowrl_mega.model.architecture import Architecture, read_architecture
+from flowrl_mega.model.checks import check_layers, check_layout, check_megatron, check_pipeline
+from flowrl_mega.model.precision import describe_fp8, describe_layers
 from flowrl_mega.monitor import check_wandb
 from flowrl_mega.monitor.run_folder import METRICS
 from flowrl_mega.objectives import Objective

@@ -1,4 +1,4 @@
-// The ops of flowrl_mega/ops/library.py for CPU tensors, through torch's stable ABI.
+// The ops of flowrl_mega/ops/kernels.py for CPU tensors, through torch's stable ABI.
 #include "kernels.h"
 
 #include <torch/csrc/stable/library.h>

@@ -1,4 +1,4 @@
-// The ops of flowrl_mega/ops/library.py for CUDA tensors, through torch's stable ABI. The values of targets and offsets
+// The ops of flowrl_mega/ops/kernels.py for CUDA tensors, through torch's stable ABI. The values of targets and offsets
 // are not looked at, which would wait for the device: the kernels only promise not to leave their buffers on bad ones.
 #include "kernels.h"
 

@@ -1,5 +1,5 @@
 // What the CUDA kernels take, without torch. Each launch function queues its kernels on `stream`, launches nothing for
-// empty inputs, and returns cudaGetLastError(). Fields as in flowrl_mega/ops/library.py.
+// empty inputs, and returns cudaGetLastError(). Fields as in flowrl_mega/ops/kernels.py.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -50,7 +50,7 @@ def hf_to_megatron(hf: Path, out: Path, dtype: torch.dtype | None = None, show: 
         folder.check(arch)
         chunks, log_z, side = list(_model_chunks(folder, arch, dtype)), _log_z_chunks(hf), read_side_files(hf)
         check_target(out, sum(chunk.bytes for chunk in chunks + log_z))
-    first, mine = rank() == 0, _share(chunks)
+    first, mine = rank() == 0, my_chunks(chunks)
     with progress("hf2mcore", sum(chunk.bytes for chunk in mine), show) as done, written(out) as folder_so_far:
         stream.write(folder_so_far, mine + log_z if first else mine, _objects(arch) if first else {}, done)
         if first:
@@ -217,8 +217,9 @@ def _write_log_z(reader: Reader, folder: Path) -> None:
     (folder / "log_z.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
-def _share(chunks: list[Chunk]) -> list[Chunk]:
-    """This rank's: a run of neighbours, so that it reads its own files, of about equal bytes on every rank."""
+def my_chunks(chunks: list[Chunk]) -> list[Chunk]:
+    """The chunks that this rank writes: a contiguous run, so that ranks read different files, and about as many bytes
+    as any other rank's."""
     total, before, mine = sum(chunk.bytes for chunk in chunks), 0, []
     for chunk in chunks:
         if int((before + chunk.bytes / 2) * world() / total) == rank():

@@ -184,17 +184,17 @@ def load_megatron(model: Model, path: Path) -> None:
     """Fill the model's shards from a Megatron checkpoint of whatever layout and layer spec. Collective."""
     # The extra states are FP8's scales: another spec has others, and a new run starts with fresh ones.
     state = {
-        str(piece): {k: part for k, part in stage.gpt.sharded_state_dict().items() if not k.endswith("_extra_state")}
-        for piece, stage in enumerate(model.stages)
+        str(vp_stage): {k: part for k, part in stage.gpt.sharded_state_dict().items() if not k.endswith("_extra_state")}
+        for vp_stage, stage in enumerate(model.stages)
     }
     try:
         with _quietly():
             loaded = dist_checkpointing.load({"model": state}, str(path))["model"]
     except UNFIT as error:
         raise ConfigError(f"{path}: is not a checkpoint of this model ({_reason(error)})") from None
-    for piece, stage in enumerate(model.stages):
+    for vp_stage, stage in enumerate(model.stages):
         for name, parameter in stage.gpt.named_parameters():
-            fill(parameter, loaded[str(piece)][name])
+            fill(parameter, loaded[str(vp_stage)][name])
 
 
 def _keep_rates(saved: list[dict[str, Any]], optimizer: Optimizer, path: Path) -> None:

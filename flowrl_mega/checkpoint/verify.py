@@ -15,7 +15,8 @@ from transformers.utils.logging import disable_progress_bar
 from flowrl_mega.checkpoint.policy_tensors import MegatronTensors, checkpoint_architecture
 from flowrl_mega.checkpoint.state import load_megatron
 from flowrl_mega.config import Config, ConfigError, validated
-from flowrl_mega.model.architecture import check_layout, read_architecture
+from flowrl_mega.model.architecture import read_architecture
+from flowrl_mega.model.checks import check_layout
 from flowrl_mega.model.hf_folder import HfFolder
 from flowrl_mega.model.layers import PackedRows
 from flowrl_mega.model.names import hf_shapes

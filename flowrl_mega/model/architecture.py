@@ -12,8 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from flowrl_mega.config import ConfigError, ModelSettings, nearest
-from flowrl_mega.model.fp8 import layer_fields
+from flowrl_mega.config import ConfigError, ModelSettings
+from flowrl_mega.model.precision import layer_fields
 from flowrl_mega.parallel.layout import Layout
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
@@ -105,56 +105,6 @@ def _refuse_unsupported(hf: Any, file: Path) -> None:
     for name, (value, bad, fix) in wrong.items():
         if bad:
             raise ConfigError(f"{file}: {name} = {value!r} is not supported; {fix} is")
-
-
-def check_layout(arch: Architecture, tp: int, setting: str = "parallel.tp") -> None:
-    """Refuse a tensor-parallel size that does not divide the model, before any rank starts."""
-    for name, size in (
-        ("attention heads", arch.heads),
-        ("key-value heads", arch.kv_heads),
-        ("feed-forward size", arch.ffn),
-    ):
-        if size % tp:
-            fits = [n for n in range(1, arch.kv_heads + 1) if not (arch.heads % n or arch.kv_heads % n or arch.ffn % n)]
-            raise ConfigError(
-                f"{setting} = {tp}: does not divide the model's {size} {name}; use one of {', '.join(map(str, fits))}"
-            )
-
-
-def check_pipeline(arch: Architecture, pp: int, vpp: int) -> None:
-    """Refuse a number of pipeline stages that does not divide the layers, before any rank starts."""
-    if arch.layers % (pp * vpp) == 0:
-        return
-    if arch.layers % pp:
-        fits = [n for n in range(1, arch.layers + 1) if arch.layers % n == 0]
-        nearest_fit = min(fits, key=lambda n: (abs(n - pp), n))
-        raise ConfigError(f"parallel.pp = {pp}: does not divide the model's {arch.layers} layers; use {nearest_fit}")
-    fits = [n for n in range(1, arch.layers // pp + 1) if arch.layers % (pp * n) == 0]
-    nearest_fit = min(fits, key=lambda n: (abs(n - vpp), n))
-    raise ConfigError(
-        f"parallel.vpp = {vpp}: {pp} stages have {arch.layers // pp} layers each; use {nearest_fit}, a divisor of that"
-    )
-
-
-OWN_FIELDS = {
-    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
-    "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
-    "context_parallel_size", "variable_seq_lengths", "sequence_parallel", "normalization", "layernorm_epsilon",
-    "calculate_per_token_loss",
-}  # fmt: skip
-FP8_FIELDS = {"fp8", "fp8_recipe", "fp8_param", "first_last_layers_bf16", "disable_parameter_transpose_cache"}
-
-
-def check_megatron(settings: dict[str, Any]) -> None:
-    """Refuse `megatron.*` names that TransformerConfig lacks, or that other settings rule."""
-    fields = list(TransformerConfig.__dataclass_fields__)
-    for name, value in settings.items():
-        if name not in fields:
-            raise ConfigError(f"megatron.{name}: not a field of TransformerConfig; {nearest(name, fields)}")
-        if name in OWN_FIELDS:
-            raise ConfigError(f"megatron.{name} = {value!r}: follows from model.path and parallel.*; leave it out")
-        if name in FP8_FIELDS:
-            raise ConfigError(f"megatron.{name} = {value!r}: follows from model.spec and model.fp8; leave it out")
 
 
 def transformer_config(arch: Architecture, model: ModelSettings, extra: dict[str, Any], layout: Layout) -> Any:

@@ -30,8 +30,8 @@ class CriticStage(Stage):
 
     lm_head = False
 
-    def __init__(self, arch: Architecture, config: Config, layout: Layout, piece: int) -> None:
-        super().__init__(arch, config, layout, piece)
+    def __init__(self, arch: Architecture, config: Config, layout: Layout, vp_stage: int) -> None:
+        super().__init__(arch, config, layout, vp_stage)
         self.value_head: ValueHead | None = None
         if self.post_process:
             self.value_head = ValueHead(arch.hidden).to(device=layout.device, dtype=self.config.params_dtype)
@@ -49,4 +49,4 @@ class Critic(Model):
     def __init__(self, arch: Architecture, config: Config, layout: Layout) -> None:
         model = config.model.model_copy(update={"fp8": "off", "fp8_params": False})
         config = config.model_copy(update={"model": model})
-        super().__init__(arch, layout, [CriticStage(arch, config, layout, piece) for piece in range(layout.vpp)])
+        super().__init__(arch, layout, [CriticStage(arch, config, layout, vp_stage) for vp_stage in range(layout.vpp)])

@@ -155,12 +155,12 @@ def _header(file: Path) -> dict[str, Stored]:
     }
 
 
-PIECE = 1 << 20  # bytes: a write of a whole mapped tensor at once takes twice as long, as does its fsync (ext4)
+WRITE_BYTES = 1 << 20  # bytes: a write of a whole mapped tensor at once takes twice as long, as does its fsync (ext4)
 
 
 def write_in_pieces(file: BinaryIO, data: memoryview) -> None:
-    for start in range(0, len(data), PIECE):
-        file.write(data[start : start + PIECE])
+    for start in range(0, len(data), WRITE_BYTES):
+        file.write(data[start : start + WRITE_BYTES])
 
 
 class ToWrite(NamedTuple):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from flowrl_mega.config import Config, LogZ
 from flowrl_mega.model.architecture import Architecture
 from flowrl_mega.model.critic import ValueHead
-from flowrl_mega.model.fp8 import reference_settings
 from flowrl_mega.model.partition import build_partition, prompt_mean_parts
+from flowrl_mega.model.precision import reference_settings
 from flowrl_mega.model.stage import Model, Stage
 from flowrl_mega.ops import Shard, lm_head_logprob
 from flowrl_mega.parallel.context import all_reduce_grad, whole_response
@@ -31,9 +31,9 @@ class PolicyStage(Stage):
     """A run of the policy's layers; the last one has the lm-head, the partition function, a shared critic's head."""
 
     def __init__(
-        self, arch: Architecture, config: Config, layout: Layout, log_z: LogZ | None, with_value: bool, piece: int
+        self, arch: Architecture, config: Config, layout: Layout, log_z: LogZ | None, with_value: bool, vp_stage: int
     ) -> None:
-        super().__init__(arch, config, layout, piece)
+        super().__init__(arch, config, layout, vp_stage)
         self.logits_budget_bytes, self.backend = config.model.logits_budget_mb << 20, config.ops.backend
         self.log_z = log_z or LogZ(kind="zero")
         self.partition: nn.Module | None = None
@@ -91,10 +91,8 @@ class Policy(Model):
         self, arch: Architecture, config: Config, layout: Layout, log_z: LogZ | None, with_value: bool = False
     ) -> None:
         self.log_z, self.with_value = log_z, with_value
-        pieces = range(layout.vpp)
-        super().__init__(
-            arch, layout, [PolicyStage(arch, config, layout, log_z, with_value, piece) for piece in pieces]
-        )
+        stages = [PolicyStage(arch, config, layout, log_z, with_value, vp_stage) for vp_stage in range(layout.vpp)]
+        super().__init__(arch, layout, stages)
 
     @property
     def partition(self) -> nn.Module | None:

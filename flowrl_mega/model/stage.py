@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from flowrl_mega.config import Config
 from flowrl_mega.model.architecture import Architecture, transformer_config
-from flowrl_mega.model.fp8 import layer_spec
 from flowrl_mega.model.layers import PackedRotary, PackedRows, local_spec
+from flowrl_mega.model.precision import layer_spec
 from flowrl_mega.model.te import te_spec
-from flowrl_mega.ops import share_of_gradient
+from flowrl_mega.ops import scale_grad
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.parallel.offload import Offload
 from flowrl_mega.parallel.packing import PackedBatch
@@ -33,24 +33,26 @@ from flowrl_mega.parallel.schedule import forward_only
 class Stage(MegatronModule):
     """A run of layers. The first stage has the embedding; the last one the heads, which a subclass brings.
 
+    `vp_stage` counts this rank's stages, of which an interleaved schedule (`parallel.vpp`) has several.
+
     Megatron 0.19 calls GPTModel deprecated in favour of HybridModel, but that has no `output_processor`, the one way to
     the last hidden states without the logits of every row.
     """
 
     lm_head = True  # whether the last stage has one
 
-    def __init__(self, arch: Architecture, config: Config, layout: Layout, piece: int) -> None:
+    def __init__(self, arch: Architecture, config: Config, layout: Layout, vp_stage: int) -> None:
         transformer = transformer_config(arch, config.model, config.megatron, layout)
         super().__init__(transformer)
         self.arch, self.layout = arch, layout
-        self.pre_process = layout.pp_rank == 0 and piece == 0
-        self.post_process = layout.is_last_stage and piece == layout.vpp - 1
-        vp_stage = piece if layout.vpp > 1 else None
-        self.first_layer = get_transformer_layer_offset(transformer, vp_stage, layout.pp_rank)
+        self.pre_process = layout.pp_rank == 0 and vp_stage == 0
+        self.post_process = layout.is_last_stage and vp_stage == layout.vpp - 1
+        interleaved = vp_stage if layout.vpp > 1 else None  # Megatron numbers the stages of that schedule only
+        self.first_layer = get_transformer_layer_offset(transformer, interleaved, layout.pp_rank)
         spec = te_spec if layer_spec(config.model)[0] == "te" else local_spec
         # Megatron's schedules ask for these two.
         self.share_embeddings_and_output_weights = arch.tied and self.lm_head
-        self.gpt = self._gpt(spec(transformer, vp_stage), vp_stage)
+        self.gpt = self._gpt(spec(transformer, interleaved), interleaved)
         self.model_type = self.gpt.model_type
 
     def _gpt(self, spec: Any, vp_stage: int | None) -> GPTModel:
@@ -100,7 +102,7 @@ class Stage(MegatronModule):
 
     def computed_by_all(self, hidden: Tensor) -> Tensor:
         """The hidden states for a head that every tensor-parallel rank computes whole, not a shard of it."""
-        return share_of_gradient(hidden, 1 / self.layout.tp) if self.layout.sequence_parallel else hidden
+        return scale_grad(hidden, 1 / self.layout.tp) if self.layout.sequence_parallel else hidden
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Under the keys of a bare GPTModel, so that whatever reads its checkpoints reads a policy's."""
@@ -165,11 +167,11 @@ class Model:
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """What Megatron's checkpoints hold of this rank, by stage."""
-        return {str(piece): stage.sharded_state_dict() for piece, stage in enumerate(self.stages)}
+        return {str(vp_stage): stage.sharded_state_dict() for vp_stage, stage in enumerate(self.stages)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for piece, stage in enumerate(self.stages):
-            stage.load_state_dict(state[str(piece)])
+        for vp_stage, stage in enumerate(self.stages):
+            stage.load_state_dict(state[str(vp_stage)])
 
     def offload(self) -> Offload:
         """A context in which the weights are on the device; from now on they are in CPU memory outside."""

@@ -44,7 +44,7 @@ def load_hf(model: Model, path: str | Path) -> None:
         head.copy_(to_shard(EMBEDDING, folder.read(*hf_names(EMBEDDING, arch)), layout.tp, layout.tp_rank))
 
 
-class Piece(NamedTuple):
+class ParamInfo(NamedTuple):
     """A parameter of the whole model, as each rank of the pipeline stage that has it holds it."""
 
     name: str  # GPTModel's, layers counted over the whole model
@@ -53,15 +53,15 @@ class Piece(NamedTuple):
     dtype: torch.dtype
 
 
-def pieces(policy: Model) -> list[Piece]:
+def param_infos(policy: Model) -> list[ParamInfo]:
     """All parameters of the model, stage by stage; the same list on every rank. Collective."""
     layout = policy.layout
-    mine = [Piece(name, layout.pp_rank, p.shape, p.dtype) for name, p in policy.gpt_parameters().items()]
+    mine = [ParamInfo(name, layout.pp_rank, p.shape, p.dtype) for name, p in policy.gpt_parameters().items()]
     if layout.pp == 1:
         return mine
-    stages: list[list[Piece]] = [[] for _ in range(layout.pp)]
+    stages: list[list[ParamInfo]] = [[] for _ in range(layout.pp)]
     dist.all_gather_object(stages, mine, group=layout.pp_group)
-    return [piece for stage in stages for piece in stage]
+    return [info for stage in stages for info in stage]
 
 
 class WholeWeights:
@@ -72,13 +72,13 @@ class WholeWeights:
     """
 
     def __init__(self, policy: Model) -> None:
-        self.policy, self.pieces = policy, pieces(policy)
+        self.policy, self.infos = policy, param_infos(policy)
         self.tensors: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def gather(self) -> dict[str, Tensor]:
         for stage in range(self.policy.layout.pp):
-            of_stage = [piece for piece in self.pieces if piece.stage == stage]
+            of_stage = [info for info in self.infos if info.stage == stage]
             self.tensors.update(_gather(self.policy, of_stage, None, to_all=True))
         return self.tensors
 
@@ -100,7 +100,7 @@ class Buckets:
 
     def __init__(self, policy: Model, bucket_bytes: int, dtype: torch.dtype | None = None) -> None:
         self.policy, self.dtype = policy, dtype
-        self.buckets = list(_cut(pieces(policy), bucket_bytes, dtype, policy.layout.tp))
+        self.buckets = list(_cut(param_infos(policy), bucket_bytes, dtype, policy.layout.tp))
 
     def __len__(self) -> int:
         return len(self.buckets)
@@ -115,39 +115,41 @@ class Buckets:
             ]
 
 
-def _cut(found: Iterable[Piece], bucket_bytes: int, dtype: torch.dtype | None, tp: int) -> Iterator[list[Piece]]:
+def _cut(
+    found: Iterable[ParamInfo], bucket_bytes: int, dtype: torch.dtype | None, tp: int
+) -> Iterator[list[ParamInfo]]:
     """Runs of one stage and one type, of `bucket_bytes` over all ranks."""
-    bucket: list[Piece] = []
+    bucket: list[ParamInfo] = []
     held = 0
-    for piece in found:
-        size = piece.shape.numel() * (dtype or piece.dtype).itemsize * tp
-        unlike = bucket and (bucket[-1].stage, bucket[-1].dtype) != (piece.stage, piece.dtype)
+    for info in found:
+        size = info.shape.numel() * (dtype or info.dtype).itemsize * tp
+        unlike = bucket and (bucket[-1].stage, bucket[-1].dtype) != (info.stage, info.dtype)
         if bucket and (held + size > bucket_bytes or unlike):
             yield bucket
             bucket, held = [], 0
-        bucket.append(piece)
+        bucket.append(info)
         held += size
     yield bucket
 
 
 @torch.no_grad()
 def _gather(
-    policy: Model, bucket: list[Piece], dtype: torch.dtype | None, to_all: bool = False
+    policy: Model, bucket: list[ParamInfo], dtype: torch.dtype | None, to_all: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors of these pieces of one stage and type, in one flat collective; `to_all`: not on the first rank
+    """Whole tensors of these parameters of one stage and type, in one flat collective; `to_all`: not on the first rank
     only."""
     layout, stage = policy.layout, bucket[0].stage
     dtype = dtype or bucket[0].dtype
     parameters = policy.gpt_parameters() if layout.pp_rank == stage else {}
     if layout.tp == layout.pp == 1:
-        yield from ((piece.name, _plain(parameters[piece.name]).to(dtype)) for piece in bucket)
+        yield from ((info.name, _plain(parameters[info.name]).to(dtype)) for info in bucket)
         return
-    sizes = [piece.shape.numel() for piece in bucket]
+    sizes = [info.shape.numel() for info in bucket]
     everyone: list[Tensor] | None = None
     if to_all or (layout.tp_rank == 0 and layout.pp_rank in (0, stage)):
         everyone = [torch.empty(sum(sizes), dtype=dtype, device=layout.device) for _ in range(layout.tp)]
     if layout.pp_rank == stage:
-        flat = torch.cat([_plain(parameters[piece.name]).reshape(-1).to(dtype) for piece in bucket])
+        flat = torch.cat([_plain(parameters[info.name]).reshape(-1).to(dtype) for info in bucket])
         if to_all:
             dist.all_gather(everyone, flat, group=layout.tp_group)
         else:
@@ -162,5 +164,5 @@ def _gather(
             dist.recv(shards, group=layout.pp_group, group_src=stage)
     if everyone is None or not (to_all or layout.pp_rank == 0):
         return
-    for piece, parts in zip(bucket, zip(*(rank.split(sizes) for rank in everyone), strict=True), strict=True):
-        yield piece.name, from_shards(piece.name, [part.view(piece.shape) for part in parts])
+    for info, parts in zip(bucket, zip(*(rank.split(sizes) for rank in everyone), strict=True), strict=True):
+        yield info.name, from_shards(info.name, [part.view(info.shape) for part in parts])

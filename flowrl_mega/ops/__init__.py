@@ -2,10 +2,10 @@
 
 from flowrl_mega.ops.build import BuildError
 from flowrl_mega.ops.checks import raise_if_flagged
-from flowrl_mega.ops.library import describe
+from flowrl_mega.ops.kernels import describe
 from flowrl_mega.ops.lm_head import HeadOutput, Shard, lm_head_logprob
 from flowrl_mega.ops.logprob import LogProb, logprob
-from flowrl_mega.ops.share import share_of_gradient
+from flowrl_mega.ops.scale_grad import scale_grad
 
 __all__ = [
     "BuildError",
@@ -16,5 +16,5 @@ __all__ = [
     "lm_head_logprob",
     "logprob",
     "raise_if_flagged",
-    "share_of_gradient",
+    "scale_grad",
 ]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flowrl_mega.ops.build import BuildError
-from flowrl_mega.ops.share import share_of_gradient
+from flowrl_mega.ops.scale_grad import scale_grad
 
 
 def check() -> None:
@@ -44,7 +44,7 @@ def liger_logprob(
                 "tensor-parallel ranks; use ops.backend=auto"
             )
         if not reduce_gradient:  # Liger sums the gradient over the ranks, and the caller does so again
-            hidden = share_of_gradient(hidden, 1 / group.size())
+            hidden = scale_grad(hidden, 1 / group.size())
         nll, entropy = tensor_parallel.apply(hidden, weight, target, group, temperature, ignore_index, 1, True)
     logp, entropy = -nll.float(), entropy.detach().float()
     lengths = cu_seqlens.diff()

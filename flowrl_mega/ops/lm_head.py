@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flowrl_mega.ops import checks
-from flowrl_mega.ops.library import Kernels, Name, kernels
+from flowrl_mega.ops.kernels import Kernels, Name, kernels_for
 from flowrl_mega.ops.liger import liger_logprob
 from flowrl_mega.ops.logprob import row_gradient
 from flowrl_mega.ops.torch_ops import combine, stats_dtype
@@ -83,7 +83,7 @@ def lm_head_logprob(
         group=group,
         reduce_gradient=reduce_gradient,
         budget=logits_budget_bytes if has_backward else 0,
-        kernels=kernels(backend, hidden.device),
+        kernels=kernels_for(backend, hidden.device),
     )
     inv_temperature = checks.inv_temperature(temperature, hidden.shape[0], hidden)
     return HeadOutput(*_LmHead.apply(hidden, weight, target, cu_seqlens, inv_temperature, call))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flowrl_mega.ops import checks
-from flowrl_mega.ops.library import Kernels, Name, kernels
+from flowrl_mega.ops.kernels import Kernels, Name, kernels_for
 from flowrl_mega.ops.torch_ops import stats_dtype
 
 
@@ -47,7 +47,7 @@ def logprob(
     target = checks.target(target, rows, valid, logits.device, ignore_index)
     cu_seqlens = checks.cu_seqlens(cu_seqlens, rows, logits.device)
     inv_temperature = checks.inv_temperature(temperature, rows, logits)
-    chosen = kernels(backend, logits.device)
+    chosen = kernels_for(backend, logits.device)
     return LogProb(
         *_LogProb.apply(logits, target, cu_seqlens, inv_temperature, valid, ignore_index, inplace_backward, chosen)
     )

@@ -15,7 +15,7 @@ from jobs import write_config
 from tiny_models import make
 
 from flowrl_mega import cli
-from flowrl_mega.ops import build, library
+from flowrl_mega.ops import build, kernels
 from flowrl_mega.parallel import backends
 
 Capture = pytest.CaptureFixture[str]
@@ -225,7 +225,7 @@ def test_native_kernels_that_cannot_be_built(
     def refuse(kind: str) -> Path:
         raise build.BuildError("no C++ compiler found")
 
-    library.load.cache_clear()
+    kernels.load.cache_clear()
     monkeypatch.setattr(build, "library", refuse)
     message = refused(capsys, tmp_path, str(write_config(tmp_path, model)), "--ops.backend=native")
     assert message == "flowrl-mega: ops.backend = native: no C++ compiler found\n"

@@ -13,7 +13,8 @@ import pytest
 from flowrl_mega import objectives
 from flowrl_mega.config import Config
 from flowrl_mega.config_file import load_config
-from flowrl_mega.model.architecture import check_layout, check_megatron, check_pipeline, read_architecture
+from flowrl_mega.model.architecture import read_architecture
+from flowrl_mega.model.checks import check_layout, check_megatron, check_pipeline
 from flowrl_mega.parallel.layout import check_world
 from flowrl_mega.preflight import check_sequences
 

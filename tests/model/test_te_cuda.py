@@ -18,9 +18,9 @@ from tiny_models import in_float64, make, random_sequences, response_logits
 
 from flowrl_mega.checkpoint import load_checkpoint, load_model, save_checkpoint
 from flowrl_mega.config import OptimizerSettings
-from flowrl_mega.model.fp8 import ALIGNMENT
 from flowrl_mega.model.fp8_gate import METRICS, Fp8Gate, in_bf16
 from flowrl_mega.model.policy import Policy
+from flowrl_mega.model.precision import ALIGNMENT
 from flowrl_mega.model.weights import named_tensors
 from flowrl_mega.parallel import backends
 from flowrl_mega.parallel.optimizer import Optimizer, wrap

@@ -8,21 +8,22 @@ import pytest
 import torch
 from oracle import SETS
 
-from flowrl_mega.ops import build, library
+from flowrl_mega.ops import build
+from flowrl_mega.ops.kernels import Kernels, Name, kernels_for, load
 
 
 @pytest.fixture(scope="session")
 def native() -> str:
     """csrc for the CPU, built and loaded."""
     try:
-        library.load("cpu")
+        load("cpu")
     except build.ToolMissing as missing:
         pytest.skip(f"csrc cannot be built: {missing}")
     return "native"
 
 
 @pytest.fixture(params=["torch", *SETS])
-def backend(request: pytest.FixtureRequest) -> Iterator[library.Name]:
+def backend(request: pytest.FixtureRequest) -> Iterator[Name]:
     """`backend=` for the ops: "torch", and "native" limited to each instruction set in turn."""
     if request.param == "torch":
         yield "torch"
@@ -38,6 +39,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[library.Name]:
 
 
 @pytest.fixture
-def kernels(backend: library.Name) -> library.Kernels:
+def kernels(backend: Name) -> Kernels:
     """The four ops themselves."""
-    return library.kernels(backend, torch.device("cpu"))
+    return kernels_for(backend, torch.device("cpu"))

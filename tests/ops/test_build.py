@@ -294,9 +294,9 @@ def test_an_installed_package_has_its_library_inside(checkout: Path, tmp_path: P
     assert "Root-Is-Purelib: false" in wheel and "Tag: py3-none-linux" in wheel
 
     script = """
-from flowrl_mega.ops import build, library
-library.load("cpu")
-print(build.library("cpu"), build.sources(), library.NATIVE.logprob_stats, sep="\\n")
+from flowrl_mega.ops import build, kernels
+kernels.load("cpu")
+print(build.library("cpu"), build.sources(), kernels.NATIVE.logprob_stats, sep="\\n")
 """
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     env |= {"CXX": "no-such-compiler"}

@@ -9,7 +9,7 @@ import torch
 from oracle import DTYPES, ENTROPY, IGNORED, LOGP, Case, Result, agrees, case, excess, oracle
 from torch import Tensor
 
-from flowrl_mega.ops.library import TORCH, Kernels
+from flowrl_mega.ops.kernels import TORCH, Kernels
 from flowrl_mega.ops.torch_ops import combine
 
 VOCAB, TAU = 301, 0.6

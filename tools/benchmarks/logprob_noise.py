@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowrl_mega.ops import lm_head_logprob
 from flowrl_mega.ops.build import BuildError
-from flowrl_mega.ops.library import kernels
+from flowrl_mega.ops.kernels import kernels_for
 
 CHANGE = 0.02  # of the weight between old and new policy, relative: a little above the step of bf16
 LOGIT_SCALE = 6.0  # standard deviation of the logits: the drawn ones are then 10 to 30, as a trained model's are
@@ -31,7 +31,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     generator = torch.Generator(options.device).manual_seed(0)
     ways: dict[str, Callable[..., Tensor]] = {"bf16": bf16_logits, "fp32": fp32_logits}
     try:
-        kernels("native", torch.device(options.device))
+        kernels_for("native", torch.device(options.device))
         ways["native"] = native
     except BuildError as error:
         print(f"native: not run: {error}")

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from flowrl_mega.config import ConfigError, ModelSettings
-from flowrl_mega.model import fp8
+from flowrl_mega.model import precision
 from flowrl_mega.model.architecture import Architecture, transformer_config
+from flowrl_mega.model.checks import check_layers
 from flowrl_mega.model.weights import fill
 from flowrl_mega.parallel import backends
 from flowrl_mega.parallel.backends import Found
@@ -49,15 +50,15 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_takes_transformer_engine_where_it_can_be_used(engine: None) -> None:
     """But not for fp32, of which its GEMMs make TF32: that only on request."""
-    assert fp8.layer_spec(settings(dtype="bf16")) == ("te", ENGINE.why)
-    assert fp8.layer_spec(settings(dtype="bf16", spec="local")) == ("local", "model.spec = local")
-    assert fp8.layer_spec(settings(spec="te")) == ("te", ENGINE.why)
-    spec, why = fp8.layer_spec(settings())
+    assert precision.layer_spec(settings(dtype="bf16")) == ("te", ENGINE.why)
+    assert precision.layer_spec(settings(dtype="bf16", spec="local")) == ("local", "model.spec = local")
+    assert precision.layer_spec(settings(spec="te")) == ("te", ENGINE.why)
+    spec, why = precision.layer_spec(settings())
     assert spec == "local" and "TF32" in why
 
 
 def test_auto_without_it_says_why(nothing: None) -> None:
-    assert fp8.layer_spec(settings(dtype="bf16")) == ("local", ABSENT.why)
+    assert precision.layer_spec(settings(dtype="bf16")) == ("local", ABSENT.why)
 
 
 class OneRank:
@@ -107,15 +108,15 @@ def test_local_layers_have_no_fusions(nothing: None) -> None:
 
 
 def test_rotary_fusion_goes_with_the_layers(engine: None) -> None:
-    assert fp8.layer_fields(settings(dtype="bf16"))["apply_rope_fusion"]
-    assert not fp8.layer_fields(settings(dtype="bf16", spec="local"))["apply_rope_fusion"]
+    assert precision.layer_fields(settings(dtype="bf16"))["apply_rope_fusion"]
+    assert not precision.layer_fields(settings(dtype="bf16", spec="local"))["apply_rope_fusion"]
 
 
 def test_weights_in_fp8(engine: None) -> None:
     """The policy's alone: no optimizer makes the reference's of fp32 ones."""
     model = settings(dtype="bf16", fp8="tensorwise", fp8_params=True, reference_fp8="tensorwise")
-    assert built(model).fp8_param and not built(fp8.reference_settings(model)).fp8_param
-    assert "weights kept in FP8" in fp8.describe_fp8(model)
+    assert built(model).fp8_param and not built(precision.reference_settings(model)).fp8_param
+    assert "weights kept in FP8" in precision.describe_fp8(model)
 
 
 def test_a_weight_in_fp8_is_filled_with_its_exact_value_beside_it() -> None:
@@ -131,9 +132,9 @@ def test_a_weight_in_fp8_is_filled_with_its_exact_value_beside_it() -> None:
 def test_the_reference_has_a_recipe_of_its_own() -> None:
     for ends, wanted in ((None, True), (False, False)):
         model = settings(dtype="bf16", fp8="delayed", reference_fp8="tensorwise", fp8_first_last_bf16=ends)
-        reference = fp8.reference_settings(model)
-        assert (reference.fp8, fp8.first_last_bf16(reference)) == ("tensorwise", wanted)
-    assert fp8.reference_settings(settings(dtype="bf16", fp8="delayed")).fp8 == "off"
+        reference = precision.reference_settings(model)
+        assert (reference.fp8, precision.first_last_bf16(reference)) == ("tensorwise", wanted)
+    assert precision.reference_settings(settings(dtype="bf16", fp8="delayed")).fp8 == "off"
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_the_reference_has_a_recipe_of_its_own() -> None:
     [({}, 1), ({"fp8": "tensorwise"}, 16), ({"fp8": "blockwise"}, 16), ({"reference_fp8": "tensorwise"}, 16)],
 )
 def test_rows_of_a_rank_are_a_multiple_of_16_in_fp8(values: dict[str, str], rows: int) -> None:
-    assert fp8.row_alignment(settings(dtype="bf16", **values)) == rows
+    assert precision.row_alignment(settings(dtype="bf16", **values)) == rows
 
 
 @pytest.mark.parametrize(
@@ -173,37 +174,37 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], int, str]] = {
 def test_refused(case: str, engine: None) -> None:
     values, changes, tp, message = REFUSED[case]
     with pytest.raises(ConfigError, match=re.escape(message)):
-        fp8.check_layers(settings(dtype="bf16", **values), arch(**changes), tp)
+        check_layers(settings(dtype="bf16", **values), arch(**changes), tp)
 
 
 def test_what_fits_is_accepted(engine: None) -> None:
     for values in ({"spec": "te"}, {"fp8": "tensorwise"}, {"fp8": "delayed"}, {"reference_fp8": "tensorwise"}):
-        fp8.check_layers(settings(dtype="bf16", **values), arch(), 1)
+        check_layers(settings(dtype="bf16", **values), arch(), 1)
     two = replace(arch(), layers=2)
-    fp8.check_layers(settings(dtype="bf16", fp8="delayed"), two, 1)
-    fp8.check_layers(settings(dtype="bf16", fp8="tensorwise", fp8_first_last_bf16=False), two, 1)
+    check_layers(settings(dtype="bf16", fp8="delayed"), two, 1)
+    check_layers(settings(dtype="bf16", fp8="tensorwise", fp8_first_last_bf16=False), two, 1)
 
 
 def test_without_transformer_engine(nothing: None) -> None:
-    fp8.check_layers(settings(), arch(), 1)
+    check_layers(settings(), arch(), 1)
     for values, message in (
         ({"spec": "te"}, "model.spec = te: Transformer Engine is not installed; set model.spec=auto"),
         ({"fp8": "blockwise"}, "model.fp8 = blockwise: Transformer Engine is not installed; set model.fp8=off$"),
         ({"reference_fp8": "tensorwise"}, "model.reference_fp8 = tensorwise: .* set model.reference_fp8=off$"),
     ):
         with pytest.raises(ConfigError, match=message):
-            fp8.check_layers(settings(dtype="bf16", **values), arch(), 1)
+            check_layers(settings(dtype="bf16", **values), arch(), 1)
 
 
 def test_what_is_said(engine: None) -> None:
-    told = fp8.describe_layers(settings(dtype="bf16"))
+    told = precision.describe_layers(settings(dtype="bf16"))
     assert ENGINE.why in told and "attention over packed rows" in told
-    assert "scaled_dot_product_attention" in fp8.describe_layers(settings(spec="te"))  # in fp32
-    local = fp8.describe_layers(settings(spec="local"))
+    assert "scaled_dot_product_attention" in precision.describe_layers(settings(spec="te"))  # in fp32
+    local = precision.describe_layers(settings(spec="local"))
     assert local.startswith("Megatron-core local spec (model.spec = local): torch RMSNorm")
-    assert fp8.describe_fp8(settings()) == "policy off; reference off"
-    told = fp8.describe_fp8(settings(dtype="bf16", fp8="tensorwise", reference_fp8="blockwise"))
+    assert precision.describe_fp8(settings()) == "policy off; reference off"
+    told = precision.describe_fp8(settings(dtype="bf16", fp8="tensorwise", reference_fp8="blockwise"))
     for part in ("tensorwise (hybrid)", "first and last layer in bf16", "head in bf16", "every 50 steps", "0.1: stop"):
         assert part in told
     assert told.endswith("reference blockwise")
-    assert "all layers" in fp8.describe_fp8(settings(dtype="bf16", fp8="delayed"))
+    assert "all layers" in precision.describe_fp8(settings(dtype="bf16", fp8="delayed"))

@@ -1,17 +1,15 @@
-"""Which layers the model has (`model.spec`), what `model.fp8` means for Megatron, and where neither can be.
+"""Which layers the model has (`model.spec`), and what `model.fp8` means for Megatron.
 
-Nothing here imports Transformer Engine: the choice is made, and told, before a rank starts.
+Nothing here imports Transformer Engine: the choice is made, and told, before a rank starts. `checks` refuses what a
+machine or a model cannot have.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from flowrl_mega.config import ConfigError, Fp8Recipe, ModelSettings
+from flowrl_mega.config import Fp8Recipe, ModelSettings
 from flowrl_mega.parallel import backends
-
-if TYPE_CHECKING:
-    from flowrl_mega.model.architecture import Architecture
 
 ALIGNMENT = 16  # FP8 GEMMs read 16 values at a time: Transformer Engine refuses other sizes
 
@@ -74,48 +72,6 @@ def reference_settings(model: ModelSettings) -> ModelSettings:
 def row_alignment(model: ModelSettings) -> int:
     """What a rank's rows of a micro-batch are padded up to a multiple of, where policy or reference compute in FP8."""
     return ALIGNMENT if model.fp8 != "off" or model.reference_fp8 != "off" else 1
-
-
-def check_layers(model: ModelSettings, arch: Architecture, tp: int, cp: int = 1) -> None:
-    """Refuse layers or a recipe that this machine or this model cannot have, before any rank starts."""
-    spec, why = layer_spec(model)
-    if cp > 1 and (spec == "local" or model.dtype == "fp32"):
-        raise ConfigError(
-            f"parallel.cp = {cp}: only Transformer Engine's attention in bf16 shares out sequences, and the layers are "
-            f"{spec} ({why}), model.dtype = {model.dtype}; take parallel.cp=1 and more of parallel.tp with "
-            "parallel.sequence_parallel"
-        )
-    engine = backends.transformer_engine()
-    if model.spec == "te" and not engine.usable:
-        raise ConfigError(f"model.spec = te: {engine.why}; set model.spec=auto, or run where it can be used")
-    _check_recipe("fp8", model.fp8, arch, tp)
-    _check_recipe("reference_fp8", model.reference_fp8, arch, tp)
-    if model.fp8 != "off" and first_last_bf16(model) and arch.layers <= 2:
-        raise ConfigError(
-            f"model.fp8 = {model.fp8}: the model's {arch.layers} layers are the first and the last, which stay in "
-            "bf16; set model.fp8_first_last_bf16=false, or model.fp8=off"
-        )
-
-
-def _check_recipe(field: str, recipe: Literal["off"] | Fp8Recipe, arch: Architecture, tp: int) -> None:
-    if recipe == "off":
-        return
-    support = backends.fp8_support(recipe)
-    if not support.usable:
-        other = " or tensorwise" if recipe == "blockwise" and backends.fp8_support("tensorwise").usable else ""
-        raise ConfigError(f"model.{field} = {recipe}: {support.why}; set model.{field}=off{other}")
-    sizes = {
-        "hidden size": arch.hidden,
-        "query size": arch.heads * arch.head_dim // tp,
-        "query, key and value size": (arch.heads + 2 * arch.kv_heads) * arch.head_dim // tp,
-        "feed-forward size": arch.ffn // tp,
-    }
-    for name, size in sizes.items():
-        if size % ALIGNMENT:
-            raise ConfigError(
-                f"model.{field} = {recipe}: FP8 needs sizes that {ALIGNMENT} divides, and the model's {name} is {size} "
-                f"a rank at parallel.tp = {tp}; take a smaller tp, or set model.{field}=off"
-            )
 
 
 def describe_layers(model: ModelSettings) -> str:

@@ -54,7 +54,7 @@ TORCH = Kernels(
 )
 
 
-def kernels(name: Name, device: torch.device) -> Kernels:
+def kernels_for(name: Name, device: torch.device) -> Kernels:
     """The kernels for tensors on `device`. "auto": native ones, or plain torch with one warning where there are none.
 
     Raises build.BuildError for "native" where the library cannot be built.
@@ -71,7 +71,7 @@ def kernels(name: Name, device: torch.device) -> Kernels:
 
 
 def describe(name: Name | Literal["liger"], device: torch.device) -> str:
-    """In words, which kernels tensors on `device` get; builds them if need be. BuildError as in `kernels`."""
+    """In words, which kernels tensors on `device` get; builds them if need be. BuildError as in `kernels_for`."""
     if name == "liger":
         liger.check()
         return "Liger-Kernel's fused linear cross entropy"

@@ -12,7 +12,7 @@ import torch
 from oracle import DTYPES, IGNORED, SETS, case, same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flowrl_mega.ops import build, describe, library, logprob
+from flowrl_mega.ops import build, describe, kernels, logprob
 
 CPU = torch.device("cpu")
 OPS = torch.ops.flowrl
@@ -36,7 +36,7 @@ def arguments(op: str, dtype: torch.dtype = torch.float32, rows: int = 6, column
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", library.Kernels._fields)
+@pytest.mark.parametrize("op", kernels.Kernels._fields)
 def test_opcheck(op, dtype, native):
     """Schema (what is written, what is aliased), shapes under fake tensors, and tracing with dynamic shapes."""
     results = torch.library.opcheck(getattr(OPS, op).default, arguments(op, DTYPES[dtype]))
@@ -131,7 +131,7 @@ def no_library(monkeypatch):
     def refuse(kind: str) -> Path:
         raise build.ToolMissing("no C++ compiler found (tried g++)")
 
-    caches = (library.load, library._fault, library._warn)
+    caches = (kernels.load, kernels._fault, kernels._warn)
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setattr(build, "library", refuse)
@@ -164,9 +164,9 @@ def test_native_without_a_library_raises_every_time(no_library):
 
 def test_torch_never_asks_for_a_library(monkeypatch):
     """It is the way out where a build hangs or crashes."""
-    library.load.cache_clear()
+    kernels.load.cache_clear()
     monkeypatch.setattr(build, "library", lambda kind: pytest.fail("asked"))
-    assert library.kernels("torch", CPU) is library.TORCH
+    assert kernels.kernels_for("torch", CPU) is kernels.TORCH
     assert describe("torch", CPU) == "plain torch"
 
 
@@ -174,15 +174,15 @@ def test_a_library_that_does_not_load_is_told_with_its_path(monkeypatch, tmp_pat
     """A file cut short on a full disk, say."""
     broken = tmp_path / "cpu-0.so"
     broken.write_text("no library")
-    library.load.cache_clear()
+    kernels.load.cache_clear()
     monkeypatch.setattr(build, "library", lambda kind: broken)
     with pytest.raises(build.BuildError, match=r"cpu-0\.so cannot be loaded .*remove it"):
-        library.load("cpu")
+        kernels.load("cpu")
 
 
 def test_auto_takes_the_native_kernels(native, caplog):
     """Without a word."""
-    assert library.kernels("auto", CPU) is library.kernels("native", CPU) is library.NATIVE
+    assert kernels.kernels_for("auto", CPU) is kernels.kernels_for("native", CPU) is kernels.NATIVE
     assert not caplog.records
     assert describe("auto", CPU) == describe("native", CPU)
 
