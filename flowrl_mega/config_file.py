@@ -8,7 +8,9 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from flowrl_mega.config import Config, ConfigError, ModelSettings, OptimizerSettings, RolloutSettings, validated
+from flowrl_mega.config import Config, ConfigError, ModelSettings, OptimizerSettings, RolloutSettings
+from flowrl_mega.config_moves import is_earlier_run, refuse_moved, translated
+from flowrl_mega.settings import validated
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -23,8 +25,13 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}, not a mapping of settings")
+    if is_earlier_run(tree):
+        tree = translated(tree)
+    if isinstance(tree.get("reward"), str):
+        tree["reward"] = {"function": tree["reward"]}
     for override in overrides:
         _apply(tree, override)
+    refuse_moved(tree)
     config = validated(Config, tree, "")
     _check_together(config)
     return config
@@ -39,6 +46,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
+    if name == "reward" and isinstance(value, str):
+        name = "reward.function"  # the short form sets the function, and its settings stay
     *sections, field = name.split(".")
     for depth, section in enumerate(sections):
         tree = tree.setdefault(section, {})

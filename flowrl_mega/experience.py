@@ -17,7 +17,7 @@ from flowrl_mega.model.policy import PolicyOutput
 from flowrl_mega.objectives import Objective, Sequences
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.parallel.packing import PackedBatch, Sequence, efficiency, plan
-from flowrl_mega.rewards.registry import Score
+from flowrl_mega.rewards.load import Score
 from flowrl_mega.rewards.scorer import verdicts
 from flowrl_mega.rollout import Rollout
 from flowrl_mega.rollout.batches import Group

@@ -8,7 +8,7 @@ from flowrl_mega.config import Config
 from flowrl_mega.data.loader import whole
 from flowrl_mega.data.prompts import Prompts
 from flowrl_mega.parallel.layout import Layout
-from flowrl_mega.rewards.registry import Reward, Score
+from flowrl_mega.rewards.load import Reward, Score
 from flowrl_mega.rewards.scorer import Scorer, with_overlong_penalty
 from flowrl_mega.rollout import Rollout
 from flowrl_mega.rollout.batches import Group
@@ -23,7 +23,7 @@ class Grader:
 
     def __init__(self, config: Config, layout: Layout, reward: Reward, prompts: Prompts, tokenizer: Any) -> None:
         self.config, self.prompts, self.tokenizer = config, prompts, tokenizer
-        self.scorer = Scorer(reward, config.reward, config.rewards, layout)
+        self.scorer = Scorer(reward, config.reward, layout)
         self.is_early = self.scorer.pool is not None
 
     def begin(self, group: Group, i: int, rollout: Rollout) -> None:
@@ -46,7 +46,7 @@ class Grader:
         """Texts and scores of answers, each to its row's prompt; `keys` are those that some were begun under."""
         texts, lengths = [self.text(rollout) for rollout in rollouts], [len(r.response) for r in rollouts]
         scores = self.scorer.score(rows, texts, keys)
-        overlong = self.config.rewards.overlong
+        overlong = self.config.reward.overlong
         return texts, with_overlong_penalty(scores, lengths, self.config.rollout.max_tokens, overlong)
 
     def samples(self, groups: list[Group]) -> list[dict[str, Any]]:

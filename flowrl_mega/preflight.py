@@ -22,7 +22,7 @@ from flowrl_mega.objectives import Objective
 from flowrl_mega.parallel import backends
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.optimizer import check_optimizer
-from flowrl_mega.rewards.registry import Reward, load_reward
+from flowrl_mega.rewards.load import Reward, load_reward
 
 
 class Inputs:
@@ -49,7 +49,7 @@ class Inputs:
 
     @cached_property
     def reward(self) -> Reward:
-        return load_reward(self.config.reward, self.config.rewards)
+        return load_reward(self.config.reward)
 
     @cached_property
     def reward_description(self) -> str:
@@ -206,7 +206,7 @@ def describe(inputs: Inputs, world: int, checkpoint: Path | None) -> str:
         "critic": describe_critic(config),
         "reference": "frozen copy of model.path" if objective.needs_reference else "not needed",
         "prompts": f"{len(prompts)} to train on, {len(held_out) if held_out else 0} held out",
-        "reward": "; ".join(filter(None, [config.reward, inputs.reward_description])),
+        "reward": "; ".join(filter(None, [config.reward.function, inputs.reward_description])),
         "step": f"{rollout.prompts_per_step} prompts x {rollout.group_size} answers of at most {rollout.max_tokens} "
         f"tokens, {config.updates_per_step} update(s), {config.steps} steps; answers end at ids {list(stop_ids)}",
         "run folder": f"{config.run_dir}, " + (f"resuming {checkpoint}" if checkpoint else "from the start"),

@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from flowrl_mega.config import RewardsSettings
 from flowrl_mega.rewards.math import check_gold, dapo, verify
 from flowrl_mega.rewards.minerva import normalise
 
@@ -79,10 +78,9 @@ def table_pairs() -> dict[str, list[tuple[str, str]]]:
 
 
 def row(name: str, form: str, pairs: list[tuple[str, str]]) -> str:
-    rewards = RewardsSettings()
     calls = [({"id": name, "answer": gold}, f"{THOUGHTS}\nAnswer: {given}") for gold, given in pairs]
     by_dapo, dapo_s = timed(dapo(*call)[0] > 0 for call in calls)
-    by_verify, verify_s = timed(verify(*call, rewards)[0] > 0 for call in calls)
+    by_verify, verify_s = timed(verify(*call)[0] > 0 for call in calls)
     count = Counter(zip(by_dapo, by_verify, strict=True))
     verdicts = [count[both] for both in ((True, True), (False, False), (True, False), (False, True))]
     cells = [name, form, len(calls), *verdicts, f"{len(calls) / dapo_s:,.0f}", f"{len(calls) / verify_s:,.0f}"]

@@ -12,13 +12,14 @@ from torch import Tensor
 
 import flowrl_mega.parallel  # noqa: F401  # before megatron
 from examples.exact.space import END, MAX_TOKENS, PROMPTS, ids_of, outcomes
-from flowrl_mega.config import Config, validated
+from flowrl_mega.config import Config
 from flowrl_mega.evaluation.exact import sequence_logp
 from flowrl_mega.model.policy import Policy
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.packing import Sequence, pack
 from flowrl_mega.preflight import Inputs
 from flowrl_mega.run import Run
+from flowrl_mega.settings import validated
 
 # What all runs share: the same rates, and no weight decay, which would pull away from the target.
 COMMON: dict[str, Any] = {

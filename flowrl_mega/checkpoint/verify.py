@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from flowrl_mega.checkpoint.policy_tensors import MegatronTensors, checkpoint_architecture
 from flowrl_mega.checkpoint.state import load_megatron
-from flowrl_mega.config import Config, ConfigError, validated
+from flowrl_mega.config import Config, ConfigError
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.checks import check_layout
 from flowrl_mega.model.hf_folder import HfFolder
@@ -23,6 +23,7 @@ from flowrl_mega.model.names import hf_shapes
 from flowrl_mega.model.policy import Policy
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.packing import PackedBatch, Sequence, pack
+from flowrl_mega.settings import validated
 
 TOLERANCE = 1e-5  # of the largest logit: fp32 rounding through 30 layers is a tenth of it, one weight off by 1e-2 more
 LENGTHS = (1, 7, 32, 128)  # tokens of the fixed prompts

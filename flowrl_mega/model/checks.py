@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from flowrl_mega.config import ConfigError, Fp8Recipe, ModelSettings, nearest
+from flowrl_mega.config import ConfigError, Fp8Recipe, ModelSettings
 from flowrl_mega.model.architecture import Architecture
 from flowrl_mega.model.precision import ALIGNMENT, first_last_bf16, layer_spec
 from flowrl_mega.parallel import backends
+from flowrl_mega.settings import nearest
 
 
 def check_layout(arch: Architecture, tp: int, setting: str = "parallel.tp") -> None:

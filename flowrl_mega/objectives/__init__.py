@@ -10,13 +10,14 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import Any
 
-from flowrl_mega.config import ConfigError, validated
+from flowrl_mega.config import ConfigError
 from flowrl_mega.objectives.common import LossOutput, Objective, Sequences
 from flowrl_mega.objectives.flowrl import FlowRL
 from flowrl_mega.objectives.grpo import GRPO
 from flowrl_mega.objectives.gspo import GSPO
 from flowrl_mega.objectives.ppo import PPO
 from flowrl_mega.objectives.reinforce_pp import ReinforcePP
+from flowrl_mega.settings import validated
 
 __all__ = [
     "GRPO", "GSPO", "PPO", "REGISTRY", "FlowRL", "LossOutput", "Objective", "ReinforcePP", "Sequences", "build",

@@ -16,7 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flowrl_mega.config import LogZ, Settings
+from flowrl_mega.config import LogZ
+from flowrl_mega.settings import Settings
 
 Total = Callable[[Tensor], Tensor]  # adds a tensor up over the data-parallel replicas
 

@@ -11,7 +11,7 @@ import math_verify
 from latex2sympy2_extended import NormalizationConfig
 from math_verify.errors import TimeoutException
 
-from flowrl_mega.config import RewardsSettings
+from flowrl_mega.config import RewardSettings
 from flowrl_mega.rewards import minerva
 from flowrl_mega.rewards.final_answer import balanced, final_answer, tidy, words
 
@@ -46,16 +46,19 @@ dapo.wrong = -1.0  # type: ignore[attr-defined]  # what a failed call scores
 dapo.is_quick = True  # type: ignore[attr-defined]  # some 20 microseconds
 
 
-def verify(row: dict[str, Any], response: str, rewards: RewardsSettings) -> Verdict:
+DEFAULT = RewardSettings(function="flowrl_mega.rewards.math:verify")
+
+
+def verify(row: dict[str, Any], response: str, settings: RewardSettings = DEFAULT) -> Verdict:
     """1.0 if the response's final answer equals `row["answer"]` mathematically (by math-verify), else 0.0; why; kind.
 
-    Answers in words are compared as words. Parsing and comparing may take `rewards.math_timeout_s` seconds each; more
+    Answers in words are compared as words. Parsing and comparing may take `reward.math.timeout_s` seconds each; more
     is wrong, kind "time-out". Raises ValueError if `row["answer"]` cannot be parsed (`check_gold`), RuntimeError
     outside the main thread, where the signals that end math-verify in time do not arrive.
     """
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("math:verify must run in the main thread of a process: its time-outs are signals")
-    answer, seconds = _answer(row), rewards.math_timeout_s
+    answer, seconds = _answer(row), settings.math.timeout_s
     try:
         gold = _gold(answer, seconds)
     except ValueError as error:

@@ -14,8 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
-from flowrl_mega.config import RewardsSettings
-from flowrl_mega.rewards.registry import Score, load_reward
+from flowrl_mega.config import RewardSettings
+from flowrl_mega.rewards.load import Score, load_reward
 
 START = "import sys; sys.path[:] = {path!r}; from flowrl_mega.rewards.worker import main; main({descriptor})"
 START_S = 120.0  # for a worker to import what the reward needs
@@ -24,9 +24,9 @@ START_S = 120.0  # for a worker to import what the reward needs
 class Pool:
     """`submit` may be called from any thread; the futures can be cancelled while they wait."""
 
-    def __init__(self, spec: str, settings: RewardsSettings, workers: int) -> None:
-        wrong = load_reward(spec, settings).wrong
-        self._workers = [_Worker(spec, settings, wrong) for _ in range(workers)]
+    def __init__(self, settings: RewardSettings, workers: int) -> None:
+        wrong = load_reward(settings).wrong
+        self._workers = [_Worker(settings, wrong) for _ in range(workers)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -52,8 +52,8 @@ class Pool:
 class _Worker:
     """One process, started again where it had to be ended."""
 
-    def __init__(self, spec: str, settings: RewardsSettings, wrong: float) -> None:
-        self.spec, self.settings, self.wrong = spec, settings, wrong
+    def __init__(self, settings: RewardSettings, wrong: float) -> None:
+        self.settings, self.wrong = settings, wrong
         self.closed = False
         self._start()
 
@@ -68,7 +68,7 @@ class _Worker:
                 if self.connection.poll(self.settings.timeout_s):
                     return self.connection.recv()
                 self._restart()
-                message = f"no verdict after {self.settings.timeout_s:g} s (rewards.timeout_s)"
+                message = f"no verdict after {self.settings.timeout_s:g} s (reward.timeout_s)"
                 return Score(self.wrong, message, failed=True, kind="time-out")
             except (EOFError, OSError):
                 code = self._restart()
@@ -87,7 +87,7 @@ class _Worker:
             self.process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
         self.connection, self.is_ready = Connection(ours.detach()), False
         with contextlib.suppress(OSError):  # it has ended already: `ask` will see
-            self.connection.send((self.spec, self.settings))
+            self.connection.send(self.settings)
 
     def _wait_until_ready(self) -> None:
         if not self.is_ready:

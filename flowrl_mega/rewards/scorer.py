@@ -10,28 +10,28 @@ from dataclasses import replace
 from threading import Lock
 from typing import Any
 
-from flowrl_mega.config import OverlongSettings, RewardsSettings
+from flowrl_mega.config import OverlongSettings, RewardSettings
 from flowrl_mega.parallel.layout import Layout, ranks_on_host
+from flowrl_mega.rewards.load import Reward, Score, call, refuse_all_failed
 from flowrl_mega.rewards.overlong import overlong_penalty
 from flowrl_mega.rewards.pool import Pool
-from flowrl_mega.rewards.registry import Reward, Score, call, refuse_all_failed
 
 Row = dict[str, Any]
 HEARD_S = 5.0  # ranks whose rewards are done hear from the others at least so often
 
 
 class Scorer:
-    """Scores with `reward`, in worker processes that load it from `spec` themselves.
+    """Scores with `reward`, the function of `settings`, which worker processes load themselves.
 
     `begin` may be called on any rank and from any thread; `score` is collective.
     """
 
-    def __init__(self, reward: Reward, spec: str, settings: RewardsSettings, layout: Layout) -> None:
+    def __init__(self, reward: Reward, settings: RewardSettings, layout: Layout) -> None:
         self.reward, self.settings, self.layout = reward, settings, layout
         workers = settings.workers
         if workers is None:
             workers = 0 if self.reward.is_quick else max(1, (os.cpu_count() or 1) // ranks_on_host())
-        self.pool = Pool(spec, settings, workers) if workers else None
+        self.pool = Pool(settings, workers) if workers else None
         self.begun: dict[Hashable, Future[Score]] = {}
         self.lock = Lock()
 
@@ -86,7 +86,7 @@ def verdicts(scores: Sequence[Score]) -> dict[str, float]:
 def with_overlong_penalty(
     scores: Sequence[Score], lengths: Sequence[int], max_tokens: int, settings: OverlongSettings | None
 ) -> list[Score]:
-    """Scores less what `rewards.overlong` takes off for answers of these lengths, in tokens."""
+    """Scores less what `reward.overlong` takes off for answers of these lengths, in tokens."""
     if settings is None:
         return list(scores)
     penalised = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from multiprocessing.connection import Connection
 
-from flowrl_mega.rewards.registry import call, load_reward
+from flowrl_mega.rewards.load import call, load_reward
 
 
 def main(descriptor: int) -> None:
@@ -13,8 +13,7 @@ def main(descriptor: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     with Connection(descriptor) as trainer:
-        spec, settings = trainer.recv()
-        reward = load_reward(spec, settings)
+        reward = load_reward(trainer.recv())
         trainer.send("ready")
         while True:
             try:

@@ -16,7 +16,7 @@ from flowrl_mega.model.names import from_shards, to_named
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.packing import Sequence
 from flowrl_mega.preflight import Inputs
-from flowrl_mega.rewards.registry import Score
+from flowrl_mega.rewards.load import Score
 from flowrl_mega.rollout import Rollout
 from flowrl_mega.run import Run
 

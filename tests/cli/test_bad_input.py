@@ -124,8 +124,11 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
     "long prompts": (["--data.max_prompt_tokens=1"], ["data.max_prompt_tokens = 1", "raise it to 3"]),
     "no chat template": (["--data.chat_template=true"], ["data.chat_template = true", "data.chat_template=false"]),
     "no model": (["--model.path=no/model"], ["model.path = 'no/model'", "give a Hugging Face model folder"]),
-    "reward's form": (["--reward=score"], ["reward = 'score'", "module:function"]),
-    "reward's module": (["--reward=no_such:score"], ["reward = 'no_such:score'", "No module named", ".py file"]),
+    "reward's form": (["--reward=score"], ["reward.function = 'score'", "module:name"]),
+    "reward's module": (
+        ["--reward=no_such:score"],
+        ["reward.function = 'no_such:score'", "No module named", ".py file"],
+    ),
     "reward's function": (
         ["--reward=flowrl_mega.rewards.sums:scor"],
         ["flowrl_mega.rewards.sums:scor", "did you mean 'score'?"],

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flowrl_mega.config import Config, ConfigError, Settings, validated
+from flowrl_mega.config import Config, ConfigError, RewardSettings
 from flowrl_mega.config_file import load_config
+from flowrl_mega.settings import Settings, validated
 
 SMALLEST = {
     "run_dir": "run",
@@ -55,6 +56,23 @@ def test_overrides_are_read_as_yaml(path: Path) -> None:
 def test_the_last_word_counts(path: Path) -> None:
     assert load_config(path, ["steps=4", "steps=5"]).steps == 5
     assert load_config(path, ["rollout={group_size: 3}", "rollout.max_tokens=9"]).rollout.group_size == 3
+
+
+@pytest.mark.parametrize("form", ["own:score", {"function": "own:score"}])
+def test_a_reward_is_a_function_or_a_section(path: Path, form: str | dict[str, str]) -> None:
+    path.write_text(yaml.safe_dump({**SMALLEST, "reward": form}))
+    assert load_config(path).reward == RewardSettings(function="own:score")
+    changed = load_config(path, ["--reward.workers=0", "--reward.code.wall_s=5", "--reward=other:score"]).reward
+    assert (changed.function, changed.workers, changed.code.wall_s) == ("other:score", 0, 5.0)
+    changed = load_config(path, ["--reward=other:score", "--reward.workers=0"]).reward
+    assert (changed.function, changed.workers) == ("other:score", 0)
+    assert load_config(path, ["--reward={function: other:score}"]).reward == RewardSettings(function="other:score")
+
+
+def test_a_reward_without_a_function(path: Path) -> None:
+    path.write_text(yaml.safe_dump({**SMALLEST, "reward": {"workers": 0}}))
+    with pytest.raises(ConfigError, match=r"^reward\.function: missing; set it .* --reward\.function=VALUE$"):
+        load_config(path)
 
 
 def test_a_decay_needs_an_update_after_the_warm_up(path: Path) -> None:

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import layers, mappings
 from torch import Tensor
 
 import flowrl_mega.parallel  # noqa: F401
-from flowrl_mega.config import Config, LogZ, validated
+from flowrl_mega.config import Config, LogZ
 from flowrl_mega.experience import MicroBatch
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.names import from_shards, hf_names, to_named
@@ -24,6 +24,7 @@ from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.packing import PackedBatch, Sequence, pack, plan
 from flowrl_mega.preflight import Inputs
 from flowrl_mega.run import Run
+from flowrl_mega.settings import validated
 
 
 def config_for(path: Path | str, **sections: Any) -> Config:

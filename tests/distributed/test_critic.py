@@ -13,7 +13,7 @@ from tiny_models import in_float64, make, random_sequences, response_logits
 from torch import Tensor
 
 from flowrl_mega.experience import Experience
-from flowrl_mega.rewards.registry import Score
+from flowrl_mega.rewards.load import Score
 from flowrl_mega.rollout import Rollout
 
 pytestmark = pytest.mark.ranks

@@ -19,7 +19,7 @@ from tiny_models import make, random_sequences
 
 from flowrl_mega.experience import Experience
 from flowrl_mega.parallel.backends import transformer_engine
-from flowrl_mega.rewards.registry import Score
+from flowrl_mega.rewards.load import Score
 from flowrl_mega.rollout import Rollout
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]  # the walk is one fixture

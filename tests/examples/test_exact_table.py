@@ -15,8 +15,9 @@ from examples.exact import page, run, space, targets
 from examples.exact.job import COMMON
 from examples.exact.rows import BETA, BETA_GROUP, BETA_PER_TOKEN, ROWS, TARGETS
 from flowrl_mega import objectives
-from flowrl_mega.config import Config, validated
+from flowrl_mega.config import Config
 from flowrl_mega.objectives.flowrl import flowrl_loss
+from flowrl_mega.settings import validated
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def trained(folder: Path, model: Path, steps: list[int], **data: Any) -> list[An
     for n in steps:
         config = jobs.write_config(
             folder, model, steps=n, data={"held_out": 0.2, **data}, parallel={"dp": 2, "timeout_s": 60},
-            reward="flowrl_mega.rewards.tasks:score", monitor={"progress": False, "samples_per_step": 48},
+            reward="flowrl_mega.rewards.by_kind:score", monitor={"progress": False, "samples_per_step": 48},
             rollout={"prompts_per_step": 24, "group_size": 2, "max_tokens": 6}, batch={"tokens_per_microbatch": 512},
         )  # fmt: skip
         jobs.Job(["train", str(config)], folder / "log").run()

@@ -18,7 +18,7 @@ from flowrl_mega.experience import Experience, credited
 from flowrl_mega.objectives import GRPO, FlowRL, build
 from flowrl_mega.objectives.common import mismatch_metrics
 from flowrl_mega.objectives.flowrl import flowrl_loss
-from flowrl_mega.rewards.registry import Score
+from flowrl_mega.rewards.load import Score
 from flowrl_mega.rollout import Rollout
 
 DRIFTS = [0.0, 1e-5, 1e-2, 1.0]

@@ -6,12 +6,14 @@ import json
 
 import pytest
 
-from flowrl_mega.config import CodeSettings, RewardsSettings
+from flowrl_mega.config import CodeSettings, RewardSettings
 from flowrl_mega.rewards import code
-from flowrl_mega.rewards.code_tests import same, same_output
+from flowrl_mega.rewards.code.judge import same, same_output
 from flowrl_mega.rewards.sandbox import codec
 
-FAST = RewardsSettings(code=CodeSettings(isolation="process", wall_s=2.0, cpu_s=2, memory_mb=128, output_kb=64))
+FAST = RewardSettings(
+    function="-", code=CodeSettings(isolation="process", wall_s=2.0, cpu_s=2, memory_mb=128, output_kb=64)
+)
 SHARE = FAST.model_copy(update={"code": FAST.code.model_copy(update={"score": "fraction"})})
 SUM = {"type": "stdin", "inputs": ["1 2\n", "30 12\n", "-1 1\n"], "outputs": ["3\n", "42\n", "0\n"]}
 TWICE = {"type": "call", "name": "twice", "inputs": [[1], [[1, 2]], ["ab"]], "outputs": [2, [1, 2, 1, 2], "abab"]}
@@ -23,8 +25,8 @@ def fenced(source, language="python"):
     return f"Some thoughts.\n```{language}\n{source}\n```\nDone."
 
 
-def scored(tests, response, rewards=FAST):
-    return code.score({"tests": tests}, response, rewards)
+def scored(tests, response, settings=FAST):
+    return code.score({"tests": tests}, response, settings)
 
 
 def assert_verdict(tests, source, reward, share, kind, words):
@@ -33,6 +35,12 @@ def assert_verdict(tests, source, reward, share, kind, words):
     assert (result[0], result[2]) == (reward, kind), result[1]
     assert words in result[1]
     assert scored(tests, fenced(source), SHARE)[0] == pytest.approx(share)
+
+
+def test_score_needs_no_settings():
+    """As people call it from a notebook: the defaults of `reward.code`."""
+    assert code.score({"tests": TWICE}, "no program here") == (0.0, "no ```python block", "no code")
+    assert code.score({"tests": TWICE}, fenced("def twice(x):\n    return 2 * x"))[::2] == (1.0, "right")
 
 
 # Where the program is
@@ -125,12 +133,12 @@ def test_a_time_out_with_input():
 
 
 def test_no_test_begins_after_the_time_of_a_call():
-    """With rewards.code.score=fraction all tests run: those that find no time left count as failed."""
+    """With reward.code.score=fraction all tests run: those that find no time left count as failed."""
     hurried = SHARE.model_copy(update={"timeout_s": 0.2})
     reward, why, kind = scored(
         SUM, fenced("import time\ntime.sleep(0.3)\nprint(sum(map(int, input().split())))"), hurried
     )
-    assert (reward, kind) == (pytest.approx(1 / 3), "time-out") and "rewards.timeout_s" in why
+    assert (reward, kind) == (pytest.approx(1 / 3), "time-out") and "reward.timeout_s" in why
 
 
 def test_a_program_does_not_share_its_random_numbers():

@@ -9,8 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from test_code import CHECK, SUM, TWICE, fenced
 
-from flowrl_mega.config import CodeSettings, ConfigError, RewardsSettings
-from flowrl_mega.rewards import code, code_remote
+from flowrl_mega.config import CodeSettings, ConfigError, RewardSettings
+from flowrl_mega.rewards import code
+from flowrl_mega.rewards.code import remote
 from flowrl_mega.rewards.sandbox.client import Sandbox, SandboxError
 
 MARK = "# the program"
@@ -62,16 +63,16 @@ def server():
 
 
 @pytest.fixture
-def rewards(server, monkeypatch):
-    monkeypatch.setattr(code_remote, "DELAY_S", 0.01)
+def settings(server, monkeypatch):
+    monkeypatch.setattr(remote, "DELAY_S", 0.01)
     server.faults.clear()
     server.seen.clear()
     url = f"http://127.0.0.1:{server.server_port}"
-    return RewardsSettings(code=LIMITS.model_copy(update={"url": url}))
+    return RewardSettings(function="-", code=LIMITS.model_copy(update={"url": url}))
 
 
-def scored(tests, source, rewards):
-    return code.score({"tests": tests}, fenced(source), rewards)
+def scored(tests, source, settings):
+    return code.score({"tests": tests}, fenced(source), settings)
 
 
 @pytest.mark.parametrize(
@@ -100,9 +101,9 @@ def scored(tests, source, rewards):
         ),
     ],
 )
-def test_verdicts_as_here(server, rewards, tests, source, reward, kind):
+def test_verdicts_as_here(server, settings, tests, source, reward, kind):
     """All three forms; and a request with the program in it has nothing of what is expected of it."""
-    result = scored(tests, f"{source}\n{MARK}", rewards)
+    result = scored(tests, f"{source}\n{MARK}", settings)
     assert (result[0], result[2]) == (reward, kind), result[1]
     for path, request in server.seen:
         assert path == "/run_code" and request["language"] == "python" and request["run_timeout"] == 2.0
@@ -111,40 +112,38 @@ def test_verdicts_as_here(server, rewards, tests, source, reward, kind):
     assert not [request for request in programs if EXPECTED[tests["type"]] in request]
 
 
-def test_a_check_of_several_calls(rewards):
+def test_a_check_of_several_calls(settings):
     """Replayed from the start for each: the program's own state is as it would be."""
     tests = CHECK | {"code": "def check(candidate):\n    assert [candidate(n) for n in (2, 4)] == [1, 3]\n"}
-    assert (
-        scored(tests, "count = 0\ndef half(n):\n    global count\n    count += 1\n    return 2 * count - 1", rewards)[0]
-        == 1.0
-    )
+    counter = "count = 0\ndef half(n):\n    global count\n    count += 1\n    return 2 * count - 1"
+    assert scored(tests, counter, settings)[0] == 1.0
 
 
 @pytest.mark.parametrize("fault", [503, 500, "no JSON", "[]", '{"status": "SandboxError"}', "hang up"])
-def test_a_passing_fault_is_tried_again(server, rewards, fault):
+def test_a_passing_fault_is_tried_again(server, settings, fault):
     server.faults[:] = [fault, fault]
-    assert scored(CHECK, "def half(n):\n    return n // 2", rewards)[0] == 1.0
+    assert scored(CHECK, "def half(n):\n    return n // 2", settings)[0] == 1.0
 
 
 @pytest.mark.parametrize("fault", [503, "no JSON", '{"status": "SandboxError"}', '{"status": "Success"}', "hang up"])
-def test_a_lasting_fault_is_a_failed_call(server, rewards, fault):
+def test_a_lasting_fault_is_a_failed_call(server, settings, fault):
     """Never a verdict; the message names the URL."""
     server.faults[:] = [fault] * 3
     with pytest.raises(SandboxError, match="http://127.0.0.1:"):
-        scored(SUM, "print(3)", rewards)
+        scored(SUM, "print(3)", settings)
 
 
-def test_a_refusal_is_not_tried_again(server, rewards):
+def test_a_refusal_is_not_tried_again(server, settings):
     """4xx: the request will not become better."""
     server.faults[:] = [404]
     with pytest.raises(SandboxError, match="404"):
-        scored(SUM, "print(3)", rewards)
+        scored(SUM, "print(3)", settings)
     assert len(server.seen) == 1
 
 
-def test_said_at_start(server, rewards):
+def test_said_at_start(server, settings):
     """What is active, or that nobody answers."""
-    assert code.describe(rewards).startswith("sandbox: remote, http://127.0.0.1:")
+    assert code.describe(settings).startswith("sandbox: remote, http://127.0.0.1:")
     server.faults[:] = ["{}"] * 3
-    with pytest.raises(ConfigError, match="rewards.code.url = 'http"):
-        code.describe(rewards)
+    with pytest.raises(ConfigError, match="reward.code.url = 'http"):
+        code.describe(settings)

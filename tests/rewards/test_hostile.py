@@ -19,7 +19,7 @@ import psutil
 import pytest
 from sandbox_watch import as_nobody, changed, left_over, opened, programs, state, watching
 
-from flowrl_mega.config import CodeSettings, RewardsSettings
+from flowrl_mega.config import CodeSettings, RewardSettings
 from flowrl_mega.rewards import code
 from flowrl_mega.rewards.sandbox.client import Sandbox
 
@@ -28,7 +28,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 LIMITS = CodeSettings(
     wall_s=1.0, cpu_s=1, memory_mb=128, disk_mb=8, processes=12, open_files=32, output_kb=256, isolation="namespaces"
 )
-REWARDS = RewardsSettings(code=LIMITS)
+SETTINGS = RewardSettings(function="-", code=LIMITS)
 MOST_BYTES = 64 << 20  # of the fork server after all of them
 
 
@@ -70,7 +70,7 @@ def test_contained(name, sandbox, watch, monkeypatch):
     monkeypatch.setattr(code, "_sandbox", lambda settings: sandbox)
     before, running = state(), programs()
     tests = row_for(name, watch.facts(sandbox._server.pid))
-    reward, why, kind = code.score({"tests": tests}, f"```python\n{source}```", REWARDS)
+    reward, why, kind = code.score({"tests": tests}, f"```python\n{source}```", SETTINGS)
     assert reward == 0.0
     assert kind in ends, why
     assert left_over(running) == set()
@@ -97,7 +97,7 @@ def test_contained_for_a_user_without_rights(names, watch, tmp_path, monkeypatch
         for name, source in sources.items():
             ends = re.search(r"# ends as: (.*)", source).group(1).split(", ")
             tests = row_for(name, watch.facts(sandbox._server.pid))
-            reward, why, kind = code.score({"tests": tests}, f"```python\n{source}```", REWARDS)
+            reward, why, kind = code.score({"tests": tests}, f"```python\n{source}```", SETTINGS)
             assert reward == 0.0 and kind in ends, (name, kind, why)
         sandbox.close()
 
@@ -112,7 +112,7 @@ def test_right_after_all_of_them(sandbox, watch, monkeypatch):
     monkeypatch.setattr(code, "_sandbox", lambda settings: sandbox)
     right = "```python\ndef add(a, b):\n    return a + b\n\nif __name__ == '__main__':\n    print(add(2, 3))\n```"
     for name in ("stdin", "call_", "check_"):
-        assert code.score({"tests": row_for(name, {})}, right, REWARDS)[0] == 1.0
+        assert code.score({"tests": row_for(name, {})}, right, SETTINGS)[0] == 1.0
     assert psutil.Process(sandbox._server.pid).memory_info().rss < MOST_BYTES
 
 

@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 from mutations import CHOSEN, mutant, plain_end
 
-from flowrl_mega.config import RewardsSettings
 from flowrl_mega.rewards import code
 
-REWARDS = RewardsSettings()
 EVERY = 4  # of the fast tests
 
 
@@ -33,7 +31,7 @@ def chosen():
 
 def scored(row, response):
     tests = {"type": "check", "name": row["entry_point"], "code": row["tests"], "stub": row["problem"]}
-    return code.score({"tests": tests}, response, REWARDS)
+    return code.score({"tests": tests}, response)
 
 
 def judge_both(row, number):

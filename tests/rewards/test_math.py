@@ -12,13 +12,14 @@ from types import ModuleType
 import math_verify
 import pytest
 
-from flowrl_mega.config import RewardsSettings
+from flowrl_mega.config import MathSettings, RewardSettings
 from flowrl_mega.rewards import math
 from flowrl_mega.rewards.final_answer import final_answer
 from flowrl_mega.rewards.overlong import overlong_penalty
 
-REWARDS = RewardsSettings(math_timeout_s=60)  # of the clock: 5 s were seen to pass on a machine that others overload
-HASTY = RewardsSettings(math_timeout_s=1)
+# Of the clock: 5 s were seen to pass on a machine that others overload.
+SETTINGS = RewardSettings(function="-", math=MathSettings(timeout_s=60))
+HASTY = RewardSettings(function="-", math=MathSettings(timeout_s=1))
 TABLE = Path(__file__).with_name("math_pairs.tsv")
 PAIRS = [line.split("\t") for line in TABLE.read_text().splitlines() if not line.startswith("#")]
 
@@ -38,8 +39,8 @@ def dapo(gold: str, response: str) -> float:
     return math.dapo({"id": "t/1", "answer": gold}, response)[0]
 
 
-def verify(gold: str, response: str, rewards: RewardsSettings = REWARDS) -> tuple[float, str, str]:
-    return math.verify({"id": "t/1", "answer": gold}, response, rewards)
+def verify(gold: str, response: str, settings: RewardSettings = SETTINGS) -> tuple[float, str, str]:
+    return math.verify({"id": "t/1", "answer": gold}, response, settings)
 
 
 def test_the_table_is_large_and_complete():
@@ -105,16 +106,21 @@ def test_dapo_gives_verls_verdict_on_noise(verl_rule):
     assert 400 < right < 3600  # else the noise would test one verdict only
 
 
+def test_verify_needs_no_settings():
+    """As people call it from a notebook: the defaults of `reward.math`."""
+    assert math.verify({"answer": "\\frac{1}{2}"}, "\\boxed{0.5}") == (1.0, "right: 0.5", "right")
+
+
 def test_results_say_what_was_read_and_what_was_right():
     """They go to samples.jsonl, and their kinds to the metrics."""
     row = {"id": "t/1", "answer": "\\frac{1}{2}"}
     assert math.dapo(row, "Answer: $1/2$") == (-1.0, "1/2, not \\frac{1}{2}", "wrong")
     assert math.dapo(row, "I think 1/2") == (-1.0, "no 'Answer:' in the last 300 characters", "no answer")
-    assert math.verify(row, "\\boxed{0.5}", REWARDS) == (1.0, "right: 0.5", "right")
-    assert math.verify(row, "Answer: 0.6", REWARDS) == (0.0, "0.6, not \\frac{1}{2}", "wrong")
-    assert math.verify(row, "I think 1/2", REWARDS) == (0.0, "no \\boxed{} and no 'Answer:'", "no answer")
+    assert math.verify(row, "\\boxed{0.5}", SETTINGS) == (1.0, "right: 0.5", "right")
+    assert math.verify(row, "Answer: 0.6", SETTINGS) == (0.0, "0.6, not \\frac{1}{2}", "wrong")
+    assert math.verify(row, "I think 1/2", SETTINGS) == (0.0, "no \\boxed{} and no 'Answer:'", "no answer")
     assert math.dapo.wrong == -1.0  # what a failed call scores
-    assert len(math.verify(row, f"\\boxed{{{'9' * 900}}}", REWARDS)[1]) < 200
+    assert len(math.verify(row, f"\\boxed{{{'9' * 900}}}", SETTINGS)[1]) < 200
 
 
 @pytest.mark.parametrize(
@@ -279,7 +285,7 @@ def test_check_gold_passes_what_can_be_graded():
 @pytest.mark.parametrize("row", [{"id": "t/2"}, {"id": "t/2", "answer": 27}, {"id": "t/2", "answer": None}])
 def test_a_row_without_a_string_answer_is_named(row):
     """27 and "27" would be different answers to a match of strings."""
-    for call in (lambda: math.dapo(row, "Answer: 27"), lambda: math.verify(row, "Answer: 27", REWARDS)):
+    for call in (lambda: math.dapo(row, "Answer: 27"), lambda: math.verify(row, "Answer: 27", SETTINGS)):
         with pytest.raises(ValueError, match="row 't/2': a math row needs 'answer', a string"):
             call()
 

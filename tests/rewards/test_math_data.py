@@ -11,11 +11,12 @@ from types import ModuleType
 
 import pytest
 
-from flowrl_mega.config import RewardsSettings
+from flowrl_mega.config import MathSettings, RewardSettings
 from flowrl_mega.rewards import math
 from flowrl_mega.rewards.minerva import normalise
 
-REWARDS = RewardsSettings(math_timeout_s=60)  # of the clock: 5 s were seen to pass on a machine that others overload
+# Of the clock: 5 s were seen to pass on a machine that others overload.
+SETTINGS = RewardSettings(function="-", math=MathSettings(timeout_s=60))
 TOOL = Path(__file__).parents[2] / "tools" / "math_agreement.py"
 SAMPLE = Path(__file__).with_name("math_answers.txt").read_text().splitlines()
 
@@ -94,10 +95,10 @@ def walk(name: str, answers: list[str], step: int = 1) -> list[str]:
         other = another(answers, i)
         verdicts = {
             "check_gold": (math.check_gold(answers[i], 60), None),
-            "verify, itself": (math.verify(row, f"So it is $\\boxed{{{answers[i]}}}$.", REWARDS)[2], "right"),
-            "verify, in a line": (math.verify(row, f"Answer: {answers[i]}", REWARDS)[2], "right"),
+            "verify, itself": (math.verify(row, f"So it is $\\boxed{{{answers[i]}}}$.", SETTINGS)[2], "right"),
+            "verify, in a line": (math.verify(row, f"Answer: {answers[i]}", SETTINGS)[2], "right"),
             "dapo, itself": (math.dapo(row, f"So.\nAnswer: {answers[i]}")[2], "right"),
-            f"verify, {other}": (math.verify(row, f"\\boxed{{{other}}}", REWARDS)[2], "wrong"),
+            f"verify, {other}": (math.verify(row, f"\\boxed{{{other}}}", SETTINGS)[2], "wrong"),
             f"dapo, {other}": (math.dapo(row, f"Answer: {other}")[2], "wrong"),
         }
         wrong += [f"{row} {how}: {got!r}" for how, (got, wanted) in verdicts.items() if got != wanted]
@@ -159,7 +160,7 @@ def test_rewritten_answers_are_right(golds, tool, name):
     answers = list(dict.fromkeys(golds(name)))[:: FILES[name]]
     changed = [(gold, given) for gold in answers if gold and (given := tool.rewrite(gold)) != gold]
     assert len(changed) >= 20
-    graded = [math.verify({"id": name, "answer": gold}, f"\\boxed{{{given}}}", REWARDS) for gold, given in changed]
+    graded = [math.verify({"id": name, "answer": gold}, f"\\boxed{{{given}}}", SETTINGS) for gold, given in changed]
     assert [why for reward, why, _ in graded if reward != 1.0] == []
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flowrl_mega.config import OverlongSettings, RewardsSettings
+from flowrl_mega.config import OverlongSettings, RewardSettings
+from flowrl_mega.rewards.load import Score
 from flowrl_mega.rewards.pool import Pool
-from flowrl_mega.rewards.registry import Score
 from flowrl_mega.rewards.scorer import verdicts, with_overlong_penalty
 
 SOURCE = """
@@ -42,7 +42,7 @@ score.wrong = -1.0
 def pool(tmp_path: Path):
     """Two workers with a reward that does what the answer says."""
     (tmp_path / "obeying.py").write_text(SOURCE)
-    pool = Pool(f"{tmp_path}/obeying.py:score", RewardsSettings(timeout_s=1.0), workers=2)
+    pool = Pool(RewardSettings(function=f"{tmp_path}/obeying.py:score", timeout_s=1.0), workers=2)
     yield pool
     pool.close()
 
@@ -64,7 +64,7 @@ def test_a_hanging_or_dying_reward_is_a_wrong_answer_and_is_counted(pool: Pool) 
     assert [score.reward for score in scores] == [-1.0, -1.0, 4.0, -1.0, 4.0]
     assert [score.kind for score in scores] == ["time-out", "crash", "length", "time-out", "length"]
     assert [score.failed for score in scores] == [True, True, False, True, False]
-    assert scores[0].reason == "no verdict after 1 s (rewards.timeout_s)"
+    assert scores[0].reason == "no verdict after 1 s (reward.timeout_s)"
     assert scores[1].reason == "the reward's process ended twice (exit code -9)"
     assert verdicts(scores) == {"verdict/crash": 1.0, "verdict/length": 2.0, "verdict/time-out": 2.0}
 
@@ -88,8 +88,8 @@ def test_nothing_is_left_when_the_trainer_is_killed(tmp_path: Path) -> None:
     """kill -9 of a rank gives it no time to clean up: its workers must see that they are alone."""
     (tmp_path / "obeying.py").write_text(SOURCE)
     code = (
-        "from flowrl_mega.config import RewardsSettings\nfrom flowrl_mega.rewards.pool import Pool\n"
-        f"pool = Pool({str(tmp_path / 'obeying.py:score')!r}, RewardsSettings(), 2)\n"
+        "from flowrl_mega.config import RewardSettings\nfrom flowrl_mega.rewards.pool import Pool\n"
+        f"pool = Pool(RewardSettings(function={str(tmp_path / 'obeying.py:score')!r}), 2)\n"
         "print(*{pool.submit({'seconds': 0.3}, 'wait').result().reason for _ in range(6)}, flush=True)\n"
         "import time; time.sleep(60)\n"
     )
@@ -106,7 +106,7 @@ def test_nothing_is_left_when_the_trainer_is_killed(tmp_path: Path) -> None:
 def test_closing_ends_even_a_hanging_worker(tmp_path: Path) -> None:
     """Or a stopped run would stay until the time-out."""
     (tmp_path / "obeying.py").write_text(SOURCE)
-    pool = Pool(f"{tmp_path}/obeying.py:score", RewardsSettings(timeout_s=60), workers=1)
+    pool = Pool(RewardSettings(function=f"{tmp_path}/obeying.py:score", timeout_s=60), workers=1)
     pool.submit({}, "warm").result()
     (worker,) = pool._workers
     hanging, waiting = pool.submit({}, "hang"), pool.submit({}, "warm")

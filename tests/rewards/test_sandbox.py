@@ -16,7 +16,7 @@ import psutil
 import pytest
 from sandbox_watch import SYSTEM_PYTHON, as_nobody, changed, left_over, opened, programs, state
 
-from flowrl_mega.config import CodeSettings, ConfigError, RewardsSettings
+from flowrl_mega.config import CodeSettings, ConfigError, RewardSettings
 from flowrl_mega.rewards import code
 from flowrl_mega.rewards.sandbox import choose as choosing
 from flowrl_mega.rewards.sandbox import client
@@ -175,16 +175,16 @@ def test_a_killed_worker_takes_its_programs_along(sandbox, tmp_path):
 def test_a_dead_server_is_an_error_and_is_replaced(monkeypatch):
     """Of the sandbox, never a verdict on the program; the next call starts another."""
     monkeypatch.setattr(code, "_sandboxes", {})
-    rewards = RewardsSettings(code=LIMITS.model_copy(update={"isolation": "process"}))
+    settings = RewardSettings(function="-", code=LIMITS.model_copy(update={"isolation": "process"}))
     tests = {"type": "stdin", "inputs": ["1"], "outputs": ["1"]}
     right = "```python\nprint(input())\n```"
-    assert code.score({"tests": tests}, right, rewards)[0] == 1.0
+    assert code.score({"tests": tests}, right, settings)[0] == 1.0
     (server,) = code._sandboxes.values()
     os.kill(server._server.pid, signal.SIGKILL)
     with pytest.raises(SandboxError):
         server.run("print(1)", "")
     server._server.wait()
-    assert code.score({"tests": tests}, right, rewards)[0] == 1.0
+    assert code.score({"tests": tests}, right, settings)[0] == 1.0
     (server,) = code._sandboxes.values()
     server.close()
 
@@ -204,7 +204,7 @@ def test_the_server_holds_nothing_of_the_trainer(sandbox):
 
 def test_says_which_isolation_is_active():
     """As this machine has it; the words name the level."""
-    assert code.describe(RewardsSettings()).startswith("sandbox: namespaces, made by ")
+    assert code.describe(code.DEFAULT).startswith("sandbox: namespaces, made by ")
 
 
 def failing(way):
@@ -221,8 +221,8 @@ def test_refuses_less_than_asked_for(monkeypatch):
     monkeypatch.setattr(choosing, "Sandbox", failing("no such way"))
     monkeypatch.setattr(choosing, "wanting", lambda faults: "kernel.unprivileged_userns_clone is 0")
     with pytest.raises(ConfigError) as caught:
-        code.describe(RewardsSettings())
-    for words in ("rewards.code.isolation = 'namespaces'", "only 'process'", "userns_clone is 0", "rewards.code.url"):
+        code.describe(code.DEFAULT)
+    for words in ("reward.code.isolation = 'namespaces'", "only 'process'", "userns_clone is 0", "reward.code.url"):
         assert words in str(caught.value)
 
 
@@ -231,12 +231,12 @@ def test_a_first_program_that_is_not_held_is_no_isolation(monkeypatch):
     real = Sandbox
     monkeypatch.setattr(choosing, "Sandbox", lambda settings, way: real(settings, "process"))
     with pytest.raises(ConfigError, match="saw other processes or wrote outside"):
-        code.describe(RewardsSettings())
+        code.describe(code.DEFAULT)
 
 
 def test_takes_less_where_that_is_asked_for(monkeypatch):
     """isolation: process is the least, so a machine that has more gives more."""
-    asked = RewardsSettings(code=CodeSettings(isolation="process"))
+    asked = RewardSettings(function="-", code=CodeSettings(isolation="process"))
     assert code.describe(asked).startswith("sandbox: namespaces")
     monkeypatch.setattr(choosing, "Sandbox", failing("no such way"))
     assert "NO network or file isolation" in code.describe(asked)
@@ -253,11 +253,11 @@ def test_names_the_sysctl_that_forbids(monkeypatch, tmp_path):
 def test_an_interpreter_that_is_none(path, words):
     """Named, with its fix."""
     with pytest.raises(ConfigError, match=words):
-        code.describe(RewardsSettings(code=CodeSettings(python=path)))
+        code.describe(RewardSettings(function="-", code=CodeSettings(python=path)))
 
 
 def test_another_interpreter(monkeypatch):
-    """rewards.code.python; its own packages can be imported."""
+    """reward.code.python; its own packages can be imported."""
     if not SYSTEM_PYTHON.exists():
         pytest.skip(f"no {SYSTEM_PYTHON}")
     settings = CodeSettings(python=str(SYSTEM_PYTHON), isolation="process")
@@ -300,13 +300,13 @@ def test_a_machine_that_forbids_namespaces():
     if not (shutil.which("unshare") and shutil.which("setpriv")):
         pytest.skip("needs unshare and setpriv")
     source = python("""
-        from flowrl_mega.config import CodeSettings, ConfigError, RewardsSettings
+        from flowrl_mega.config import CodeSettings, ConfigError, RewardSettings
         from flowrl_mega.rewards import code
         try:
-            code.describe(RewardsSettings())
+            code.describe(code.DEFAULT)
         except ConfigError as error:
             print(error)
-        print(code.describe(RewardsSettings(code=CodeSettings(isolation="process"))))
+        print(code.describe(RewardSettings(function='-', code=CodeSettings(isolation="process"))))
     """)
     command = ["unshare", "-Ur", "sh", "-c", FORBIDDING, "sh", sys.executable, "-c", source]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -314,7 +314,7 @@ def test_a_machine_that_forbids_namespaces():
     if "unshare failed" in done.stderr:
         pytest.skip(done.stderr)
     refusal, taken = done.stdout.splitlines()
-    assert refusal.startswith("rewards.code.isolation = 'namespaces': this machine does not give it")
+    assert refusal.startswith("reward.code.isolation = 'namespaces': this machine does not give it")
     assert "user.max_user_namespaces is 0 (as root: sysctl -w user.max_user_namespaces=10000)" in refusal
     assert taken.startswith("sandbox: process (") and "NO network or file isolation" in taken
 

@@ -9,9 +9,9 @@ from typing import Any
 import jobs
 import pytest
 
-from flowrl_mega.config import ParallelSettings, RewardsSettings
+from flowrl_mega.config import ParallelSettings, RewardSettings
 from flowrl_mega.parallel import layout as layouts
-from flowrl_mega.rewards.registry import Score
+from flowrl_mega.rewards.load import Score, load_reward
 from flowrl_mega.rewards.scorer import Scorer
 
 pytestmark = pytest.mark.ranks
@@ -27,8 +27,8 @@ def score(row, response):
 
 def scored(spec: str, rows: list[dict[str, Any]], texts: list[str], first_begins: bool) -> tuple[list[Score], float]:
     """In a rank: all scores, and the seconds that `score` took."""
-    layout = layouts.init(ParallelSettings(dp=2), 0)
-    scorer = Scorer(spec, RewardsSettings(workers=2), layout)
+    layout, settings = layouts.init(ParallelSettings(dp=2), 0), RewardSettings(function=spec, workers=2)
+    scorer = Scorer(load_reward(settings), settings, layout)
     try:
         scorer.score(rows[:4], texts[:4])  # the workers are up
         if first_begins and layout.rank == 0:
@@ -70,7 +70,7 @@ def test_processes_and_early_scores_do_not_change_a_run(tiny_llama: Path, tmp_pa
         folder = tmp_path / str(workers)
         folder.mkdir()
         config = jobs.write_config(
-            folder, tiny_llama, steps=2, reward=f"{tmp_path}/graded.py:score", rewards={"workers": workers}
+            folder, tiny_llama, steps=2, reward={"function": f"{tmp_path}/graded.py:score", "workers": workers}
         )
         jobs.Job(["train", str(config)], folder / "log").run()
         metrics = jobs.records(folder / "run", "metrics")

@@ -131,13 +131,14 @@ class Ours:
     """The engine of training, attached to the server."""
 
     def __init__(self, options: argparse.Namespace, url: str, folder: Path) -> None:
-        from flowrl_mega.config import Config, validated
+        from flowrl_mega.config import Config
         from flowrl_mega.model.architecture import read_architecture
         from flowrl_mega.model.policy import Policy
         from flowrl_mega.model.weights import load_hf
         from flowrl_mega.parallel import layout as layouts
         from flowrl_mega.parallel.launch import free_port, rank_environment
         from flowrl_mega.rollout.sglang import SglangEngine
+        from flowrl_mega.settings import validated
 
         os.environ.update(rank_environment(0, 1, free_port()))
         tree = {

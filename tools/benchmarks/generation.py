@@ -73,13 +73,14 @@ def with_engine(batch: int, options: argparse.Namespace) -> float:
 def run_rank(options: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
-    from flowrl_mega.config import Config, ParallelSettings, validated
+    from flowrl_mega.config import Config, ParallelSettings
     from flowrl_mega.model.architecture import read_architecture
     from flowrl_mega.model.generation import Sampling
     from flowrl_mega.model.policy import Policy
     from flowrl_mega.model.weights import load_hf
     from flowrl_mega.parallel import layout as layouts
     from flowrl_mega.rollout import EmbeddedEngine, generate
+    from flowrl_mega.settings import validated
 
     layout = layouts.init(ParallelSettings(), seed=0)
     tree: dict[str, Any] = {"run_dir": "-", "steps": 1, "model": {"path": options.model}, "data": {"task": "sums"}}

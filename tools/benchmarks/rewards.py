@@ -3,7 +3,7 @@
     python tools/benchmarks/rewards.py [--answers 600] [--programs 60] [--rounds 5] [--json FILE]
 
 Math answers are the pairs of tests/rewards/math_pairs.tsv, each wrapped as a response, over and over; every program
-solves a task with three tests of stdin and stdout. `direct` calls the function in this process, as rewards.workers=0
+solves a task with three tests of stdin and stdout. `direct` calls the function in this process, as reward.workers=0
 does; `1 worker` and `2 workers` send rows and texts through the pool of the trainer. Workers are warm: what they import
 and math-verify's cache of gold answers are there. Scores are compared with the direct ones before any is timed. Each
 round begins with the next provider; figures are medians over the rounds.
@@ -21,9 +21,9 @@ from typing import Any
 
 from workload import machine, turns, write
 
-from flowrl_mega.config import RewardsSettings
+from flowrl_mega.config import RewardSettings
+from flowrl_mega.rewards.load import Score, call, load_reward
 from flowrl_mega.rewards.pool import Pool
-from flowrl_mega.rewards.registry import Score, call, load_reward
 
 PAIRS = Path(__file__).parents[2] / "tests" / "rewards" / "math_pairs.tsv"
 TESTS = {"type": "stdin", "inputs": ["1 2\n", "40 2\n", "-5 5\n"], "outputs": ["3\n", "42\n", "0\n"]}
@@ -57,9 +57,9 @@ def works(answers: int, programs: int) -> dict[str, list[Work]]:
 
 
 def compared(spec: str, work: list[Work], rounds: int) -> list[dict[str, Any]]:
-    settings = RewardsSettings()
-    reward = load_reward(spec, settings)
-    pools = {f"{n} worker{'s' * (n > 1)}": Pool(spec, settings, n) for n in (1, 2)}
+    settings = RewardSettings(function=spec)
+    reward = load_reward(settings)
+    pools = {f"{n} worker{'s' * (n > 1)}": Pool(settings, n) for n in (1, 2)}
     providers: dict[str, Callable[[], list[Score]]] = {"direct": lambda: [call(reward, *item) for item in work]}
     for name, pool in pools.items():
         providers[name] = lambda pool=pool: [future.result() for future in [pool.submit(*item) for item in work]]

@@ -123,10 +123,11 @@ def measure(layout: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def run_rank(options: argparse.Namespace) -> None:
     """One rank of one layout: train, and write the steps' metrics."""
-    from flowrl_mega.config import Config, validated
+    from flowrl_mega.config import Config
     from flowrl_mega.parallel import layout as layouts
     from flowrl_mega.preflight import Inputs
     from flowrl_mega.run import Run
+    from flowrl_mega.settings import validated
 
     rank, out = os.environ["RANK"], Path(options.out)
     data = out / f"prompts_{rank}.jsonl"

@@ -31,7 +31,7 @@ from convert_model import make
 from workload import machine, turns, write
 
 import flowrl_mega.parallel  # noqa: F401
-from flowrl_mega.config import Config, RolloutSettings, SyncSettings, validated
+from flowrl_mega.config import Config, RolloutSettings, SyncSettings
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.policy import Policy
 from flowrl_mega.model.weights import Buckets, load_hf
@@ -40,6 +40,7 @@ from flowrl_mega.parallel.launch import free_port, rank_environment
 from flowrl_mega.rollout.api import Api, LoopThread
 from flowrl_mega.rollout.servers import Fleet
 from flowrl_mega.rollout.sync import WeightSync
+from flowrl_mega.settings import validated
 
 TRANSFERS = ("distributed", "tensor", "disk")
 GOAL = 1.3  # seconds of distributed, at most, as a multiple of the broadcast's

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flowrl_mega import objectives
-from flowrl_mega.config import Config, validated
+from flowrl_mega.config import Config
 from flowrl_mega.experience import MicroBatch
 from flowrl_mega.learner import Learner, Models
 from flowrl_mega.model.architecture import Architecture
@@ -16,6 +16,7 @@ from flowrl_mega.model.fp8_gate import Fp8Gate
 from flowrl_mega.model.policy import Policy
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.parallel.packing import Sequence, plan
+from flowrl_mega.settings import validated
 from flowrl_mega.train import Trainer
 
 PRECISIONS: dict[str, dict[str, Any]] = {

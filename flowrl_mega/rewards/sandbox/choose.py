@@ -31,7 +31,7 @@ PROCESS = "own process group and limits; NO network or file isolation beside a f
 def choose(settings: CodeSettings) -> tuple[Sandbox, str]:
     """The strongest isolation that works here, and what it is in words.
 
-    Raises ConfigError that names rewards.code.isolation and what is wanting, if that is less than it asks for.
+    Raises ConfigError that names reward.code.isolation and what is wanting, if that is less than it asks for.
     """
     ways = [*(["root"] if os.geteuid() == 0 else []), "user"]
     faults = []
@@ -42,11 +42,11 @@ def choose(settings: CodeSettings) -> tuple[Sandbox, str]:
             faults.append(f"{way}: {str(error).splitlines()[-1]}")
         if way == ways[-1] and settings.isolation == "namespaces":
             raise ConfigError(
-                f"rewards.code.isolation = {settings.isolation!r}: this machine does not give it, only 'process' "
-                f"({PROCESS}); found wanting: {wanting(faults)}; fix: as said, or set rewards.code.url to a remote "
-                "sandbox, or rewards.code.isolation=process where programs may do all that this user may"
+                f"reward.code.isolation = {settings.isolation!r}: this machine does not give it, only 'process' "
+                f"({PROCESS}); found wanting: {wanting(faults)}; fix: as said, or set reward.code.url to a remote "
+                "sandbox, or reward.code.isolation=process where programs may do all that this user may"
             )
-    raise ConfigError(f"rewards.code.isolation = 'process': no program runs here ({'; '.join(faults)})")
+    raise ConfigError(f"reward.code.isolation = 'process': no program runs here ({'; '.join(faults)})")
 
 
 def accepted(settings: CodeSettings, way: str) -> tuple[Sandbox, str]:
@@ -55,7 +55,7 @@ def accepted(settings: CodeSettings, way: str) -> tuple[Sandbox, str]:
         sandbox = Sandbox(settings, way)
     except OSError as error:
         raise ConfigError(
-            f"rewards.code.python = {settings.python!r}: cannot start {interpreter(settings)[0]} ({error}); "
+            f"reward.code.python = {settings.python!r}: cannot start {interpreter(settings)[0]} ({error}); "
             "give the path of a Python 3.10 or newer, or null for this one"
         ) from error
     try:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from flowrl_mega.config import ConfigError, RewardsSettings
-from flowrl_mega.rewards.registry import Reward, Score, call, load_reward, refuse_all_failed
+from flowrl_mega.config import ConfigError, RewardSettings
+from flowrl_mega.rewards.load import Reward, Score, call, load_reward, refuse_all_failed
 from flowrl_mega.rewards.sums import score
 
 SOURCE = """
@@ -47,11 +47,11 @@ def folder(tmp_path, monkeypatch):
 
 def test_a_built_in_by_module_name():
     """The name in the examples' YAML files."""
-    assert load_reward("flowrl_mega.rewards.sums:score").function is score
+    assert load_reward(RewardSettings(function="flowrl_mega.rewards.sums:score")).function is score
 
 
 def test_a_file_of_the_users(folder):
-    assert load_reward(f"{folder}/my_own_reward.py:length_reward")({}, "abc") == 3.5
+    assert load_reward(RewardSettings(function=f"{folder}/my_own_reward.py:length_reward"))({}, "abc") == 3.5
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_file_of_the_users(folder):
         ("my_own_reward.py:CONSTANT", "is 3, not a function"),
         (
             "my_own_reward.py:one_argument",
-            r"must take \(row, response\) or \(row, response, rewards\), but takes \(response\)",
+            r"must take \(row, response\) or \(row, response, settings\), but takes \(response\)",
         ),
     ],
 )
@@ -70,7 +70,7 @@ def test_errors_name_the_spec_the_cause_and_the_fix(folder, monkeypatch, spec, m
     """All of these are found before any rank starts."""
     monkeypatch.chdir(folder)
     with pytest.raises(ConfigError, match=message) as caught:
-        load_reward(spec)
+        load_reward(RewardSettings(function=spec))
     assert repr(spec) in str(caught.value)
 
 
@@ -114,14 +114,14 @@ def test_a_reward_that_never_works_stops_the_run():
 
 
 def test_settings_reach_a_reward_that_takes_them(folder, monkeypatch):
-    """Three arguments: the section `rewards`. A failed call scores what the function itself gives wrong answers, so
+    """Three arguments: the section `reward`. A failed call scores what the function itself gives wrong answers, so
     that an answer that breaks a grader of -1 and 1 is not better than a wrong one."""
     (folder / "graded.py").write_text(
-        "def score(row, response, rewards):\n    return rewards.timeout_s / row['by']\n\n"
-        "def describe(rewards, kinds):\n    return f'{rewards.timeout_s} {sorted(kinds)}'\n\nscore.wrong = -1.0\n"
+        "def score(row, response, settings):\n    return settings.timeout_s / row['by']\n\n"
+        "def describe(settings, kinds):\n    return f'{settings.timeout_s} {sorted(kinds)}'\n\nscore.wrong = -1.0\n"
     )
     monkeypatch.chdir(folder)
-    reward = load_reward("graded:score", RewardsSettings(timeout_s=8))
+    reward = load_reward(RewardSettings(function="graded:score", timeout_s=8))
     assert call(reward, {"by": 4}, "").reward == 2.0
     assert call(reward, {"by": 0}, "") == Score(-1.0, "ZeroDivisionError: float division by zero", True, "error")
     assert reward.describe({"b", "a"}) == "8.0 ['a', 'b']"

@@ -1,4 +1,4 @@
-"""One reward for data of several tasks: each row names the `kind` of reward that grades it."""
+"""One reward for data of several tasks: each row's `kind` names the reward that grades it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import difflib
 from functools import cache
 from typing import Any
 
-from flowrl_mega.config import ConfigError, RewardsSettings
-from flowrl_mega.rewards.registry import Result, Reward, load_reward
+from flowrl_mega.config import ConfigError, RewardSettings
+from flowrl_mega.rewards.load import Result, Reward, load_reward
 
 KINDS = {
     "math": "flowrl_mega.rewards.math:verify",
@@ -18,25 +18,28 @@ KINDS = {
 }
 
 
-def score(row: dict[str, Any], response: str, rewards: RewardsSettings) -> Result:
+DEFAULT = RewardSettings(function="flowrl_mega.rewards.by_kind:score")
+
+
+def score(row: dict[str, Any], response: str, settings: RewardSettings = DEFAULT) -> Result:
     """What the reward that `row["kind"]` names gives; rows of other kinds are refused at the start, by `describe`."""
-    return _reward(row["kind"], rewards)(row, response)
+    return _reward(row["kind"], settings)(row, response)
 
 
-def describe(rewards: RewardsSettings, kinds: set[str]) -> str:
+def describe(settings: RewardSettings, kinds: set[str]) -> str:
     """What the rewards of these kinds of rows say of themselves. Raises ConfigError for a kind that has no reward."""
     for kind in sorted(kinds):
         if kind not in KINDS:
             near = difflib.get_close_matches(kind, KINDS, n=1)
             found = f"is of the kind {kind!r}" if kind else "has no 'kind'"
             raise ConfigError(
-                f"reward = flowrl_mega.rewards.tasks:score: a row of the data {found}; give each row one of "
+                f"reward.function = flowrl_mega.rewards.by_kind:score: a row of the data {found}; give each row one of "
                 f"{', '.join(KINDS)}" + (f" (did you mean {near[0]!r}?)" if near else "")
             )
-    said = {kind: _reward(kind, rewards).describe({kind}) for kind in sorted(kinds)}
+    said = {kind: _reward(kind, settings).describe({kind}) for kind in sorted(kinds)}
     return "; ".join(f"{kind}: {words}" for kind, words in said.items() if words)
 
 
 @cache
-def _reward(kind: str, rewards: RewardsSettings) -> Reward:
-    return load_reward(KINDS[kind], rewards)
+def _reward(kind: str, settings: RewardSettings) -> Reward:
+    return load_reward(settings.model_copy(update={"function": KINDS[kind]}))

@@ -47,7 +47,7 @@ def stdin_tests(runner: Runner, code: str, tests: dict[str, Any], all_of_them: b
 
     def one(index: int) -> Failure | None:
         if time.monotonic() > deadline:
-            return "time-out", "no time left for it (rewards.timeout_s)"
+            return "time-out", "no time left for it (reward.timeout_s)"
         outcome = runner.run(code, tests["inputs"][index], prelude=True)
         expected = tests["outputs"][index]
         return trouble(outcome) or (None if same_output(expected, outcome.stdout) else wrong(expected, outcome.stdout))
@@ -200,9 +200,9 @@ def trouble(outcome: Outcome) -> Failure | None:
         last = (outcome.stderr.strip().splitlines() or [f"exit status {outcome.code}"])[-1]
         return _crash_kind(last), _short(last, quoted=False)
     return {
-        "wall": ("time-out", "took too long (rewards.code.wall_s)"),
-        "cpu": ("time-out", "used too much CPU time (rewards.code.cpu_s)"),
-        "memory": ("memory", "used too much memory (rewards.code.memory_mb)"),
+        "wall": ("time-out", "took too long (reward.code.wall_s)"),
+        "cpu": ("time-out", "used too much CPU time (reward.code.cpu_s)"),
+        "memory": ("memory", "used too much memory (reward.code.memory_mb)"),
         "processes": ("processes", "started too many processes (rewards.code.processes)"),
         "flood": ("output flood", "wrote too much (rewards.code.output_kb)"),
     }.get(outcome.end) or ("crash", f"killed by {_signal(outcome.code)}")

@@ -9,10 +9,10 @@ import jobs
 import pytest
 
 from flowrl_mega import cli
-from flowrl_mega.config import CodeSettings, ConfigError, RewardsSettings
-from flowrl_mega.rewards.registry import call, load_reward
+from flowrl_mega.config import CodeSettings, ConfigError, RewardSettings
+from flowrl_mega.rewards.load import call, load_reward
 
-SPEC = "flowrl_mega.rewards.tasks:score"
+SPEC = "flowrl_mega.rewards.by_kind:score"
 CODE = {"type": "call", "name": "twice", "inputs": [[2], [5]], "outputs": [4, 10]}
 PROGRAM = "```python\ndef twice(x):\n    return {}\n```"
 
@@ -29,13 +29,13 @@ PROGRAM = "```python\ndef twice(x):\n    return {}\n```"
 )
 def test_each_row_is_graded_by_its_kind(row: dict, response: str, reward: float, kind: str) -> None:
     """With the settings of the section `rewards`, here the share of a program's tests."""
-    score = call(load_reward(SPEC, RewardsSettings(code=CodeSettings(score="fraction"))), row, response)
+    score = call(load_reward(RewardSettings(function=SPEC, code=CodeSettings(score="fraction"))), row, response)
     assert (score.reward, score.kind, score.failed) == (reward, kind, False)
 
 
 def test_the_kinds_of_the_data_are_checked_at_the_start() -> None:
     """A kind that nobody grades would fail answer by answer; a sandbox is asked for by programs alone."""
-    reward = load_reward(SPEC)
+    reward = load_reward(RewardSettings(function=SPEC))
     assert reward.describe({"math", "sums"}) == ""
     assert reward.describe({"math", "code"}).startswith("code: sandbox: ")
     with pytest.raises(ConfigError, match=r"a row of the data is of the kind 'maths'; .* \(did you mean 'math'\?\)"):
@@ -60,5 +60,5 @@ def test_a_run_says_which_isolation_its_programs_get(
     )
     assert cli.main(["train", str(config), "--dry-run"]) == 0
     assert "reward      flowrl_mega.rewards.code:score; sandbox: namespaces" in capsys.readouterr().out
-    assert cli.main(["train", str(config), "--rewards.code.python=/nowhere/python"]) == 2
-    assert "rewards.code.python = '/nowhere/python': cannot start" in capsys.readouterr().err
+    assert cli.main(["train", str(config), "--reward.code.python=/nowhere/python"]) == 2
+    assert "reward.code.python = '/nowhere/python': cannot start" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The same tests in a remote sandbox: SandboxFusion's POST /run_code (rewards.code.url).
+"""The same tests in a remote sandbox: SandboxFusion's POST /run_code (reward.code.url).
 
 A request is one whole program with its input, so there is no channel to ask questions through. Calls go as a list in
 one program. A `check` test is replayed: the judge runs with the answers so far until it asks for the next, the program
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flowrl_mega.config import CodeSettings, ConfigError
-from flowrl_mega.rewards.code_tests import (
+from flowrl_mega.rewards.code.judge import (
     FORGED,
     SILENT,
     Failure,
@@ -63,7 +63,7 @@ class Remote:
                 raise SandboxError(f"{self.url}: a first program printed {outcome.stdout!r:.80} instead of 42")
         except SandboxError as error:
             raise ConfigError(
-                f"rewards.code.url = {self.settings.url!r}: {error}; start the sandbox there, or set null to use this "
+                f"reward.code.url = {self.settings.url!r}: {error}; start the sandbox there, or set null to use this "
                 "machine's own"
             ) from error
         return f"sandbox: remote, {self.url}; its isolation is its own"
@@ -110,7 +110,7 @@ class Remote:
 
 
 def call_tests(remote: Remote, code: str, tests: dict[str, Any], all_of_them: bool) -> Verdict:
-    """As code_tests.call_tests."""
+    """As judge.call_tests."""
     request = {"mode": "call", "parts": [code], "name": tests["name"], "prelude": True}
     words, outcome = remote.frames(request, [codec.encode([args, {}]) for args in tests["inputs"]])
     failure = _not_ready(words, outcome, tests["name"])
@@ -124,7 +124,7 @@ def call_tests(remote: Remote, code: str, tests: dict[str, Any], all_of_them: bo
 
 
 def check_tests(remote: Remote, parts: list[str], tests: dict[str, Any], deadline: float) -> Verdict:
-    """As code_tests.check_tests, by two requests for each call that the tests make."""
+    """As judge.check_tests, by two requests for each call that the tests make."""
     name = tests["name"]
     program = {"mode": "call", "parts": parts, "name": name, "prelude": False}
     judge = {"mode": "judge", "stub": tests["stub"], "code": tests["code"], "name": name}
@@ -145,7 +145,7 @@ def check_tests(remote: Remote, parts: list[str], tests: dict[str, Any], deadlin
         if failure:
             return checked(failure)
         answers = [*answers, words[-1]]
-    return checked(("time-out", "no time left (rewards.timeout_s)"))
+    return checked(("time-out", "no time left (reward.timeout_s)"))
 
 
 def _not_ready(words: list[bytes], outcome: Outcome, name: str) -> Failure | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from flowrl_mega.config import ConfigError, RewardsSettings
+from flowrl_mega.config import ConfigError, RewardSettings
 from flowrl_mega.imports import load_with_module
 
 Row = dict[str, Any]
@@ -44,24 +44,25 @@ class Reward:
         return self.function(row, response)
 
 
-def load_reward(spec: str, settings: RewardsSettings = RewardsSettings()) -> Reward:  # noqa: B008 (it is frozen)
-    """The function named by "module:function" or "path/to/file.py:function".
+def load_reward(settings: RewardSettings) -> Reward:
+    """The reward function that `settings.function` names, as "module:function" or "path/to/file.py:function".
 
-    It takes (row, response), or (row, response, settings). Modules in the current directory are found too. Its
-    attribute `wrong` is the reward where a call fails (0), `is_quick` says that a call takes microseconds; a function
-    `describe(settings)` or `describe(settings, kinds)` beside it says at the start what it works with. Raises
-    ConfigError that names what cannot be imported, why, and the nearest function name.
+    It takes (row, response) or (row, response, settings). Its attribute `wrong` is the reward of a failed call (0),
+    `is_quick` says that a call takes microseconds; a function `describe(settings)` or `describe(settings, kinds)`
+    beside it says at the start what it works with. Raises ConfigError as `imports.load` does, and for what is no
+    function or takes other arguments.
     """
-    function, module = load_with_module(spec, "reward")
+    spec = settings.function
+    function, module = load_with_module(spec, "reward.function")
     if not callable(function):
-        raise ConfigError(f"reward = {spec!r}: is {function!r:.100}, not a function")
+        raise ConfigError(f"reward.function = {spec!r}: is {function!r:.100}, not a function")
     if _takes(function, 3):
         bound = partial(_with_settings, function, settings)
     elif _takes(function, 2):
         bound = function
     else:
         raise ConfigError(
-            f"reward = {spec!r}: must take (row, response) or (row, response, rewards), but takes "
+            f"reward.function = {spec!r}: must take (row, response) or (row, response, settings), but takes "
             f"{inspect.signature(function)}"
         )
     describe = partial(_describe, getattr(module, "describe", None), settings)
@@ -102,11 +103,11 @@ def _takes(function: Callable[..., Any], arguments: int) -> bool:
     return True
 
 
-def _with_settings(function: Callable[..., Result], settings: RewardsSettings, row: Row, response: str) -> Result:
+def _with_settings(function: Callable[..., Result], settings: RewardSettings, row: Row, response: str) -> Result:
     return function(row, response, settings)
 
 
-def _describe(function: Callable[..., str] | None, settings: RewardsSettings, kinds: set[str]) -> str:
+def _describe(function: Callable[..., str] | None, settings: RewardSettings, kinds: set[str]) -> str:
     if function is None:
         return ""
     return function(settings, kinds) if _takes(function, 2) else function(settings)

@@ -13,33 +13,36 @@ import re
 import time
 from typing import Any
 
-from flowrl_mega.config import CodeSettings, RewardsSettings
-from flowrl_mega.rewards import code_remote
-from flowrl_mega.rewards.code_tests import Verdict, call_tests, check_tests, problem_of, stdin_tests
+from flowrl_mega.config import CodeSettings, RewardSettings
+from flowrl_mega.rewards.code import remote
+from flowrl_mega.rewards.code.judge import Verdict, call_tests, check_tests, problem_of, stdin_tests
 from flowrl_mega.rewards.sandbox.choose import choose
 from flowrl_mega.rewards.sandbox.client import Sandbox
 
 BLOCK = re.compile(r"^[ \t]*```[ \t]*([^\s`]*)[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
 PYTHON = {"python", "py", "python3"}
-SHARE_OF_TIME = 0.8  # of rewards.timeout_s, after which no further test of a program begins
+SHARE_OF_TIME = 0.8  # of reward.timeout_s, after which no further test of a program begins
 
 _sandboxes: dict[tuple[int, str], Sandbox] = {}
 
 
-def describe(rewards: RewardsSettings) -> str:
-    """Which isolation programs get here, in words. Raises ConfigError if it is less than rewards.code.isolation,
-    or if rewards.code.url does not answer."""
-    if rewards.code.url:
-        return code_remote.Remote(rewards.code).describe()
-    sandbox, words = choose(rewards.code)
+DEFAULT = RewardSettings(function="flowrl_mega.rewards.code:score")
+
+
+def describe(settings: RewardSettings) -> str:
+    """Which isolation programs get here, in words. Raises ConfigError if it is less than reward.code.isolation,
+    or if reward.code.url does not answer."""
+    if settings.code.url:
+        return remote.Remote(settings.code).describe()
+    sandbox, words = choose(settings.code)
     sandbox.close()
     return f"sandbox: {words}"
 
 
-def score(row: dict[str, Any], response: str, rewards: RewardsSettings) -> tuple[float, str, str]:
+def score(row: dict[str, Any], response: str, settings: RewardSettings = DEFAULT) -> tuple[float, str, str]:
     """(reward in [0, 1], why, kind): 1 if the program in `response` passes all of `row["tests"]`.
 
-    Else 0, or the share of tests that it passes where rewards.code.score says so. The kind is right, wrong, no code,
+    Else 0, or the share of tests that it passes where reward.code.score says so. The kind is right, wrong, no code,
     time-out, crash, memory, processes or output flood. ValueError: the row's tests are no tests.
     """
     tests = row.get("tests")
@@ -50,9 +53,9 @@ def score(row: dict[str, Any], response: str, rewards: RewardsSettings) -> tuple
     code = program(response, tests)
     if code is None:
         return 0.0, "no ```python block", "no code"
-    verdict = _verdict(code, tests, rewards)
+    verdict = _verdict(code, tests, settings)
     reward = verdict.passed / verdict.total
-    return reward if rewards.code.score == "fraction" else float(reward == 1), verdict.why, verdict.kind
+    return reward if settings.code.score == "fraction" else float(reward == 1), verdict.why, verdict.kind
 
 
 def program(response: str, tests: dict[str, Any]) -> str | None:
@@ -68,17 +71,17 @@ def program(response: str, tests: dict[str, Any]) -> str | None:
     return response if "stub" in tests and "```" not in response and response.strip() else None
 
 
-def _verdict(code: str, tests: dict[str, Any], rewards: RewardsSettings) -> Verdict:
-    deadline = time.monotonic() + SHARE_OF_TIME * rewards.timeout_s
-    all_of_them = rewards.code.score == "fraction"
-    if rewards.code.url:
-        remote = code_remote.Remote(rewards.code)
+def _verdict(code: str, tests: dict[str, Any], settings: RewardSettings) -> Verdict:
+    deadline = time.monotonic() + SHARE_OF_TIME * settings.timeout_s
+    all_of_them = settings.code.score == "fraction"
+    if settings.code.url:
+        runner = remote.Remote(settings.code)
         if tests["type"] == "stdin":
-            return stdin_tests(remote, code, tests, all_of_them, deadline)
+            return stdin_tests(runner, code, tests, all_of_them, deadline)
         if tests["type"] == "call":
-            return code_remote.call_tests(remote, code, tests, all_of_them)
-        return code_remote.check_tests(remote, completed(code, tests), tests, deadline)
-    sandbox = _sandbox(rewards.code)
+            return remote.call_tests(runner, code, tests, all_of_them)
+        return remote.check_tests(runner, completed(code, tests), tests, deadline)
+    sandbox = _sandbox(settings.code)
     if tests["type"] == "stdin":
         return stdin_tests(sandbox, code, tests, all_of_them, deadline)
     if tests["type"] == "call":
