@@ -6,16 +6,17 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-# Tests import their helpers (rank_pool, tiny_models, on_ranks, stand_in) by name.
+if TYPE_CHECKING:
+    from rank_pool import RankPool
+
+# Tests import their helpers (rank_pool, tiny_models, on_ranks, stand_in) by name. Torch and Megatron take seconds to
+# import, so nothing here does it before a test asks: `pytest tests/config` needs neither.
 for folder in ("", "distributed", "rollout", "integration"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
-
-from rank_pool import RankPool  # noqa: E402
-
-import flowrl_mega.parallel  # noqa: E402, F401  before any test imports megatron
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,6 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def ranks2() -> Iterator[RankPool]:
     """Two gloo ranks that stay up for the session."""
+    from rank_pool import RankPool
+
     pool = RankPool(2)
     yield pool
     pool.close()
@@ -33,6 +36,8 @@ def ranks2() -> Iterator[RankPool]:
 @pytest.fixture(scope="session")
 def ranks1() -> Iterator[RankPool]:
     """A job of one rank, in a process of its own so that pytest's stays free of process groups."""
+    from rank_pool import RankPool
+
     pool = RankPool(1)
     yield pool
     pool.close()

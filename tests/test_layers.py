@@ -24,7 +24,8 @@ LEVELS = (
     {"rollout", "data", "rewards", "evaluation", "checkpoint", "monitor"},
     {"model", "objectives"},
     {"parallel", "ops"},
-    {"config_file", "imports", "file_lock"},
+    {"config_file"},
+    {"config_moves", "imports", "file_lock"},
     {"config"},
     {"settings"},
 )

@@ -5,4 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import flowrl_mega.parallel  # noqa: F401  before any of the helpers imports megatron
+
 sys.path.insert(0, str(Path(__file__).parent))

@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+import flowrl_mega.parallel  # noqa: F401  before megatron is imported
+
+# isort: split
 from megatron.core.tensor_parallel import layers, mappings
 from torch import Tensor
 
-import flowrl_mega.parallel  # noqa: F401
 from flowrl_mega.config import Config, LogZ
 from flowrl_mega.experience import MicroBatch
 from flowrl_mega.model.architecture import read_architecture

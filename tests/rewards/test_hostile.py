@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sandbox_watch import as_nobody, changed, left_over, opened, programs, state, watching
+from sandbox_watch import adopting_orphans, as_nobody, changed, left_over, opened, programs, state, watching
 
 from flowrl_mega.config import CodeSettings, RewardSettings
 from flowrl_mega.rewards import code
@@ -28,8 +28,15 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 LIMITS = CodeSettings(
     wall_s=1.0, cpu_s=1, memory_mb=128, disk_mb=8, processes=12, open_files=32, output_kb=256, isolation="namespaces"
 )
+PATIENT = {"wall_s": 60.0, "cpu_s": 10}  # for programs that must not end by time, on a busy machine neither
 SETTINGS = RewardSettings(function="-", code=LIMITS)
 MOST_BYTES = 64 << 20  # of the fork server after all of them
+
+
+@pytest.fixture(scope="module", autouse=True)
+def orphans():
+    with adopting_orphans():
+        yield
 
 
 # Where root runs the tests, its way is the one that a run would take.
@@ -49,6 +56,16 @@ def watch(tmp_path_factory):
         yield watch
 
 
+def ends_of(source):
+    """The kinds of verdict that a hostile program may get."""
+    return re.search(r"# ends as: (.*)", source).group(1).split(", ")
+
+
+def limited(settings, ends):
+    """Settings for a program: a second where a time-out is one of its ends."""
+    return settings if "time-out" in ends else settings.model_copy(update=PATIENT)
+
+
 def row_for(name, facts):
     """A small real test: its sum is 5, or an answer that only the trainer knows."""
     if name.startswith("call_"):
@@ -65,7 +82,8 @@ def row_for(name, facts):
 def test_contained(name, sandbox, watch, monkeypatch):
     """Scored 0, ends as it says, and leaves all as it was."""
     source = (FOLDER / f"{name}.py").read_text()
-    ends = re.search(r"# ends as: (.*)", source).group(1).split(", ")
+    ends = ends_of(source)
+    monkeypatch.setattr(sandbox, "settings", limited(LIMITS, ends))
     monkeypatch.setitem(os.environ, "FLOWRL_SECRET", "hostile-test-secret")
     monkeypatch.setattr(code, "_sandbox", lambda settings: sandbox)
     before, running = state(), programs()
@@ -92,10 +110,12 @@ def test_contained_for_a_user_without_rights(names, watch, tmp_path, monkeypatch
     sources = {name: (FOLDER / f"{name}.py").read_text() for name in names.split()}  # which nobody may not read
 
     def work(settings):
-        sandbox = Sandbox(LIMITS.model_copy(update=settings), "user")
+        limits = LIMITS.model_copy(update=settings)
+        sandbox = Sandbox(limits, "user")
         code._sandbox = lambda settings: sandbox
         for name, source in sources.items():
-            ends = re.search(r"# ends as: (.*)", source).group(1).split(", ")
+            ends = ends_of(source)
+            sandbox.settings = limited(limits, ends)
             tests = row_for(name, watch.facts(sandbox._server.pid))
             reward, why, kind = code.score({"tests": tests}, f"```python\n{source}```", SETTINGS)
             assert reward == 0.0 and kind in ends, (name, kind, why)

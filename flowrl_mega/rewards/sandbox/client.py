@@ -108,17 +108,19 @@ class Program:
         self._stdin: int | None = inputs[1]
         limits = {name: getattr(settings, name) for name in LIMITS}
         theirs = [control.fileno(), inputs[0], outputs[1], errors[1], channel.fileno()]
+        failed = None
         try:
             message = json.dumps({"way": way, "limits": limits}).encode()
             socket.send_fds(requests, [message], theirs)
         except OSError as error:
-            self.close()
-            raise SandboxError(f"the sandbox's fork server has ended ({error})") from error
-        finally:
-            control.close()
-            channel.close()
-            for fd in (inputs[0], outputs[1], errors[1]):
-                os.close(fd)
+            failed = error
+        control.close()
+        channel.close()
+        for fd in (inputs[0], outputs[1], errors[1]):
+            os.close(fd)
+        if failed:
+            self.close()  # after `control`, whose end it waits for
+            raise SandboxError(f"the sandbox's fork server has ended ({failed})") from failed
         for fd in (*self.readers, *self.pending):
             os.set_blocking(fd, False)
         self.send(json.dumps(request).encode())

@@ -133,8 +133,11 @@ def limit(limits: dict) -> None:
         values[resource.RLIMIT_NPROC] = limits["processes"] + 2  # two of them are ours
     for kind, value in values.items():
         hard = resource.getrlimit(kind)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (value, value))  # soft as hard: the signal at the soft limit of CPU time can be caught
+        # At the soft limit of CPU time the kernel sends SIGXCPU, which says what it is for. A program can ignore that:
+        # SIGKILL follows a second later, at the hard limit, if the supervisor's own count has not ended it by then.
+        last = value + 1 if kind == resource.RLIMIT_CPU else value
+        value, last = (n if hard == resource.RLIM_INFINITY else min(n, hard) for n in (value, last))
+        resource.setrlimit(kind, (value, last))
 
 
 def drop_privileges() -> None:

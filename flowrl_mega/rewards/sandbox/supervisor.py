@@ -158,7 +158,10 @@ class Supervisor:
             os._exit(1)
 
     def watch(self, first: int, control: int, news: int) -> str:
-        """Waits for the program's end, the worker's, or a limit passed; which of them it was."""
+        """Waits for the program's end, the worker's, or a limit passed; which of them it was.
+
+        A busy machine may wake this process long after the wall time: whatever else has happened by then came first.
+        """
         poll = select.poll()
         poll.register(control, select.POLLIN)
         poll.register(news, select.POLLIN)
@@ -166,17 +169,15 @@ class Supervisor:
         wait = FIRST_LOOK
         while True:
             left = started + self.limits["wall_s"] - time.monotonic()
-            if left <= 0:
-                return "wall"
-            events = [fd for fd, _ in poll.poll(min(wait, left) * 1000)]
+            events = [fd for fd, _ in poll.poll(max(0.0, min(wait, left)) * 1000)]
             if control in events:
                 return "closed"
             if news in events:
                 return "itself"
             before = time.monotonic()
             passed = self.passed(first)
-            if passed:
-                return passed
+            if passed or left <= 0:
+                return passed or "wall"
             # On machines with thousands of processes a look takes long; it may take a twentieth of the time.
             wait = max(LOOK, 20 * (time.monotonic() - before))
 
@@ -252,9 +253,10 @@ class Supervisor:
         status = int(rest) if kind == b"status" else jail.KILL
         if os.WIFEXITED(status):
             return {"end": "exit", "code": os.WEXITSTATUS(status)}
-        if os.WTERMSIG(status) == jail.KILL and seconds >= self.limits["cpu_s"] - 0.1:
+        number = os.WTERMSIG(status)
+        if number == signal.SIGXCPU or (number == jail.KILL and seconds >= self.limits["cpu_s"] - 0.1):
             return {"end": "cpu", "code": 0}
-        return {"end": "signal", "code": os.WTERMSIG(status)}
+        return {"end": "signal", "code": number}
 
 
 def other_id() -> int:
