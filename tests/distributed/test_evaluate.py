@@ -21,7 +21,7 @@ def test_the_figures_are_those_of_a_run(tp, tiny_model, ranks1, ranks2):
     run = pool.run(by_a_run, model, parallel={"tp": tp}, **SECTIONS)
     alone = pool.run(without_a_trainer, model, True, parallel={"tp": tp}, **SECTIONS)
     assert run == alone == [run[0]] * tp
-    assert EXACT < run[0].keys() and 0 < run[0]["pass_rate"] < 1
+    assert run[0].keys() > EXACT and 0 < run[0]["pass_rate"] < 1
 
 
 @pytest.mark.ranks
