@@ -174,7 +174,7 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
     ),
     "dropout of nothing": (
         ["--objective={name: flowrl, z: zero, z_dropout: 0.1}"],
-        ["objective.z_dropout = 0.1", "objective.z = mlp", "z is zero"],
+        ["objective.z_dropout = 0.1", "objective.z = mlp", "leave this out"],
     ),
     "tokens' weights": (["--objective={name: flowrl, tis: token}"], ["objective.tis = 'token'", "'sum' or 'mean'"]),
     "weights in FP8": (["--model.fp8_params=true"], ["model.fp8_params = True", "optimizer.distributed=true"]),
