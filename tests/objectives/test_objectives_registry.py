@@ -64,7 +64,10 @@ def test_every_objective_does_what_the_trainer_asks(name, packed, rng):
         ({"name": "flowrl", "z_prompt": "last"}, ["objective.z_prompt", "last", "drop-last"]),
         ({"name": "flowrl", "z_dropout": 1.0}, ["objective.z_dropout", "1.0"]),
         ({"name": "flowrl", "z": "zero", "z_dropout": 0.1}, ["objective.z_dropout = 0.1", "objective.z = mlp"]),
-        ({"name": "flowrl", "z": "group", "z_prompt": "drop-last"}, ["objective.z_prompt = 'drop-last'", "objective.z = mlp"]),
+        (
+            {"name": "flowrl", "z": "group", "z_prompt": "drop-last"},
+            ["objective.z_prompt = 'drop-last'", "objective.z = mlp"],
+        ),
         ({"name": "flowrl", "z_leave_one_out": True}, ["objective.z_leave_one_out = True", "objective.z = group"]),
         ({"name": "flowrl", "tis_cap": 3}, ["objective.tis_cap = 3.0", "is read with objective.tis only"]),
         ({"name": "flowrl", "weight": "max10", "eps": 0.1}, ["objective.eps = 0.1", "objective.weight = paper, asym"]),
