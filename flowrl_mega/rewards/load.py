@@ -59,8 +59,8 @@ def load_reward(settings: RewardSettings) -> Reward:
         for name, value in changed(settings).items():
             if name.startswith(("math.", "code.")):
                 raise ConfigError(
-                    f"reward.{name} = {value!r}: {settings.function} takes (row, response) and reads no settings; leave "
-                    "this out, or name a function that takes (row, response, settings)"
+                    f"reward.{name} = {value!r}: {settings.function} takes (row, response) and reads no settings; "
+                    "leave this out, or name a function that takes (row, response, settings)"
                 )
     return reward
 
