@@ -102,12 +102,6 @@ def check_critic(inputs: Inputs) -> None:
     if not needed:
         raise ConfigError(f"critic: objective {name} has none; leave the section out, or set objective.name=ppo")
     if critic.trunk == "shared":
-        for field in ("path", "warmup_steps"):
-            if value := getattr(critic, field):
-                raise ConfigError(
-                    f"critic.{field} = {value!r}: the trunk is the policy's, which learns with it; leave this out, or "
-                    "set critic.trunk=own"
-                )
         return
     if critic.warmup_steps >= config.steps:
         raise ConfigError(

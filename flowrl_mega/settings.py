@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -26,6 +27,57 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Fields, or whole sections, that are read only where another setting has a certain value."""
+
+    fields: str  # dotted names, separated by spaces
+    setting: str  # what to set for them to be read, in words
+    holds: Callable[[Any], bool]  # of the settings that have these fields: whether they are read
+
+
+def unread(settings: Settings, table: Sequence[Needs]) -> dict[str, str]:
+    """The fields that are not at their defaults although nothing reads them, and the setting that each needs."""
+    idle = {field: rule.setting for rule in table if not rule.holds(settings) for field in rule.fields.split()}
+    return {
+        name: setting
+        for name in changed(settings)
+        for field, setting in idle.items()
+        if f"{name}.".startswith(f"{field}.")
+    }
+
+
+def refuse_unread(settings: Settings, table: Sequence[Needs], where: str = "") -> None:
+    """Raises ConfigError for every field whose value would change nothing: it would pass for a choice that was made."""
+    values, place = changed(settings), f"{where}." if where else ""
+    faults = [
+        f"{place}{name} = {values[name]!r}: is read with {setting} only; set that, or leave this out"
+        for name, setting in unread(settings, table).items()
+    ]
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def changed(settings: Settings) -> dict[str, Any]:
+    """The values that are not the defaults, by dotted name."""
+    defaults = {
+        name: field.get_default(call_default_factory=True) for name, field in type(settings).model_fields.items()
+    }
+    return _differences(settings, defaults)
+
+
+def _differences(settings: Settings, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings:
+        if isinstance(value, Settings):
+            default = defaults[name]
+            inner = _differences(value, dict(default)) if isinstance(default, Settings) else changed(value)
+            found |= {f"{name}.{field}": different for field, different in inner.items()}
+        elif value != defaults[name]:
+            found[name] = value
+    return found
 
 
 def validated(model: type[S], mapping: Any, where: str) -> S:

@@ -25,7 +25,7 @@ LEVELS = (
     {"model", "objectives"},
     {"parallel", "ops"},
     {"config_file"},
-    {"config_moves", "imports", "file_lock"},
+    {"config_moves", "config_rules", "imports", "file_lock"},
     {"config"},
     {"settings"},
 )

@@ -1,23 +1,25 @@
 """Training objectives: pure functions from per-token log-probs to a loss.
 
-Adding one is one file and one line: subclass `Objective` in its own module (settings as fields, `credit`, `loss`),
-then name it in REGISTRY. The trainer asks the objective what it needs (`needs_reference`, `needs_critic`, `log_z`) and
-nothing else.
+Adding one is one file: a subclass of `Objective` (settings as fields, `credit`, `loss`) that `objective.name` names as
+"file.py:Class" or "module:Class", or one in this package that REGISTRY names. The trainer asks the objective what it
+needs (`needs_reference`, `needs_critic`, `log_z`) and nothing else.
 """
 
 from __future__ import annotations
 
+import inspect
 from difflib import get_close_matches
 from typing import Any
 
 from flowrl_mega.config import ConfigError
+from flowrl_mega.imports import load
 from flowrl_mega.objectives.common import LossOutput, Objective, Sequences
 from flowrl_mega.objectives.flowrl import FlowRL
 from flowrl_mega.objectives.grpo import GRPO
 from flowrl_mega.objectives.gspo import GSPO
 from flowrl_mega.objectives.ppo import PPO
 from flowrl_mega.objectives.reinforce_pp import ReinforcePP
-from flowrl_mega.settings import validated
+from flowrl_mega.settings import refuse_unread, validated
 
 __all__ = [
     "GRPO", "GSPO", "PPO", "REGISTRY", "FlowRL", "LossOutput", "Objective", "ReinforcePP", "Sequences", "build",
@@ -35,14 +37,36 @@ REGISTRY: dict[str, type[Objective]] = {
 def build(section: dict[str, Any]) -> Objective:
     """The objective that a config's `objective` section describes.
 
-    Raises ConfigError for an unknown name, field or value; the message names it, the fix and the nearest known name.
+    Raises ConfigError for an unknown name, field or value, and for a field that nothing reads as the others are set;
+    the message names it, the fix and the nearest known name.
     """
-    known = ", ".join(REGISTRY)
+    known = f"{', '.join(REGISTRY)}, or a class of your own as file.py:Class or module:Class"
     if not isinstance(section, dict) or "name" not in section:
         raise ConfigError(f"objective.name: missing; set it to one of: {known}")
     name = str(section["name"])
-    if name not in REGISTRY:
+    if ":" in name:
+        kind, section = _own(name), {key: value for key, value in section.items() if key != "name"}
+        if kind.model_fields["name"].is_required():
+            section["name"] = name
+    elif name in REGISTRY:
+        kind = REGISTRY[name]
+    else:
         near = get_close_matches(name.lower(), REGISTRY, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"objective.name = {name!r}: no such objective; {hint}known: {known}")
-    return validated(REGISTRY[name], section, "objective")
+    objective = validated(kind, section, "objective")
+    refuse_unread(objective, kind.NEEDS, "objective")
+    return objective
+
+
+def _own(name: str) -> type[Objective]:
+    """The class outside this package that "file.py:Class" or "module:Class" names."""
+    kind = load(name, "objective.name")
+    if not (inspect.isclass(kind) and issubclass(kind, Objective)):
+        raise ConfigError(
+            f"objective.name = {name!r}: is {kind!r:.100}; name a subclass of flowrl_mega.objectives.Objective"
+        )
+    if inspect.isabstract(kind):
+        missing = " and ".join(sorted(kind.__abstractmethods__))
+        raise ConfigError(f"objective.name = {name!r}: {kind.__name__} does not define {missing}; add what is missing")
+    return kind

@@ -10,14 +10,14 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from flowrl_mega.config import LogZ
-from flowrl_mega.settings import Settings
+from flowrl_mega.settings import Needs, Settings
 
 Total = Callable[[Tensor], Tensor]  # adds a tensor up over the data-parallel replicas
 
@@ -105,6 +105,8 @@ class LossOutput:
 
 class Objective(Settings):
     """Base of all objectives: settings and pure functions. No Megatron and no torch.distributed in here."""
+
+    NEEDS: ClassVar[tuple[Needs, ...]] = (Needs("tis_cap", "objective.tis", lambda o: o.tis != "none"),)
 
     name: str
     # An objective whose loss has no tokens narrows this to the first three.

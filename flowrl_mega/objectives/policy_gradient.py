@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from flowrl_mega.objectives.common import LossOutput, Objective, Sequences, Total, k3, mismatch_metrics
+from flowrl_mega.settings import Needs
 
 KlEstimator = Literal["k1", "k2", "k3"]
 VARIANCE_EPS = 1e-8  # added to the variance of advantages, as verl and OpenRLHF do
@@ -61,6 +62,10 @@ def normalise_over_tokens(values: list[Tensor], total: Total) -> list[Tensor]:
 class PolicyGradient(Objective):
     """Settings and loss that these objectives have in common; each brings its own advantages."""
 
+    NEEDS: ClassVar[tuple[Needs, ...]] = (
+        *Objective.NEEDS,
+        Needs("kl_estimator", "objective.kl_coef above 0", lambda o: o.kl_coef > 0),
+    )
     clip_eps: float = Field(0.2, gt=0, lt=1, description="the ratio's lower bound is 1 - clip_eps")
     clip_eps_high: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="the upper bound is 1 + clip_eps_high; null: clip_eps"

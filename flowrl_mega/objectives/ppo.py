@@ -12,7 +12,7 @@ the reference in the reward: "Fine-Tuning Language Models from Human Preferences
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
@@ -21,12 +21,19 @@ from torch import Tensor
 from flowrl_mega.objectives.common import LossOutput, Sequences, Total
 from flowrl_mega.objectives.gae import gae
 from flowrl_mega.objectives.policy_gradient import TokenPolicyGradient, normalise_over_tokens
+from flowrl_mega.settings import Needs
 
 MOST_CHANGE = 0.2  # of the adaptive coefficient's relative error (arXiv 1909.08593, section 2.2)
 
 
 class PPO(TokenPolicyGradient):
     """Settings of PPO. It needs a `critic` section beside it."""
+
+    NEEDS: ClassVar[tuple[Needs, ...]] = (
+        *TokenPolicyGradient.NEEDS,
+        Needs("kl_in", "objective.kl_coef above 0", lambda o: o.kl_coef > 0),
+        Needs("kl_horizon", "objective.kl_target", lambda o: o.kl_target is not None),
+    )
 
     name: Literal["ppo"] = "ppo"
     gamma: float = Field(1.0, gt=0, le=1, description="discount of a token")

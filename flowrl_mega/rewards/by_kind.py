@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from flowrl_mega.config import ConfigError, RewardSettings
-from flowrl_mega.rewards.load import Result, Reward, load_reward
+from flowrl_mega.rewards.load import Result, Reward, bound
 
 KINDS = {
     "math": "flowrl_mega.rewards.math:verify",
@@ -42,4 +42,4 @@ def describe(settings: RewardSettings, kinds: set[str]) -> str:
 
 @cache
 def _reward(kind: str, settings: RewardSettings) -> Reward:
-    return load_reward(settings.model_copy(update={"function": KINDS[kind]}))
+    return bound(settings.model_copy(update={"function": KINDS[kind]}))

@@ -13,6 +13,7 @@ from typing import Any
 
 from flowrl_mega.config import ConfigError, RewardSettings
 from flowrl_mega.imports import load_with_module
+from flowrl_mega.settings import changed
 
 Row = dict[str, Any]
 Result = float | tuple[float, str] | tuple[float, str, str]
@@ -38,6 +39,7 @@ class Reward:
     function: Callable[[Row, str], Result]
     describe: Callable[[set[str]], str]  # of the kinds of rows: in words, what it works with; may refuse
     wrong: float  # the reward of an answer for which the call failed
+    takes_settings: bool  # else it reads neither reward.math nor reward.code
     is_quick: bool  # takes microseconds: not worth a process of its own
 
     def __call__(self, row: Row, response: str) -> Result:
@@ -52,21 +54,33 @@ def load_reward(settings: RewardSettings) -> Reward:
     beside it says at the start what it works with. Raises ConfigError as `imports.load` does, and for what is no
     function or takes other arguments.
     """
+    reward = bound(settings)
+    if not reward.takes_settings:
+        for name, value in changed(settings).items():
+            if name.startswith(("math.", "code.")):
+                raise ConfigError(
+                    f"reward.{name} = {value!r}: {settings.function} takes (row, response) and reads no settings; "
+                    "leave this out, or name a function that takes (row, response, settings)"
+                )
+    return reward
+
+
+def bound(settings: RewardSettings) -> Reward:
+    """As `load_reward`, also where the settings hold something that this function does not read, but others do."""
     spec = settings.function
     function, module = load_with_module(spec, "reward.function")
     if not callable(function):
         raise ConfigError(f"reward.function = {spec!r}: is {function!r:.100}, not a function")
-    if _takes(function, 3):
-        bound = partial(_with_settings, function, settings)
-    elif _takes(function, 2):
-        bound = function
-    else:
+    takes_settings = _takes(function, 3)
+    if not takes_settings and not _takes(function, 2):
         raise ConfigError(
             f"reward.function = {spec!r}: must take (row, response) or (row, response, settings), but takes "
             f"{inspect.signature(function)}"
         )
     describe = partial(_describe, getattr(module, "describe", None), settings)
-    return Reward(bound, describe, getattr(function, "wrong", 0.0), getattr(function, "is_quick", False))
+    wrong, is_quick = getattr(function, "wrong", 0.0), getattr(function, "is_quick", False)
+    call_it = partial(_with_settings, function, settings) if takes_settings else function
+    return Reward(call_it, describe, wrong, takes_settings, is_quick)
 
 
 def call(reward: Reward, row: Row, response: str) -> Score:

@@ -53,8 +53,11 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
         ["--steps=5", "--optimizer.warmup_steps=5", "--optimizer.decay=linear", "--batch.mini_batch=null"],
         ["optimizer.warmup_steps = 5", "none of the 5 updates", "optimizer.decay = linear", "take fewer"],
     ),
-    "ahead of nothing": (["--rollout.ahead=1"], ["rollout.ahead = 1", "needs servers", "rollout.engine=sglang"]),
-    "partial alone": (["--rollout.partial_tokens=4"], ["rollout.partial_tokens = 4", "needs servers"]),
+    "ahead of nothing": (
+        ["--rollout.ahead=1"],
+        ["rollout.ahead = 1", "is read with rollout.engine=sglang only", "leave this out"],
+    ),
+    "partial alone": (["--rollout.partial_tokens=4"], ["rollout.partial_tokens = 4", "rollout.engine=sglang"]),
     "partial of nothing": (
         ["--rollout.engine=sglang", "--rollout.partial_tokens=8"],
         ["rollout.partial_tokens = 8", "rollout.max_tokens = 8", "take fewer"],
@@ -97,6 +100,10 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
         ["model.fp8_first_last_bf16 = True", "delayed", "model.fp8=tensorwise"],
     ),
     "no budget": (["--model.fp8_budget=0"], ["model.fp8_budget = 0", "greater than 0"]),
+    "settings that a function does not take": (
+        ["--reward.code.wall_s=5"],
+        ["reward.code.wall_s = 5.0", "flowrl_mega.rewards.sums:score takes (row, response)", "leave this out"],
+    ),
     "two faults": (["--steps=0", "--seed=-1"], ["steps = 0", "seed = -1"]),
     "tp and the model": (["--parallel.tp=3"], ["parallel.tp = 3", "4 attention heads", "use one of 1, 2"]),
     "pp and the model": (["--parallel.pp=5"], ["parallel.pp = 5", "layers", "use "]),
@@ -174,7 +181,7 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
     ),
     "dropout of nothing": (
         ["--objective={name: flowrl, z: zero, z_dropout: 0.1}"],
-        ["objective.z_dropout = 0.1", "objective.z = mlp", "z is zero"],
+        ["objective.z_dropout = 0.1", "objective.z = mlp", "leave this out"],
     ),
     "tokens' weights": (["--objective={name: flowrl, tis: token}"], ["objective.tis = 'token'", "'sum' or 'mean'"]),
     "weights in FP8": (["--model.fp8_params=true"], ["model.fp8_params = True", "optimizer.distributed=true"]),

@@ -24,6 +24,9 @@ ELSEWHERE = [
     "--parallel={tp: 1}",
     "--data.chat_template=false",
     "--rollout.engine=embedded",
+    "--rollout.python=null",
+    "--rollout.servers=1",
+    "--rollout.server_args={}",
     "--rollout.colocated=false",
 ]
 FLOWRL = {"name": "flowrl", "beta": 15, "z": "mlp", "length_norm": True, "reward_norm": "group", "tis": "none"}

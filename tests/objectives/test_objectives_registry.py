@@ -63,9 +63,19 @@ def test_every_objective_does_what_the_trainer_asks(name, packed, rng):
         ({"name": "flowrl", "z": "none"}, ["objective.z", "none", "mlp-detached", "zero", "constant", "group"]),
         ({"name": "flowrl", "z_prompt": "last"}, ["objective.z_prompt", "last", "drop-last"]),
         ({"name": "flowrl", "z_dropout": 1.0}, ["objective.z_dropout", "1.0"]),
-        ({"name": "flowrl", "z": "zero", "z_dropout": 0.1}, ["objective.z_dropout", "mlp", "zero"]),
-        ({"name": "flowrl", "z": "group", "z_prompt": "drop-last"}, ["objective.z_prompt", "mlp", "group"]),
-        ({"name": "flowrl", "z_leave_one_out": True}, ["objective.z_leave_one_out", "group", "mlp"]),
+        ({"name": "flowrl", "z": "zero", "z_dropout": 0.1}, ["objective.z_dropout = 0.1", "objective.z = mlp"]),
+        (
+            {"name": "flowrl", "z": "group", "z_prompt": "drop-last"},
+            ["objective.z_prompt = 'drop-last'", "objective.z = mlp"],
+        ),
+        ({"name": "flowrl", "z_leave_one_out": True}, ["objective.z_leave_one_out = True", "objective.z = group"]),
+        ({"name": "flowrl", "tis_cap": 3}, ["objective.tis_cap = 3.0", "is read with objective.tis only"]),
+        ({"name": "flowrl", "weight": "max10", "eps": 0.1}, ["objective.eps = 0.1", "objective.weight = paper, asym"]),
+        ({"name": "flowrl", "eps_high": 0.1}, ["objective.eps_high = 0.1", "objective.weight = asym or gspo"]),
+        ({"name": "grpo", "tis_cap": 3}, ["objective.tis_cap = 3.0", "objective.tis only"]),
+        ({"name": "grpo", "kl_estimator": "k1"}, ["objective.kl_estimator = 'k1'", "objective.kl_coef above 0"]),
+        ({"name": "ppo", "kl_horizon": 5}, ["objective.kl_horizon = 5.0", "objective.kl_target", "leave this out"]),
+        ({"name": "ppo", "kl_in": "loss"}, ["objective.kl_in = 'loss'", "objective.kl_coef above 0"]),
         ({"name": "flowrl", "reward_norm": "std"}, ["objective.reward_norm", "std", "group", "none"]),
         ({"name": "flowrl", "clip_eps": 0.2}, ["objective.clip_eps"]),
         ({"name": "grpo", "clip_eps": 0}, ["objective.clip_eps", "0"]),
@@ -101,6 +111,12 @@ def test_wrong_settings_name_the_field_and_the_fix(section, words):
     with pytest.raises(ConfigError) as error:
         build(section)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_default_that_nothing_reads_is_no_choice(name):
+    """A section with every field written out, as a person may copy it from a table."""
+    assert build(build({"name": name}).model_dump()) == build({"name": name})
 
 
 def test_reference_and_partition_function_follow_the_settings():

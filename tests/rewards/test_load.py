@@ -30,7 +30,7 @@ def one_argument(response):
 
 
 def score_all(function, rows, responses):
-    reward = Reward(function, describe=lambda kinds: "", wrong=0.0, is_quick=True)
+    reward = Reward(function, describe=lambda kinds: "", wrong=0.0, takes_settings=False, is_quick=True)
     return [call(reward, row, response) for row, response in zip(rows, responses, strict=True)]
 
 
