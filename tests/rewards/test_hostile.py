@@ -23,6 +23,8 @@ from flowrl_mega.config import CodeSettings, RewardSettings
 from flowrl_mega.rewards import code
 from flowrl_mega.rewards.sandbox.client import Sandbox
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parent / "hostile"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 LIMITS = CodeSettings(
