@@ -19,8 +19,8 @@ echo 'setup: no Python 3.11 or 3.12 found (tried: $(CANDIDATES)).' >&2; \
 echo 'Install one, or name it: make setup PYTHON=/path/to/python3.12' >&2; exit 1
 endef
 
-.PHONY: help setup setup-example setup-integration setup-tests setup-sglang setup-slurm build build-cuda-check quickstart compare example-smollm2 test test-integration
-.PHONY: verify-exact exact-table lint format
+.PHONY: help setup setup-example setup-integration setup-tests setup-sglang setup-slurm build build-cuda-check quickstart compare example-smollm2
+.PHONY: test test-fast test-tools test-integration verify-exact exact-table lint format
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -66,8 +66,14 @@ exact-table: setup  ## docs/exact.md: every objective where the right end is kno
 example-smollm2: setup-example  ## train a real pretrained model, SmolLM2-135M-Instruct, on reasoning-gym tasks
 	@$(PY) -m examples.smollm2.run
 
-test: setup-tests  ## every fast test
-	@$(PYTEST) tests -m "not integration and not exact" $(if $(DATA),--data $(DATA)) $(ARGS)
+test: setup-tests  ## every test of the package that needs no real model or service, in two runs side by side
+	@OMP_NUM_THREADS=1 $(PY) tests/side_by_side.py $(if $(DATA),--data $(DATA)) $(ARGS)
+
+test-fast: setup-tests  ## those without ranks, and without what waits or computes for seconds: an inner loop
+	@$(PYTEST) tests -m "not integration and not exact and not tools and not ranks and not slow" $(ARGS)
+
+test-tools: setup-tests  ## tests of tools/: benchmarks, releases, setup
+	@$(PYTEST) tests -m "tools and not integration" $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test-integration: setup-integration setup-sglang setup-slurm  ## tests with a real model, SGLang, SLURM, DALI
 	@$(PYTEST) tests -m integration $(if $(DATA),--data $(DATA)) $(ARGS)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.tools
+
 REPO = Path(__file__).resolve().parents[1]
 TOOL = REPO / "tools" / "gpu_check.sh"
 MACHINE = {"gpu": "a GPU", "gpus": 1, "torch": "2.11", "transformer-engine": None, "transformer-engine-torch": None}

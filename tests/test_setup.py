@@ -13,6 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+pytestmark = pytest.mark.tools
+
 REPO = Path(__file__).resolve().parent.parent
 
 

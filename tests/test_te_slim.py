@@ -26,9 +26,12 @@ PTXAS, FATBINARY = (
     shutil.which(name, path=os.pathsep.join([*FOLDERS, "/usr/local/cuda/bin", os.environ.get("PATH", "")]))
     for name in ("ptxas", "fatbinary")
 )
-pytestmark = pytest.mark.skipif(
-    not (PTXAS and FATBINARY and shutil.which("g++")), reason="needs CUDA's ptxas and fatbinary, and g++"
-)
+pytestmark = [
+    pytest.mark.tools,
+    pytest.mark.skipif(
+        not (PTXAS and FATBINARY and shutil.which("g++")), reason="needs CUDA's ptxas and fatbinary, and g++"
+    ),
+]
 PTX = ".version 8.0\n.target sm_%d\n.address_size 64\n.visible .entry nothing() { ret; }\n"
 # Two fat binaries, one after the other, with host code that looks at the second one's header.
 HOST = """

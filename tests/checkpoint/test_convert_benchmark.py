@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.tools
+
 TOOLS = Path(__file__).parents[2] / "tools" / "benchmarks"
 
 

@@ -27,6 +27,8 @@ from flowrl_mega.checkpoint import progress
 from flowrl_mega.checkpoint.verify import prompts
 from flowrl_mega.parallel import launch
 
+pytestmark = pytest.mark.slow
+
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
 

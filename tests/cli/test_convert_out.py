@@ -20,7 +20,7 @@ from convert_jobs import COMMANDS, Example, Forked, fail, in_the_middle, listing
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
 
-pytestmark = pytest.mark.parametrize("command", COMMANDS)
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("command", COMMANDS)]
 
 
 # what is there already, where to, what the message must contain

@@ -14,6 +14,8 @@ from jobs import FORKSERVER
 
 from flowrl_mega.parallel.launch import launch, rank_environment, started_by_launcher
 
+pytestmark = pytest.mark.slow
+
 RANK = "import os, signal, sys, time; rank = int(os.environ['RANK']); "
 WAIT = "time.sleep(60)"
 

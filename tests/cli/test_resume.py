@@ -17,6 +17,8 @@ from flowrl_mega.checkpoint import find_checkpoint
 from flowrl_mega.checkpoint.folder import checkpoints
 from flowrl_mega.cli import main
 
+pytestmark = pytest.mark.ranks
+
 CLI = [sys.executable, "-m", "flowrl_mega.cli"]
 TORCHRUN = [
     sys.executable,
@@ -50,7 +52,6 @@ def test_a_run_leaves_its_records_and_its_newest_checkpoints(finished: Path) -> 
     ]  # fmt: skip
 
 
-@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("crash", "left", "unfinished"),
     [
@@ -76,7 +77,6 @@ def test_killed_and_resumed(
 
 
 @pytest.mark.integration
-@pytest.mark.ranks
 def test_sigterm_saves_and_the_run_goes_on_under_torchrun(finished: Path, model: Path, tmp_path: Path) -> None:
     """Both as a user starts them: processes of their own, one that launches its ranks and one under torchrun."""
     config, run_dir = write_config(tmp_path, model), tmp_path / "run"
@@ -142,7 +142,6 @@ def test_a_run_folder_holds_one_run(resume: str, finished: Path, capsys: pytest.
     assert "holds a run already" in message and resume in message and "--resume auto" in message
 
 
-@pytest.mark.ranks
 def test_fork_from_a_folder_at_another_layout(finished: Path, model: Path, tmp_path: Path) -> None:
     """--resume DIR in a new run folder, with one rank instead of two: the step is the same up to rounding."""
     config, origin = write_config(tmp_path, model), finished / "run" / "checkpoints" / "step_4"
@@ -161,7 +160,6 @@ def test_fork_from_a_folder_at_another_layout(finished: Path, model: Path, tmp_p
     assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.ranks
 @pytest.mark.integration
 @pytest.mark.parametrize(
     "settings",
@@ -183,7 +181,6 @@ def test_other_optimizers_resume_to_the_bit(settings: list[str], model: Path, tm
     assert records(again, "metrics") == records(tmp_path / "run", "metrics")[2:]
 
 
-@pytest.mark.ranks
 def test_learning_rates_may_change_when_resuming(finished: Path, model: Path, tmp_path: Path) -> None:
     """Megatron tells the optimizer's saved parameter groups apart by their rates, and would refuse."""
     config, origin = write_config(tmp_path, model), finished / "run" / "checkpoints" / "step_4"
@@ -233,7 +230,6 @@ def test_broken_checkpoint(case: str, copied: Path, capsys: pytest.CaptureFixtur
     assert message.count("\n") == 1 and "Traceback" not in message
 
 
-@pytest.mark.ranks
 def test_broken_checkpoint_under_a_launcher(copied: Path) -> None:
     """Rank 1 finds the fault in its share of the files: both give up, and it is told once."""
     _flip(copied / "run" / "checkpoints" / "step_6" / "__0_0.distcp")

@@ -54,6 +54,7 @@ print(len(dali_records.records_of(MappedStore(sys.argv[1])).spans))
 """
 
 
+@pytest.mark.slow
 def test_of_several_processes_one_writes(store):
     """The ranks of a host all open the loader at once: the others wait, and all then read the same whole file."""
     ranks = [

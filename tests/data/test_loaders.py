@@ -158,6 +158,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_process_is_continued(kind, store):
     """SIGKILL at a moment of its choosing: what the last state says comes next, in a process that knows no more."""

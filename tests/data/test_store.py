@@ -72,6 +72,7 @@ def test_a_row_is_decoded_only_when_asked_for(store, monkeypatch):
     assert len(decoded) == 1
 
 
+@pytest.mark.slow
 def test_large_vocabularies_have_wider_ids(tmp_path):
     """Qwen's vocabulary is beyond 65,536: two bytes would cut its ids."""
     for more, dtype in ((65_536 - 257, np.uint16), (65_537 - 257, np.uint32), (151_000, np.uint32)):
@@ -105,6 +106,7 @@ def _first_and_last(store, answers):
     answers.put([(p.token_ids, p.row) for p in (store[0], store[len(store) - 1])])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_other_processes_open_it(store, method):
     """Loaders' workers get it forked or pickled: the pickle is its path and no copy of the data."""

@@ -129,6 +129,7 @@ def test_one_rank_computes_what_autograd_through_transformers_does(kind, objecti
     assert error < TOLERANCE, name
 
 
+@pytest.mark.ranks
 def test_the_recorded_rollouts_exercise_the_weight(alone):
     """A batch in which every w is 1, or every w is clipped, would prove less."""
     metrics = alone("llama", FLOWRL)[1].metrics

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from on_update import counted, row, trained, update, update_work
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.tools, pytest.mark.ranks]
 MATRICES = ("aten.mm", "aten.addmm", "aten.addmm_")
 
 

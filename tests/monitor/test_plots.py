@@ -7,6 +7,8 @@ from matplotlib.figure import Figure
 
 from flowrl_mega.monitor import plots
 
+pytestmark = pytest.mark.slow
+
 TABLE = {
     "start": {"pass_rate": 0.5, "distinct": 9.0},
     "grpo": {"pass_rate": 0.95, "distinct": 4.7, "distinct_std": 0.4},

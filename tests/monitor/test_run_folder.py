@@ -113,6 +113,7 @@ def test_each_step_is_on_disk_when_the_process_is_killed(tmp_path):
     assert steps(RunFolder(tmp_path)) == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_kill_while_truncating_leaves_the_old_or_the_new_file(tmp_path):
     """The rewrite is atomic: killed at any moment, every kept step is still there, and no line is damaged."""
     folder = RunFolder(tmp_path)

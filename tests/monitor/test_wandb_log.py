@@ -12,6 +12,8 @@ import pytest
 from flowrl_mega.config import ConfigError
 from flowrl_mega.monitor import Monitor, check_wandb
 
+pytestmark = pytest.mark.slow
+
 needs_wandb = pytest.mark.skipif(
     importlib.util.find_spec("wandb") is None, reason="wandb is not installed (pip install 'wandb>=0.31')"
 )

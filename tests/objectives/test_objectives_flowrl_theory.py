@@ -103,6 +103,7 @@ def test_equal_lengths_have_inverse_temperature_beta_times_length(rng):
     assert terms.delta.abs().max() < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length_norm", [False, True])
 def test_descent_reaches_the_optimum(strings, ref, reward, length_norm):
     """Checks 2 and 3: the optimum is what training finds, log Z included, from pi_ref and log Z = 0."""

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.tools
+
 TOOLS = Path(__file__).parents[2] / "tools" / "benchmarks"
 TOKENS, VOCAB = 6, 40
 

@@ -108,6 +108,7 @@ def stuck(place: Place) -> Iterator[subprocess.Popen[str]]:
     rank.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_killed_builder_does_not_block_the_next(place: Place, stuck: subprocess.Popen[str]):
     waiting = place.rank()
     with pytest.raises(subprocess.TimeoutExpired):
@@ -307,6 +308,7 @@ print(build.library("cpu"), build.sources(), kernels.NATIVE.logprob_stats, sep="
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
 def test_what_is_built_without_a_compiler_is_pure_python(checkout: Path, tmp_path: Path, hook: str):
     """An editable install does not even try: what is built on first use stays up to date with csrc."""

@@ -163,6 +163,7 @@ def python(code: str, packages: Path, *arguments: str) -> subprocess.CompletedPr
     return subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_megatron_never_sees_what_cannot_be_used(tree: Tree) -> None:
     """Here Transformer Engine raises RuntimeError, as it does without a GPU, which Megatron lets through; and Apex
     without extensions has a FusedAdam that Megatron would take and that raises when it is made."""
@@ -178,6 +179,7 @@ def test_megatron_never_sees_what_cannot_be_used(tree: Tree) -> None:
     assert ran.stdout.splitlines()[-2:] == ["torch False", f"torch's AdamW ({why})"]
 
 
+@pytest.mark.slow
 def test_the_command_line_refuses_pypis_apex(tree: Tree, tiny_llama: Path, tmp_path: Path) -> None:
     """One message and exit code 2, before Megatron can import it."""
     folder = tree({"apex/__init__.py": "raise SystemExit('imported')"})

@@ -125,6 +125,7 @@ def test_programs_with_input(source, reward, share, kind, words):
     assert_verdict(SUM, source, reward, share, kind, words)
 
 
+@pytest.mark.slow
 def test_a_time_out_with_input():
     """Only the second input hangs, and is named."""
     source = "a, b = map(int, input().split())\nwhile a == 30:\n    pass\nprint(a + b)"
@@ -151,6 +152,7 @@ def test_a_program_does_not_share_its_random_numbers():
 # Functions that are called
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source, reward, share, kind, words",
     [

@@ -75,6 +75,7 @@ def scored(tests, source, settings):
     return code.score({"tests": tests}, fenced(source), settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tests, source, reward, kind",
     [

@@ -23,6 +23,8 @@ from flowrl_mega.config import CodeSettings, RewardSettings
 from flowrl_mega.rewards import code
 from flowrl_mega.rewards.sandbox.client import Sandbox
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parent / "hostile"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 LIMITS = CodeSettings(
@@ -30,6 +32,7 @@ LIMITS = CodeSettings(
 )
 PATIENT = {"wall_s": 60.0, "cpu_s": 10}  # for programs that must not end by time, on a busy machine neither
 SETTINGS = RewardSettings(function="-", code=LIMITS)
+PATIENT = {"wall_s": 60.0, "cpu_s": 10}  # for programs that must not end by time, on a busy machine neither
 MOST_BYTES = 64 << 20  # of the fork server after all of them
 
 

@@ -185,6 +185,7 @@ def test_candidates_are_no_answer(response):
     assert verify("2", response)[0] == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "response",
     [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{(10^9)!}", r"\boxed{\sum_{k=1}^{10^{9}} \frac{1}{k^2+k+1}}"],
@@ -237,6 +238,7 @@ def test_hostile_responses_end_and_are_wrong(name):
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.slow
 def test_noise_never_raises():
     """Formulas cut and glued at random, in a box and in a line; each verdict is a verdict."""
     rng = random.Random(1)

@@ -164,6 +164,7 @@ def test_rewritten_answers_are_right(golds, tool, name):
     assert [why for reward, why, _ in graded if reward != 1.0] == []
 
 
+@pytest.mark.slow
 def test_the_agreement_table(tool, tmp_path, capsys, monkeypatch):
     """Counted by hand: 27.0 rewritten as 27 is right for math-verify only; an answer that is empty is left out."""
     (tmp_path / "amc23.jsonl").write_text('{"answer": "27.0"}\n{"answer": ""}\n{"answer": "5"}\n{"answer": "5"}\n')

@@ -17,6 +17,8 @@ from flowrl_mega.rewards.load import Score
 from flowrl_mega.rewards.pool import Pool
 from flowrl_mega.rewards.scorer import verdicts, with_overlong_penalty
 
+pytestmark = pytest.mark.slow
+
 SOURCE = """
 import os, signal, threading, time
 

@@ -24,6 +24,8 @@ from flowrl_mega.rewards.sandbox import choose as choosing
 from flowrl_mega.rewards.sandbox import client
 from flowrl_mega.rewards.sandbox.client import Sandbox, SandboxError, advance
 
+pytestmark = pytest.mark.slow
+
 LIMITS = CodeSettings(wall_s=2.0, cpu_s=2, memory_mb=128, disk_mb=8, processes=12, open_files=32, output_kb=256)
 PATIENT = {"wall_s": 60.0, "cpu_s": 10}  # for programs that pass another limit
 ROOT = Path(__file__).parents[2]

@@ -7,6 +7,8 @@ from driving import REQUESTS, Ours, content, expected
 
 from flowrl_mega.config import RunError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("hangs", [False, True], ids=["dies", "hangs"])
 def test_a_server_of_ours_is_started_again(hangs, stand_in, drive, impatient, capfd):

@@ -63,6 +63,7 @@ def test_excluded_tokens_are_never_drawn(top_k, top_p, left):
         assert chi_square(tokens, conditional / conditional.sum()) < CHI_SQUARE[left - 1]
 
 
+@pytest.mark.slow
 def test_random_distributions_and_extreme_noise():
     """The ends of the unit interval are where an inverse of the cumulative distribution goes wrong: token 0 or the
     last one although it is excluded, or an id past the end."""

@@ -26,6 +26,8 @@ from flowrl_mega.rollout import servers
 from flowrl_mega.rollout.processes import is_free
 from flowrl_mega.rollout.servers import Fleet, check_servers, command, placement, supervise
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Fleet]
 
 

@@ -428,6 +428,7 @@ def test_real_humaneval_tests_pass_their_solutions(real_data, tmp_path, tokenize
         space["check"](space[tests["name"]])
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(tmp_path, tokenizer):
     """Preparing reads as it writes: 30 MB of rows are not held at once."""
     import tracemalloc
