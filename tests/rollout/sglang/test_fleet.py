@@ -22,9 +22,10 @@ import torch
 from rank_pool import FORKSERVER
 
 from flowrl_mega.config import ConfigError, RolloutSettings
-from flowrl_mega.rollout import servers
 from flowrl_mega.rollout.processes import is_free
-from flowrl_mega.rollout.servers import Fleet, check_servers, command, placement, supervise
+from flowrl_mega.rollout.sglang import fleet as fleets
+from flowrl_mega.rollout.sglang.flags import check_servers, command, placement
+from flowrl_mega.rollout.sglang.fleet import Fleet, supervise
 
 Make = Callable[..., Fleet]
 
@@ -151,7 +152,7 @@ def test_servers_start_together_and_end_with_their_children(make: Make):
 
 def test_a_server_that_ignores_sigterm_is_killed(make: Make, monkeypatch: pytest.MonkeyPatch):
     """SGLang waits on SIGTERM for the answers under way, which may be for ever."""
-    monkeypatch.setattr(servers, "GRACE_S", 0.2)
+    monkeypatch.setattr(fleets, "GRACE_S", 0.2)
     fleet = make("stubborn")
     fleet.start()
     said = info(fleet)
@@ -161,7 +162,7 @@ def test_a_server_that_ignores_sigterm_is_killed(make: Make, monkeypatch: pytest
 
 def test_a_server_does_not_take_itself_for_a_rank(make: Make, monkeypatch: pytest.MonkeyPatch):
     """torch in the server would read the trainer's rendezvous from its environment."""
-    for name in servers.OF_THE_JOB:
+    for name in fleets.OF_THE_JOB:
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("KEPT", "1")
@@ -169,7 +170,7 @@ def test_a_server_does_not_take_itself_for_a_rank(make: Make, monkeypatch: pytes
     fleet.start()
     environment = info(fleet)["environment"]
     assert environment["KEPT"] == "1"
-    assert not {*servers.OF_THE_JOB, "TORCHELASTIC_RUN_ID"} & set(environment)
+    assert not {*fleets.OF_THE_JOB, "TORCHELASTIC_RUN_ID"} & set(environment)
 
 
 def test_a_port_in_use_is_refused(make: Make, tmp_path: Path):
@@ -194,18 +195,18 @@ def test_one_that_dies_early_ends_the_start(make: Make):
 def test_the_others_end_when_one_dies_early(make: Make, monkeypatch: pytest.MonkeyPatch):
     """A job that fails at the start must not leave servers that hold memory."""
     pids: list[int] = []
-    popen = servers.popen
+    popen = fleets.popen
 
     def remember(*args: Any) -> Any:
         process = popen(*args)
         pids.append(process.pid)
         return process
 
-    monkeypatch.setattr(servers, "popen", remember)
+    monkeypatch.setattr(fleets, "popen", remember)
     port = next(
         port for port in range(20000, 32000, 2) if is_free("127.0.0.1", port) and is_free("127.0.0.1", port + 1)
     )
-    monkeypatch.setattr(servers, "free_ports", lambda count: [port, port + 1])
+    monkeypatch.setattr(fleets, "free_ports", lambda count: [port, port + 1])
     with pytest.raises(ConfigError, match="on fire"):
         make("dies at odd ports", count=2).start()
     assert len(pids) == 2 and gone(*pids)
@@ -213,7 +214,7 @@ def test_the_others_end_when_one_dies_early(make: Make, monkeypatch: pytest.Monk
 
 def test_one_that_never_listens_ends_the_start(make: Make, capfd: pytest.CaptureFixture[str], monkeypatch: Any):
     """With the setting that would give it longer; meanwhile a line says that something is waited for."""
-    monkeypatch.setattr(servers, "PROGRESS_S", 0.5)
+    monkeypatch.setattr(fleets, "PROGRESS_S", 0.5)
     fleet = make("deaf", start_timeout_s=1.5)
     with pytest.raises(ConfigError) as error:
         fleet.start()
