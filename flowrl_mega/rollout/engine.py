@@ -84,7 +84,7 @@ ENGINE_METHODS = ("sync", "start", "finish", "release", "metrics", "close")
 
 
 class EngineSetup(NamedTuple):
-    """What an engine is built from, the same on all ranks. Engines are built collectively."""
+    """An engine's constructor argument, the same on all ranks. Engines are built collectively."""
 
     config: Config
     layout: Layout

@@ -58,7 +58,7 @@ class Stream(Protocol):
 
 @dataclass
 class _Round:
-    """What the engine is working on."""
+    """A round in progress."""
 
     job: Any
     groups: list[Group]

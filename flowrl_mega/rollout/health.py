@@ -1,4 +1,4 @@
-"""Which servers can be used: which weights they have, whether they are alive, and how they come back.
+"""Tracks the servers: which weights they have, whether they are alive, and how they come back.
 
 Knows no wire format: servers are ServerClients. Everything here runs in the one thread of a LoopThread.
 """

@@ -1,4 +1,4 @@
-"""What SGLang's /weights_checker should say of each tensor, from the tensors that were sent.
+"""The checksums that SGLang's /weights_checker must report, computed from the tensors that were sent.
 
 SGLang hashes its own tensors: q, k, v and gate, up are one each, every tensor-parallel rank has its slice, and the
 vocabulary is padded. On CPU the hash is SHA-256, on CUDA its own of 32-bit words (`word_hash`).

@@ -124,7 +124,7 @@ class SglangRouter(SglangServer):
 
 
 def is_up(url: str) -> bool:
-    """Whether a server answers one request within 5 s, if only by asking for a key. Blocks, outside of any loop."""
+    """Whether a server answers one request within 5 s, if only by asking for a key. Blocks: not for an event loop."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=5)
     try:

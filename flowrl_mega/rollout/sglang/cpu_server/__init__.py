@@ -1,1 +1,1 @@
-"""What a machine without GPU needs to run SGLang's server: `launch.py`, run by the server's own interpreter."""
+"""Runs SGLang's server on a machine without GPU: `launch.py`, for the server's own interpreter."""
