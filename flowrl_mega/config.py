@@ -132,7 +132,7 @@ class MismatchSettings(Settings):
 
 
 class RolloutSettings(Settings):
-    engine: Literal["embedded", "sglang"] = "embedded"
+    engine: str = Field("embedded", description="embedded, sglang, or a class of yours as module:Class")
     prompts_per_step: int = Field(16, ge=1)
     group_size: int = Field(8, ge=1, description="answers a prompt (G)")
     max_tokens: int = Field(64, ge=1, description="longest answer, the end token included")
@@ -146,7 +146,7 @@ class RolloutSettings(Settings):
     oversample: float = Field(1.0, ge=1, le=16, description="prompts started a step, as a multiple of prompts_per_step")
     drop_uniform: bool = Field(False, description="leave out groups whose rewards are all equal (FlowRL uses them)")
     mismatch: MismatchSettings = MismatchSettings()
-    # what follows is read by engine sglang only
+    # what follows is read by engine sglang, and by one of yours as it likes
     servers: Annotated[int, Field(ge=1)] | list[str] = Field(1, description="how many to start, or the URLs of others'")
     python: str | None = Field(None, description="interpreter that has sglang; null: this one")
     server_args: dict[str, Any] = Field(default_factory=dict, description="SGLang's own flags, passed on")
@@ -157,6 +157,13 @@ class RolloutSettings(Settings):
     hang_s: float = Field(60.0, gt=0, description="a server silent for so long is asked whether it lives")
     start_timeout_s: float = Field(900.0, gt=0, description="for servers to be ready")
     sync: SyncSettings = SyncSettings()
+
+    @field_validator("engine")
+    @classmethod
+    def _named(cls, engine: str) -> str:
+        if engine not in ("embedded", "sglang") and ":" not in engine:
+            raise ValueError("must be embedded, sglang, or a class of yours as module:Class or path/to/file.py:Class")
+        return engine
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]

@@ -14,7 +14,7 @@ from flowrl_mega.grading import Grader
 from flowrl_mega.model.generation import Sampling
 from flowrl_mega.model.policy import Policy
 from flowrl_mega.rollout import Engine, Rollout, generate
-from flowrl_mega.rollout.batches import derive_seed
+from flowrl_mega.rollout.group_queue import derive_seed
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from flowrl_mega.parallel.packing import PackedBatch, Sequence, efficiency, plan
 from flowrl_mega.rewards.load import Score
 from flowrl_mega.rewards.scorer import verdicts
 from flowrl_mega.rollout import Rollout
-from flowrl_mega.rollout.batches import Group
+from flowrl_mega.rollout.group_queue import Group
 
 
 @dataclass(frozen=True)

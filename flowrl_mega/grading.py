@@ -11,7 +11,7 @@ from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.rewards.load import Reward, Score
 from flowrl_mega.rewards.scorer import Scorer, with_overlong_penalty
 from flowrl_mega.rollout import Rollout
-from flowrl_mega.rollout.batches import Group
+from flowrl_mega.rollout.group_queue import Group
 
 
 class Grader:
@@ -28,12 +28,12 @@ class Grader:
 
     def begin(self, group: Group, i: int, rollout: Rollout) -> None:
         """Let a worker score the group's answer `i` while others are still being written."""
-        self.scorer.begin((group.place, i), self.row(group), self.text(rollout))
+        self.scorer.begin((group.position, i), self.row(group), self.text(rollout))
 
     def grade_groups(self, groups: list[Group]) -> None:
         """Fill in texts and scores of complete groups; the same on all ranks."""
         rows = [row for group in groups for row in [self.row(group)] * len(group.rollouts)]
-        keys = [(group.place, i) for group in groups for i in range(len(group.rollouts))]
+        keys = [(group.position, i) for group in groups for i in range(len(group.rollouts))]
         texts, scores = self.grade(rows, [rollout for group in groups for rollout in group.rollouts], keys)
         for group in groups:
             n = len(group.rollouts)

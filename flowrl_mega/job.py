@@ -67,7 +67,8 @@ def run_rank(inputs: Inputs, checkpoint: Path | None, stop_requested: Callable[[
 
 def serve(config: Config, host: str, port: int | None, stop_requested: Callable[[], bool]) -> int:
     """The `serve` command: the fleet alone, with the weights of model.path, until it is told to stop."""
-    from flowrl_mega.rollout.servers import Fleet, check_servers, supervise
+    from flowrl_mega.rollout.sglang.flags import check_servers
+    from flowrl_mega.rollout.sglang.fleet import Fleet, supervise
 
     rollout = config.rollout
     if not isinstance(rollout.servers, int):

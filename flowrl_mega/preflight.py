@@ -23,6 +23,7 @@ from flowrl_mega.parallel import backends
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.optimizer import check_optimizer
 from flowrl_mega.rewards.load import Reward, load_reward
+from flowrl_mega.rollout import load_engine
 
 
 class Inputs:
@@ -129,12 +130,16 @@ def check_ops(backend: Literal["auto", "native", "torch", "liger"]) -> str:
 
 
 def check_engine(inputs: Inputs, world: int) -> str:
-    """What will write the answers, in words; refuses servers that cannot be started, or are not of this model."""
+    """What will generate, in words. Refuses an engine that cannot be loaded, and servers that cannot be started or
+    serve another model."""
     config = inputs.config
     if config.rollout.engine == "embedded":
         return "embedded: the policy's own weights, in the trainer's processes"
-    from flowrl_mega.rollout.servers import check_servers
-    from flowrl_mega.rollout.sglang import check_attached
+    if config.rollout.engine != "sglang":
+        load_engine(config.rollout.engine)
+        return f"{config.rollout.engine}, from outside the package"
+    from flowrl_mega.rollout.sglang.attached import check_attached
+    from flowrl_mega.rollout.sglang.flags import check_servers
 
     if isinstance(config.rollout.servers, int):
         return check_servers(config.rollout, int(os.environ.get("LOCAL_WORLD_SIZE", world)))

@@ -22,7 +22,7 @@ from flowrl_mega.monitor import Monitor
 from flowrl_mega.parallel.layout import Layout, raise_on_all_ranks
 from flowrl_mega.preflight import Inputs
 from flowrl_mega.rollout import build_engine
-from flowrl_mega.rollout.batches import Batches
+from flowrl_mega.rollout.group_queue import GroupQueue
 from flowrl_mega.rollout.mismatch import beyond_budget
 from flowrl_mega.train import Trainer
 
@@ -44,10 +44,10 @@ class Run:
         stop_ids = () if rollout.ignore_eos else data.stop_ids
         sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k, stop_ids)
         self.stream = Stream(open_loader(config.data, data.prompts, config.seed, layout.dp_rank, layout.dp), layout)
-        told = self.grader.begin if self.grader.is_early else None
-        self.batches = Batches(self.engine, self.stream, rollout, sampling, config.seed, told)
+        on_answer = self.grader.begin if self.grader.is_early else None
+        self.queue = GroupQueue(self.engine, self.stream, rollout, sampling, config.seed, on_answer)
         self.evaluator = Evaluator(self.engine, self.grader, sampling, config.evaluation, config.seed)
-        self.trainer = Trainer(config, layout, inputs.objective, self.models, self.engine, self.batches, self.grader)
+        self.trainer = Trainer(config, layout, inputs.objective, self.models, self.engine, self.queue, self.grader)
         if checkpoint:
             self._resume(checkpoint)
         self.engine.sync(self.models.policy, version=self.trainer.step_done)
@@ -82,7 +82,7 @@ class Run:
         config, objective = self.config.checkpoint, self.trainer.objective
         state = {
             "step": self.trainer.step_done,
-            "rollout": self.batches.state(),
+            "rollout": self.queue.state_dict(),
             "objective": {name: getattr(objective, name) for name in objective.adapts},
         }
         folder, trained = Path(self.config.run_dir), self.models.trained()
@@ -100,7 +100,7 @@ class Run:
         adapted = {name: value for name, value in state.get("objective", {}).items() if name in adapts}
         trainer.objective = trainer.objective.model_copy(update=adapted)
         cursor = state["step"] * self.config.rollout.prompts_per_step
-        self.batches.load(state.get("rollout", {"cursor": cursor, "groups": []}))
+        self.queue.load_state_dict(state.get("rollout", {"cursor": cursor, "groups": []}))
         trainer.step_done = state["step"]
 
     def _monitor(self) -> Monitor | None:

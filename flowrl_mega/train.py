@@ -19,7 +19,7 @@ from flowrl_mega.monitor.step_metrics import cost_metrics, merge_updates
 from flowrl_mega.objectives import LossOutput, Objective
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.rollout import Engine
-from flowrl_mega.rollout.batches import Batches, Group
+from flowrl_mega.rollout.group_queue import Group, GroupQueue
 from flowrl_mega.rollout.mismatch import staleness
 
 
@@ -36,11 +36,11 @@ class Trainer:
         objective: Objective,
         models: Models,
         engine: Engine,
-        batches: Batches,
+        queue: GroupQueue,
         grader: Grader,
     ) -> None:
         self.config, self.layout, self.objective, self.models = config, layout, objective, models
-        self.engine, self.batches, self.grader = engine, batches, grader
+        self.engine, self.queue, self.grader = engine, queue, grader
         self.step_done = 0
         self.seconds: dict[str, float] = defaultdict(float)
 
@@ -65,15 +65,15 @@ class Trainer:
 
     def rollouts(self, step: int) -> tuple[list[Group], dict[str, float]]:
         """The step's groups, answered and scored; with `rollout.ahead` the next step's first round is begun."""
-        while not self.batches.has_enough:
+        while not self.queue.has_enough:
             with self.timed("generate"):
-                groups = self.batches.answer(step)
+                groups = self.queue.finish_round(step)
             with self.timed("reward"):
                 self.grader.grade_groups(groups)
-            self.batches.keep(groups)
-        taken = self.batches.take()
+            self.queue.accept(groups)
+        taken = self.queue.take()
         if self.config.rollout.ahead and step < self.config.steps:
-            self.batches.start(step + 1)
+            self.queue.start_round(step + 1)
         self.engine.release()
         return taken
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Tests import their helpers (rank_pool, tiny_models, on_ranks, stand_in) by name. Torch and Megatron take seconds to
 # import, so nothing here does it before a test asks: `pytest tests/config` needs neither.
-for folder in ("", "distributed", "rollout", "integration"):
+for folder in ("", "distributed", "rollout", "rollout/sglang", "integration"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
 
 

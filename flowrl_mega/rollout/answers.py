@@ -1,143 +1,57 @@
-"""What is asked of an SGLang server for one prompt, what it answers, and how answers travel to the other ranks."""
+"""Seeds for the answers of a job, and the way of its answers from the rank that has them to all others."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flowrl_mega.model.generation import Sampling
 from flowrl_mega.rollout.engine import Request, Rollout
 
 REASONS: tuple[Literal["stop", "length"], ...] = ("stop", "length")
 
 
-class Malformed(Exception):
-    """An answer that no working server gives: asked again."""
-
-
-class Stale(Exception):
-    """An answer of other weights than the server was given."""
-
-
-def request_body(request: Request, sampling: Sampling, seeds: list[int]) -> dict[str, Any]:
-    """The body of /generate for all answers to one prompt, a seed each."""
-    shared = {
-        "max_new_tokens": request.max_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k or -1,
-        "stop_token_ids": list(sampling.stop_ids),
-        "ignore_eos": not sampling.stop_ids,  # which would make it ignore the stop ids, too
-        "skip_special_tokens": False,
-    }
-    return {
-        "input_ids": [request.prompt] * request.answers,
-        "sampling_params": [{**shared, "sampling_seed": seed} for seed in seeds],
-        "return_logprob": True,
-    }
-
-
 def answer_seeds(requests: list[Request], seed: int) -> list[list[int]]:
-    """A seed of 31 bits for each answer to each request."""
+    """A seed of 31 bits per answer, one list per request."""
     count = sum(request.answers for request in requests)
     drawn = iter((np.random.SeedSequence(seed).generate_state(count) >> 1).tolist())
     return [[next(drawn) for _ in range(request.answers)] for request in requests]
 
 
-def read_answers(body: Any, request: Request, vocab: int, versions: range) -> list[Rollout]:
-    """The rollouts in a server's answer to `request`; `versions` are those that its tokens may be of.
+def broadcast_answers(
+    answers: list[list[Rollout]] | None, requests: list[Request], is_source: bool
+) -> list[list[Rollout]]:
+    """Rank 0's answers (`is_source`; elsewhere None) on all ranks, one list per request. Collective.
 
-    Raises Malformed and Stale.
+    They travel as flat arrays, since pickled lists of a large step would take minutes. Log-probs are rounded to
+    float32, on every rank alike.
     """
-    if not isinstance(body, list) or len(body) != request.answers:
-        found = f"{len(body)} answers" if isinstance(body, list) else type(body).__name__
-        raise Malformed(f"{found} where {request.answers} answers were asked for")
-    return [_read(answer, request.max_tokens, vocab, versions) for answer in body]
-
-
-def _read(answer: Any, max_tokens: int, vocab: int, versions: range) -> Rollout:
-    meta = answer.get("meta_info") if isinstance(answer, dict) else None
-    if not isinstance(meta, dict):
-        raise Malformed("no meta_info")
-    reason = meta.get("finish_reason")
-    kind = reason.get("type") if isinstance(reason, dict) else None
-    if kind not in REASONS:
-        said = reason.get("message") if isinstance(reason, dict) else None
-        raise Malformed(f"finish_reason {kind!r}" + (f" ({said})" if said else ""))
-    ids = answer.get("output_ids")
-    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-        raise Malformed("output_ids is no list of integers")
-    if not 1 <= len(ids) <= max_tokens:
-        raise Malformed(f"{len(ids)} tokens where 1 to {max_tokens} were asked for")
-    if min(ids) < 0 or max(ids) >= vocab:
-        wrong = next(token for token in ids if not 0 <= token < vocab)
-        raise Malformed(f"token id {wrong} outside the vocabulary of {vocab}")
-    return Rollout(ids, _logp(meta, ids), kind, _spans(meta, len(ids), versions))
-
-
-def _logp(meta: dict[str, Any], ids: list[int]) -> list[float]:
-    """One log-prob a token, checked against the tokens that they are said to be of."""
-    entries = meta.get("output_token_logprobs")
-    if not isinstance(entries, list) or not all(isinstance(entry, list) and len(entry) >= 2 for entry in entries):
-        raise Malformed("output_token_logprobs is missing or no list of [log-prob, id]")
-    if [entry[1] for entry in entries] != ids:
-        raise Malformed(f"{len(entries)} log-probs that are not those of the {len(ids)} tokens")
-    logp = [entry[0] for entry in entries]
-    for value in logp:  # SGLang writes NaN as null
-        if type(value) not in (int, float) or not math.isfinite(value) or value > 1e-3:
-            raise Malformed(f"log-prob {value!r}")
-    return logp
-
-
-def _spans(meta: dict[str, Any], tokens: int, versions: range) -> list[tuple[int, int]]:
-    """(version, number of tokens) in order: a weight update may come in the middle of an answer."""
-    spans = meta.get("weight_versions")
-    if not spans:  # a server that does not keep them
-        spans = [{"version": meta.get("weight_version"), "start": 0, "end": tokens}]
-    found, end = [], 0
-    for span in spans:
-        if not isinstance(span, dict) or span.get("start") != end or type(span.get("end")) is not int:
-            raise Malformed(f"weight_versions {spans!r} do not cover the answer")
-        version, length, end = str(span.get("version")), span["end"] - end, span["end"]
-        if not version.isdecimal() or int(version) not in versions:
-            expected = versions[0] if len(versions) == 1 else f"{versions[0]} to {versions[-1]}"
-            raise Stale(f"answers with weights {version!r}, not version {expected}")
-        if length:
-            found.append((int(version), length))
-    if end != tokens:
-        raise Malformed(f"weight_versions {spans!r} do not cover the {tokens} tokens of the answer")
-    return found
-
-
-def share(answers: list[list[Rollout]] | None, requests: list[Request], source: bool) -> list[list[Rollout]]:
-    """The answers that the `source` rank 0 has, on all ranks: as flat arrays, since pickled lists of a large step
-    would take minutes. Log-probs are rounded to float32, on every rank alike. Collective."""
-    flat = [rollout for of in answers or [] for rollout in of]
+    rollouts = [rollout for group in answers or [] for rollout in group]
     count = sum(request.answers for request in requests)
-    shape = _from_first(torch.tensor([[len(r.response), REASONS.index(r.finish_reason), len(r.versions)] for r in flat],
-                                     dtype=torch.int32), (count, 3), source)  # fmt: skip
-    tokens, spans = int(shape[:, 0].sum()), int(shape[:, 2].sum())
-    ids = _from_first(torch.tensor([t for r in flat for t in r.response], dtype=torch.int32), (tokens,), source)
-    logp = _from_first(torch.tensor([x for r in flat for x in r.logp], dtype=torch.float32), (tokens,), source)
-    versions = _from_first(torch.tensor([s for r in flat for s in r.versions], dtype=torch.int32), (spans, 2), source)
-    lengths, reasons, parts = (shape[:, i].tolist() for i in range(3))
-    pieces = zip(ids.split(lengths), logp.split(lengths), reasons, versions.split(parts), strict=True)
-    everything = iter(
-        Rollout(i.tolist(), x.tolist(), REASONS[reason], [(v, n) for v, n in of.tolist()])
-        for i, x, reason, of in pieces
+
+    def broadcast(rows: Iterable[object], dtype: torch.dtype, *shape: int) -> Tensor:
+        return _from_rank0(torch.tensor(list(rows), dtype=dtype).view(shape) if is_source else None, dtype, shape)
+
+    sizes = ((len(r.response), len(r.versions), REASONS.index(r.finish_reason)) for r in rollouts)
+    lengths, spans, reasons = broadcast(sizes, torch.int32, count, 3).T.tolist() if count else ([], [], [])
+    token_ids = broadcast((token for r in rollouts for token in r.response), torch.int32, sum(lengths))
+    logp = broadcast((value for r in rollouts for value in r.logp), torch.float32, sum(lengths))
+    versions = broadcast((span for r in rollouts for span in r.versions), torch.int32, sum(spans), 2)
+    columns = (token_ids.split(lengths), logp.split(lengths), reasons, versions.split(spans))
+    received = iter(
+        Rollout(ids.tolist(), values.tolist(), REASONS[reason], [(version, n) for version, n in made_by.tolist()])
+        for ids, values, reason, made_by in zip(*columns, strict=True)
     )
-    return [[next(everything) for _ in range(request.answers)] for request in requests]
+    return [[next(received) for _ in range(request.answers)] for request in requests]
 
 
-def _from_first(tensor: Tensor, shape: tuple[int, ...], source: bool) -> Tensor:
-    """Rank 0's tensor on every rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return tensor.view(shape)
-    tensor = tensor.view(shape) if source else torch.empty(shape, dtype=tensor.dtype)
-    dist.broadcast(tensor, src=0)
+def _from_rank0(tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Rank 0's tensor on every rank; None elsewhere."""
+    tensor = torch.empty(shape, dtype=dtype) if tensor is None else tensor
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast(tensor, src=0)
     return tensor

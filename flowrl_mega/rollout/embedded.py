@@ -1,8 +1,8 @@
-"""The embedded engine: answers from the policy's own weights, in the trainer's own processes.
+"""The embedded engine: generates with the policy's own weights, in the trainer's own processes.
 
-Training may be tensor-parallel; generation is always data-parallel: every rank gathers the whole weights and takes its
-share of the prompts. At tp = 2 a small model's decode step is all latency of all-reduces, and two whole copies are
-2-3x faster. A model too large for that is what an engine behind a server is for.
+Training may be tensor-parallel; generation is always data-parallel: every rank gathers the whole weights and generates
+for its part of the prompts. At tp = 2 the decode step of a small model is dominated by the latency of all-reduces, and
+two whole copies are 2-3x faster. Models too large for that need an engine behind a server.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flowrl_mega.model.policy import Policy
 from flowrl_mega.model.weights import WholeWeights
 from flowrl_mega.parallel.cuda_is_cpu import paused
 from flowrl_mega.parallel.layout import Layout
-from flowrl_mega.rollout.engine import Answered, Request, Rollout
+from flowrl_mega.rollout.engine import AnswerCallback, Request, Rollout
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class _Job:
     requests: list[Request]
     sampling: Sampling
     seed: int
-    answered: Answered | None
+    on_answer: AnswerCallback | None
 
 
 class EmbeddedEngine:
-    """`Engine` on a batched key-value-cache decoder; `sequences_at_once` bounds its memory.
+    """`Engine` on a batched decoder with a key-value cache; `sequences_at_once` bounds its memory.
 
-    The work of a job is done by `finish`. All its requests ask for as many answers of the same largest length.
+    A job's work is done by `finish`. All its requests have the same `answers` and `max_tokens`.
     """
 
     def __init__(self, layout: Layout, sequences_at_once: int = 512) -> None:
@@ -48,9 +48,11 @@ class EmbeddedEngine:
         self.version = version
         return {}
 
-    def start(self, requests: list[Request], sampling: Sampling, seed: int, answered: Answered | None = None) -> _Job:
+    def start(
+        self, requests: list[Request], sampling: Sampling, seed: int, on_answer: AnswerCallback | None = None
+    ) -> _Job:
         assert len({(request.answers, request.max_tokens) for request in requests}) == 1, "equal requests"
-        return _Job(requests, replace(sampling, max_tokens=requests[0].max_tokens), seed, answered)
+        return _Job(requests, replace(sampling, max_tokens=requests[0].max_tokens), seed, on_answer)
 
     def finish(self, job: _Job) -> list[list[Rollout]]:
         assert self.decoder is not None, "sync() comes first"
@@ -61,19 +63,19 @@ class EmbeddedEngine:
         done: dict[int, list[Rollout]] = {}
         with paused():
             for start in range(0, len(mine), at_once):
-                places = list(mine[start : start + at_once])
-                rows = noise[places].flatten(0, 1).to(self.layout.device)
-                ended = partial(self._tell, job.answered, places, answers) if job.answered else None
-                generated = generate(self.decoder, [prompts[i] for i in places], answers, sampling, rows, ended)
-                rollouts = self._rollouts(generated, list(range(len(places) * answers)))
-                done.update((place, rollouts[i * answers : (i + 1) * answers]) for i, place in enumerate(places))
+                indices = list(mine[start : start + at_once])
+                rows = noise[indices].flatten(0, 1).to(self.layout.device)
+                on_rows = partial(self._report, job.on_answer, indices, answers) if job.on_answer else None
+                generated = generate(self.decoder, [prompts[i] for i in indices], answers, sampling, rows, on_rows)
+                rollouts = self._rollouts(generated, list(range(len(indices) * answers)))
+                done.update((index, rollouts[i * answers : (i + 1) * answers]) for i, index in enumerate(indices))
         everyone: dict[int, list[Rollout]] = {}
         for part in self.layout.gather_objects(done):
             everyone.update(part)
-        return [everyone[place] for place in range(len(prompts))]
+        return [everyone[index] for index in range(len(prompts))]
 
     def release(self) -> None:
-        """Nothing: at tp = 1 the weights are the policy's own, and the cache goes with each batch."""
+        """Nothing to free: at tp = 1 the weights are the policy's own, and the cache is freed after each batch."""
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -81,12 +83,15 @@ class EmbeddedEngine:
     def close(self) -> None:
         self.weights = self.decoder = None
 
-    def _tell(self, answered: Answered, places: list[int], answers: int, generated: Generated, rows: list[int]) -> None:
+    def _report(
+        self, on_answer: AnswerCallback, indices: list[int], answers: int, generated: Generated, rows: list[int]
+    ) -> None:
+        """Call `on_answer` for the answers in these rows, of which there are `answers` per request."""
         for row, rollout in zip(rows, self._rollouts(generated, rows), strict=True):
-            answered(places[row // answers], row % answers, rollout)
+            on_answer(indices[row // answers], row % answers, rollout)
 
     def _rollouts(self, generated: Generated, rows: list[int]) -> list[Rollout]:
-        """The answers in these rows."""
+        """The answers in these rows of `generated`."""
         tokens, logp = generated.tokens[rows].tolist(), generated.logp[rows].tolist()
         ends = zip(generated.lengths[rows].tolist(), generated.stopped[rows].tolist(), strict=True)
         return [
@@ -96,5 +101,5 @@ class EmbeddedEngine:
 
 
 def uniform(rows: int, columns: int, seed: int) -> Tensor:
-    """[rows, columns] numbers in [0, 1) that depend on the seed alone."""
+    """[rows, columns] numbers in [0, 1) that depend only on the seed."""
     return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""A server's process: ends when we do, has a port that stays free for it, and dies with all that it started."""
+"""Processes of servers: ports that stay free for them, an end together with ours, and the end of all they started."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import psutil
 
 from flowrl_mega.config import ConfigError
 
-# Asks the kernel for SIGKILL when the parent dies, then becomes the server. SGLang's other processes ask for the same.
+# Asks the kernel for SIGKILL when the parent dies, then becomes the server (SGLang's child processes do the same).
 END_WITH_PARENT = """
 import ctypes, os, sys
 if sys.platform == "linux":
@@ -29,8 +29,8 @@ os.execvp(sys.argv[2], sys.argv[2:])
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, below the range from which the kernel takes ports for outgoing connections: a
-    restarted server must find its own again."""
+    """Ports that nobody listens on, below the range from which the kernel takes ports for outgoing connections, so that
+    a restarted server finds its port free again. Raises ConfigError."""
     candidates = random.SystemRandom().sample(range(20000, 32000), 1000)
     ports = list(itertools.islice((port for port in candidates if is_free("127.0.0.1", port)), count))
     if len(ports) < count:
@@ -50,7 +50,7 @@ def is_free(host: str, port: int) -> bool:
 
 
 def popen(words: list[str], environment: dict[str, str], log: TextIO) -> subprocess.Popen[bytes]:
-    """The command as a process in a session of its own, which the kernel kills when the calling *thread* ends."""
+    """Start a command in a session of its own; the kernel kills it when the calling *thread* ends."""
     boot = [sys.executable, "-I", "-S", "-c", END_WITH_PARENT, str(os.getpid())]
     return subprocess.Popen(
         [*boot, *words], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -58,7 +58,7 @@ def popen(words: list[str], environment: dict[str, str], log: TextIO) -> subproc
 
 
 def kill(process: subprocess.Popen[bytes], timeout_s: float = 10.0) -> None:
-    """A server and all its processes, also stopped ones; returns when they are gone, and with them what they held."""
+    """Kill a server and all its processes, also stopped ones, and wait until they and their resources are gone."""
     members = family(process)
     for member in members:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -70,9 +70,9 @@ def kill(process: subprocess.Popen[bytes], timeout_s: float = 10.0) -> None:
 
 
 def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """A server's processes: those of its session, which can be told also when it has died, and their children."""
+    """A server's processes: those in its session, which is known even after the server has died, and their children."""
     if process.poll() is not None and psutil.pid_exists(process.pid):
-        return []  # somebody else's by now: as long as one of the session is left, the number is not given again
+        return []  # reused by another process: pids are not reused as long as the session has a process
     members: dict[int, psutil.Process] = {}
     for other in psutil.process_iter():
         with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
@@ -82,7 +82,7 @@ def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def _is_there(member: psutil.Process) -> bool:
-    """Not dead: who has no parent that asks for its exit code may stay a zombie for ever (in a container)."""
+    """Whether a process is alive. In a container a zombie may stay for ever, as no parent asks for its exit code."""
     try:
         return member.is_running() and member.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -90,6 +90,6 @@ def _is_there(member: psutil.Process) -> bool:
 
 
 def ending(process: subprocess.Popen[bytes]) -> str:
-    """How it ended, in words."""
+    """How a process ended, in words."""
     code = process.returncode
     return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"

@@ -131,6 +131,20 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
     "long prompts": (["--data.max_prompt_tokens=1"], ["data.max_prompt_tokens = 1", "raise it to 3"]),
     "no chat template": (["--data.chat_template=true"], ["data.chat_template = true", "data.chat_template=false"]),
     "no model": (["--model.path=no/model"], ["model.path = 'no/model'", "give a Hugging Face model folder"]),
+    "engine's form": (["--rollout.engine=vllm"], ["rollout.engine = 'vllm'", "embedded, sglang", "module:Class"]),
+    "engine's module": (["--rollout.engine=no_such:Mine"], ["rollout.engine = 'no_such:Mine'", "No module named"]),
+    "engine's class": (
+        ["--rollout.engine=flowrl_mega.rollout:EmbeddedEngin"],
+        ["rollout.engine = 'flowrl_mega.rollout:EmbeddedEngin'", "did you mean 'EmbeddedEngine'?"],
+    ),
+    "engine that is a function": (
+        ["--rollout.engine=flowrl_mega.rollout:generate"],
+        ["rollout.engine = 'flowrl_mega.rollout:generate'", "is no class", "rollout/engine.py"],
+    ),
+    "engine without methods": (
+        ["--rollout.engine=flowrl_mega.rollout:Request"],
+        ["rollout.engine = 'flowrl_mega.rollout:Request'", "lacks sync, start, finish, release, metrics, close"],
+    ),
     "reward's form": (["--reward=score"], ["reward.function = 'score'", "module:name"]),
     "reward's module": (
         ["--reward=no_such:score"],

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flowrl_mega.config import RolloutSettings
-from flowrl_mega.rollout.servers import Fleet
+from flowrl_mega.rollout.sglang.fleet import Fleet
 
 SERVER_PYTHON = Path(__file__).resolve().parents[2] / ".venv-sglang" / "bin" / "python"
 # Keys and values of all requests under way must fit into max_total_tokens; by itself SGLang takes all memory.

@@ -26,8 +26,9 @@ from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.generation import Sampling
 from flowrl_mega.parallel.launch import free_port
 from flowrl_mega.rollout.engine import Request, Rollout
-from flowrl_mega.rollout.servers import Fleet
-from flowrl_mega.rollout.sglang import SglangEngine, check_attached
+from flowrl_mega.rollout.sglang.attached import check_attached
+from flowrl_mega.rollout.sglang.engine import SglangEngine
+from flowrl_mega.rollout.sglang.fleet import Fleet
 
 pytestmark = [pytest.mark.integration, pytest.mark.ranks, pytest.mark.timeout(600)]
 

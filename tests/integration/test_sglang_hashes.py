@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from sglang_server import server_python
 from test_checksums import KERNEL, pattern
 
-import flowrl_mega.rollout.cpu_server as cpu_server
-from flowrl_mega.rollout.checksums import word_hash
-from flowrl_mega.rollout.fp8 import quantize
+import flowrl_mega.rollout.sglang.cpu_server as cpu_server
+from flowrl_mega.rollout.sglang.checksums import word_hash
+from flowrl_mega.rollout.sglang.quantize import quantize
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 

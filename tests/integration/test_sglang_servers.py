@@ -21,7 +21,8 @@ from tiny_models import make
 
 from flowrl_mega.config import ConfigError
 from flowrl_mega.rollout.processes import family
-from flowrl_mega.rollout.servers import Fleet, check_servers
+from flowrl_mega.rollout.sglang.flags import check_servers
+from flowrl_mega.rollout.sglang.fleet import Fleet
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
@@ -127,7 +128,7 @@ import sys, time
 from pathlib import Path
 from flowrl_mega.config import RolloutSettings
 from flowrl_mega.rollout.processes import family
-from flowrl_mega.rollout.servers import Fleet
+from flowrl_mega.rollout.sglang.fleet import Fleet
 settings = RolloutSettings(python={server_python()!r}, server_args={SMALL!r}, start_timeout_s=600)
 fleet = Fleet(settings, Path({str(model)!r}), Path({str(tmp_path)!r}), "fp32", 0)
 fleet.start()

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.names import hf_shapes
-from flowrl_mega.rollout.checksums import Expected
-from flowrl_mega.rollout.servers import Fleet
+from flowrl_mega.rollout.sglang.checksums import Expected
+from flowrl_mega.rollout.sglang.fleet import Fleet
 
 pytestmark = [pytest.mark.integration, pytest.mark.ranks, pytest.mark.timeout(900)]
 # Three buckets of 1 MiB. The server pads vocabulary and feed-forward size, Megatron at tp = 2 the vocabulary.

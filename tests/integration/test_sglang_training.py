@@ -18,7 +18,7 @@ from jobs import Job, records, write_config
 from sglang_server import SMALL, server_python
 from tiny_models import make
 
-from flowrl_mega.rollout.servers import answers
+from flowrl_mega.rollout.sglang.endpoints import is_up
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -47,7 +47,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[st
         yield found[1]
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, (folder / "log").read_text()
-        assert not answers(found[1]), "the server ends with what started it"
+        assert not is_up(found[1]), "the server ends with what started it"
     finally:
         if process.poll() is None:
             process.kill()

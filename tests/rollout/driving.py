@@ -11,15 +11,15 @@ from stand_in import StandIn, answer_tokens
 from flowrl_mega.config import RolloutSettings
 from flowrl_mega.model.generation import Sampling
 from flowrl_mega.rollout.answers import answer_seeds
-from flowrl_mega.rollout.api import LoopThread
-from flowrl_mega.rollout.attached import connect
 from flowrl_mega.rollout.dispatch import Dispatcher, Job
 from flowrl_mega.rollout.engine import Request, Rollout
+from flowrl_mega.rollout.loop_thread import LoopThread
+from flowrl_mega.rollout.sglang.attached import connect
 
 MADE: dict[str, StandIn] = {}  # by the test that runs, by URL
 STOPS = (1, 17, 40, 41, 42, 77)
 SAMPLING = Sampling(12, stop_ids=STOPS)
-REQUESTS = [Request([place + 2, 3, 4], 3, 12) for place in range(20)]
+REQUESTS = [Request([i + 2, 3, 4], 3, 12) for i in range(20)]
 
 
 def expected(requests: list[Request] = REQUESTS, seed: int = 7) -> list[list[tuple[list[int], list[float]]]]:
@@ -65,9 +65,9 @@ class Driver:
         settings = {"request_timeout_s": 20.0, "hang_s": 60.0, **settings}
         self.settings = RolloutSettings(engine="sglang", servers=[server.url for server in servers], **settings)
         assert isinstance(self.settings.servers, list)
-        entries = self.loop.call(connect(self.settings.servers, None))
-        self.servers |= {server.url: MADE[server.url] for entry in entries for server in entry.servers}
-        self.dispatcher = Dispatcher(self.settings, entries, 101, ours)
+        gateways = self.loop.call(connect(self.settings.servers, None))
+        self.servers |= {server.url: MADE[server.url] for gateway in gateways for server in gateway.servers}
+        self.dispatcher = Dispatcher(self.settings, gateways, 101, ours)
         self.loop.call(self.dispatcher.open())
         self.version = 0
         self.refusing: dict[str, str] = {}
@@ -75,13 +75,13 @@ class Driver:
     def push(self, urls: list[str] | None = None, version: int | None = None) -> None:
         """New weights, or the same again, as WeightSync would give them."""
         self.version = self.version if version is None else version
-        apis = self.loop.call(self.dispatcher.before_push(urls, self.version))
-        given = [api for api in apis if api.url not in self.refusing]
-        for api in given:
-            self.loop.call(api.post("/continue_generation"))
-            self.servers[api.url].version = str(self.version)
-        failures = {api.url: self.refusing[api.url] for api in apis if api not in given}
-        self.loop.call(self.dispatcher.health.after_push([api.url for api in apis], self.version, failures))
+        clients = self.loop.call(self.dispatcher.before_push(urls, self.version))
+        given = [client for client in clients if client.url not in self.refusing]
+        for client in given:
+            self.loop.call(client.continue_generation(30.0))
+            self.servers[client.url].version = str(self.version)
+        failures = {client.url: self.refusing[client.url] for client in clients if client not in given}
+        self.loop.call(self.dispatcher.health.after_push([client.url for client in clients], self.version, failures))
 
     def start(self, requests: list[Request] = REQUESTS, seed: int = 7) -> Job:
         job = Job(requests)

@@ -18,7 +18,7 @@ import aiohttp
 from aiohttp import web
 
 from flowrl_mega.parallel.launch import free_port
-from flowrl_mega.rollout.api import LoopThread
+from flowrl_mega.rollout.loop_thread import LoopThread
 
 Json = dict[str, Any]
 SAMPLING = (

@@ -201,26 +201,26 @@ def test_after_a_step_the_engine_uses_the_new_weights(parallel, tiny_model, rank
         assert abs(before[0].logp[0] - after[0].logp[0]) > 1e-3, "the same first row, another policy"
 
 
-def told_and_found(path, sampling: Sampling, **sections: Any) -> tuple[list[tuple[int, int, Rollout]], list[Any]]:
-    """In a rank: what it was told of while it wrote, and what all ranks get at the end."""
-    policy, told = on_ranks.build(path, **sections), []
+def reported_and_found(path, sampling: Sampling, **sections: Any) -> tuple[list[tuple[int, int, Rollout]], list[Any]]:
+    """In a rank: the answers reported while it generated, and those that all ranks get at the end."""
+    policy, reported = on_ranks.build(path, **sections), []
     engine = EmbeddedEngine(policy.layout, sequences_at_once=12)
     engine.sync(policy, version=3)
     requests = [Request(prompt, 4, sampling.max_tokens) for prompt in PROMPTS]
-    job = engine.start(requests, sampling, 0, answered=lambda *answer: told.append(answer))
-    return told, engine.finish(job)
+    job = engine.start(requests, sampling, 0, on_answer=lambda *answer: reported.append(answer))
+    return reported, engine.finish(job)
 
 
 @pytest.mark.ranks
-def test_each_answer_is_told_as_soon_as_it_ends(tiny_llama, ranks2):
+def test_each_answer_is_reported_as_soon_as_it_ends(tiny_llama, ranks2):
     """Scores are begun with it, so it must be the answer that is trained on; once, on the rank that wrote it, and the
     short ones of a batch before the long ones."""
-    (first, found), (second, _) = ranks2.run(told_and_found, tiny_llama, SAMPLING, parallel={"dp": 2})
-    assert sorted((place, i) for place, i, _ in first + second) == [
+    (first, found), (second, _) = ranks2.run(reported_and_found, tiny_llama, SAMPLING, parallel={"dp": 2})
+    assert sorted((request, i) for request, i, _ in first + second) == [
         (p, i) for p in range(len(PROMPTS)) for i in range(4)
     ]
-    assert all(found[place][i] == rollout for place, i, rollout in first + second)
-    lengths = [len(rollout.response) for place, _, rollout in first if place in (0, 2, 4)]
-    assert {place % 2 for place, _, _ in first} == {0}
+    assert all(found[request][i] == rollout for request, i, rollout in first + second)
+    lengths = [len(rollout.response) for request, _, rollout in first if request in (0, 2, 4)]
+    assert {request % 2 for request, _, _ in first} == {0}
     assert lengths == sorted(lengths)
     assert lengths[0] < lengths[-1]

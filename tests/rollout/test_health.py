@@ -121,7 +121,7 @@ def test_weights_that_are_not_taken(stand_in, drive, impatient):
     assert not first.asked("/generate")
     refused = driver.dispatcher.health.servers[0]
     driver.until(lambda: refused.state == "refused")
-    assert refused.refusals == 3
+    assert refused.consecutive_refusals == 3
     assert content(driver.run(seed=9)) == expected(seed=9)
     driver.refusing[second.url] = "no such tensor"
     driver.push(version=2)

@@ -67,7 +67,8 @@ def parser() -> argparse.ArgumentParser:
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from flowrl_mega.config import RolloutSettings
-    from flowrl_mega.rollout.servers import Fleet, sglang_version
+    from flowrl_mega.rollout.sglang.flags import sglang_version
+    from flowrl_mega.rollout.sglang.fleet import Fleet
 
     on_cpu = {"max_total_tokens": 16384, "mem_fraction_static": 0.3} if not has_gpu() else {}
     server_args = {**on_cpu, "skip_server_warmup": True, **options.server_args}
@@ -137,7 +138,7 @@ class Ours:
         from flowrl_mega.model.weights import load_hf
         from flowrl_mega.parallel import layout as layouts
         from flowrl_mega.parallel.launch import free_port, rank_environment
-        from flowrl_mega.rollout.sglang import SglangEngine
+        from flowrl_mega.rollout.sglang.engine import SglangEngine
         from flowrl_mega.settings import validated
 
         os.environ.update(rank_environment(0, 1, free_port()))

@@ -37,9 +37,10 @@ from flowrl_mega.model.policy import Policy
 from flowrl_mega.model.weights import Buckets, load_hf
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.launch import free_port, rank_environment
-from flowrl_mega.rollout.api import Api, LoopThread
-from flowrl_mega.rollout.servers import Fleet
-from flowrl_mega.rollout.sync import WeightSync
+from flowrl_mega.rollout.loop_thread import LoopThread
+from flowrl_mega.rollout.sglang.endpoints import SglangServer
+from flowrl_mega.rollout.sglang.fleet import Fleet
+from flowrl_mega.rollout.sglang.sync import WeightSync
 from flowrl_mega.settings import validated
 
 TRANSFERS = ("distributed", "tensor", "disk")
@@ -96,7 +97,7 @@ def measure(options: argparse.Namespace, folder: Path, url: str) -> tuple[dict[s
     loop, bare, loading = LoopThread(), Pair(sizes), Pair(sizes, load=True)
     syncs = {name: sync(name, options.bucket_mb, policy, folder, loop) for name in options.transfers}
     works: dict[str, Callable[[], float]] = {"broadcast": bare.seconds, "with copies": loading.seconds}
-    server = Api(url)
+    server = SglangServer(url)
     for name, pushes in syncs.items():
         works[name] = Pushes(pushes, policy, server)
     try:
@@ -139,7 +140,7 @@ def sync(transfer: Any, bucket_mb: int, policy: Policy, folder: Path, loop: Loop
 class Pushes:
     """Calling it is one push, in seconds; the first one is checked."""
 
-    def __init__(self, sync: WeightSync, policy: Policy, server: Api) -> None:
+    def __init__(self, sync: WeightSync, policy: Policy, server: SglangServer) -> None:
         self.sync, self.policy, self.server = sync, policy, server
         self.checked = False
 

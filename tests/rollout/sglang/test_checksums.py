@@ -14,8 +14,8 @@ from tiny_models import make
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.hf_folder import HfFolder
 from flowrl_mega.model.names import hf_shapes
-from flowrl_mega.rollout import checksums
-from flowrl_mega.rollout.checksums import Expected, sha_hash, word_hash
+from flowrl_mega.rollout.sglang import checksums
+from flowrl_mega.rollout.sglang.checksums import Expected, sha_hash, word_hash
 
 # Of `pattern(words, dtype)`, by the Triton kernel of SGLang 0.5.23 (tests/integration/test_sglang_hashes.py runs it).
 KERNEL = {

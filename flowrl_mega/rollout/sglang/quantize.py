@@ -1,4 +1,4 @@
-"""Weights as DeepSeek-style FP8 checkpoints hold them: blocks of 128 x 128 float8 with a scale each."""
+"""Quantizes weights as DeepSeek's FP8 checkpoints do: blocks of 128 x 128 float8 values, one scale per block."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 128
-SCALE = "_scale_inv"  # after a weight's name: what its blocks are multiplied by
+SCALE = "_scale_inv"  # suffix of a weight's scales, by which its blocks are multiplied
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
-# For config.json, so that a server knows what it is sent.
+# For config.json, so that a server expects FP8.
 QUANTIZATION: dict[str, Any] = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -24,7 +24,7 @@ _LINEAR = re.compile(r"model\.layers\.\d+\..+_proj\.weight")
 
 
 def to_fp8(named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """The linear weights of the layers in FP8, each followed by its scales; all else in bf16."""
+    """The layers' linear weights in FP8, each followed by its scales, and all other tensors in bf16."""
     sent: list[tuple[str, Tensor]] = []
     for name, tensor in named:
         if _LINEAR.fullmatch(name):
@@ -38,7 +38,7 @@ def to_fp8(named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """`weight` [N, K] as float8_e4m3fn [N, K] and fp32 scales [ceil(N / 128), ceil(K / 128)].
 
-    A block's largest magnitude becomes the largest that float8 holds; blocks at the edges may be smaller.
+    A block's largest magnitude becomes the largest float8 value; blocks at the edges may be smaller.
     """
     rows, columns = weight.shape
     padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
@@ -49,6 +49,6 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_quantization(side_files: dict[str, bytes]) -> dict[str, bytes]:
-    """A model folder's side files whose config.json says that the weights are FP8."""
+    """A model's side files, with `quantization_config` added to config.json."""
     config = json.loads(side_files["config.json"]) | {"quantization_config": QUANTIZATION}
     return side_files | {"config.json": json.dumps(config, indent=2).encode()}

@@ -14,15 +14,15 @@ from rank_pool import RankFailed
 
 from flowrl_mega.config import ConfigError
 from flowrl_mega.model.generation import Sampling
-from flowrl_mega.rollout import sglang
-from flowrl_mega.rollout.answers import share
+from flowrl_mega.rollout.answers import broadcast_answers
 from flowrl_mega.rollout.engine import Request, Rollout
-from flowrl_mega.rollout.sglang import SglangEngine, check_request
+from flowrl_mega.rollout.sglang import engine as sglang
+from flowrl_mega.rollout.sglang.engine import SglangEngine, check_request
 
 pytestmark = pytest.mark.ranks
 STOPS = (1, 17, 40, 41, 42, 77)
 SAMPLING = Sampling(12, stop_ids=STOPS)
-REQUESTS = [Request([place + 2, 3, 4], 3, 12) for place in range(20)]
+REQUESTS = [Request([i + 2, 3, 4], 3, 12) for i in range(20)]
 LAYOUTS = {"tp2": {"tp": 2}, "dp2": {"dp": 2}}
 
 
@@ -48,10 +48,10 @@ def two_steps(path: Path, folder: Path, urls: list[str], parallel: dict[str, int
         time.sleep(0.3)
         synced.append(engine.sync(policy, version=4))
         first = engine.finish(job)
-        told: list[tuple[int, int, list[int]]] = []
-        answered = lambda place, i, rollout: told.append((place, i, rollout.response))  # noqa: E731
-        second = engine.finish(engine.start(REQUESTS, SAMPLING, 9, answered))
-        return (first, second, synced, engine.metrics()), told
+        reported: list[tuple[int, int, list[int]]] = []
+        on_answer = lambda request, i, rollout: reported.append((request, i, rollout.response))  # noqa: E731
+        second = engine.finish(engine.start(REQUESTS, SAMPLING, 9, on_answer))
+        return (first, second, synced, engine.metrics()), reported
     finally:
         engine.close()
 
@@ -62,7 +62,7 @@ def test_all_ranks_get_the_same_answers(parallel, pause, tiny_llama, stand_in, r
     """Those of the servers, with log-probs rounded alike on the rank that asked; and all see the same metrics."""
     servers = [stand_in(token_s=0.03), stand_in(token_s=0.03)]
     urls = [server.url for server in servers]
-    (one, told), (other, nothing) = ranks2.run(
+    (one, reported), (other, nothing) = ranks2.run(
         two_steps, tiny_llama, tmp_path, urls, LAYOUTS[parallel], concurrency=3, sync={"pause": pause}
     )
     assert one == other
@@ -72,8 +72,8 @@ def test_all_ranks_get_the_same_answers(parallel, pause, tiny_llama, stand_in, r
             for (tokens, logp), (right_tokens, right_logp) in zip(got, wanted, strict=True):
                 assert tokens == right_tokens
                 assert logp == pytest.approx(right_logp, abs=1e-7)
-    answers = [(place, i, rollout.response) for place, of in enumerate(second) for i, rollout in enumerate(of)]
-    assert sorted(told) == answers, "the rank that asks hears of each answer once"
+    answers = [(request, i, rollout.response) for request, of in enumerate(second) for i, rollout in enumerate(of)]
+    assert sorted(reported) == answers, "the rank that asks hears of each answer once"
     assert nothing == []
     spans = [rollout.versions for of in first for rollout in of]
     assert all(sum(length for _, length in of) > 0 for of in spans)
@@ -205,7 +205,7 @@ def test_prompts_that_just_fit():
 def shared(answers: list[list[Rollout]], requests: list[Request]) -> list[list[Rollout]]:
     on_ranks.layouts.init(on_ranks.config_for("unused").parallel, 0)
     first = dist.get_rank() == 0
-    return share(answers if first else None, requests, first)
+    return broadcast_answers(answers if first else None, requests, first)
 
 
 def test_answers_travel_whole(ranks2):

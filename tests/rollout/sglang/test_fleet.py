@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import threading
 import time
 import urllib.request
@@ -18,13 +17,12 @@ from typing import Any
 import fake_server
 import psutil
 import pytest
-import torch
 from rank_pool import FORKSERVER
 
 from flowrl_mega.config import ConfigError, RolloutSettings
-from flowrl_mega.rollout import servers
 from flowrl_mega.rollout.processes import is_free
-from flowrl_mega.rollout.servers import Fleet, check_servers, command, placement, supervise
+from flowrl_mega.rollout.sglang import fleet as fleets
+from flowrl_mega.rollout.sglang.fleet import Fleet, supervise
 
 pytestmark = pytest.mark.slow
 
@@ -69,73 +67,6 @@ def gone(*pids: int) -> bool:
     return False
 
 
-def test_a_command_line_says_what_the_settings_say(tmp_path: Path):
-    """Flags reach SGLang under its own names, in the forms that its parser reads; a user's flag beats ours."""
-    given = {
-        "mem_fraction_static": 0.8,
-        "enable_x": True,
-        "y": False,
-        "z": [1, 2],
-        "j": {"a": 1},
-        "log_level_http": "info",
-    }
-    words = command(RolloutSettings(python="py", server_args=given), tmp_path, "bf16", 21000, "dummy")
-    assert words[0] == "py"
-    text = " ".join(words[1:])
-    assert '--mem-fraction-static 0.8 --enable-x --z 1 2 --j {"a": 1}' in text
-    assert f"--model-path {tmp_path} --host 127.0.0.1 --port 21000 --dtype bfloat16 --load-format dummy" in text
-    assert "--y" not in words
-    assert [words[at + 1] for at, word in enumerate(words) if word == "--log-level-http"] == ["info"]
-
-
-def test_what_only_we_can_know_is_refused(tmp_path: Path):
-    """Two servers on one port, or on another model than the trainer's, would fail late or not at all."""
-    for name in ("host", "port", "model_path", "model-path", "--port", "nnodes"):
-        settings = RolloutSettings(python=fake_server.make(tmp_path), server_args={name: 1})
-        with pytest.raises(ConfigError, match=f"rollout.server_args.{name} = 1: set for each server.*rollout.servers"):
-            check_servers(settings)
-
-
-def test_an_interpreter_without_sglang_is_named(tmp_path: Path):
-    """Before anything starts, with the way out."""
-    for python, why in ((sys.executable, "has no sglang"), (str(tmp_path / "none"), "cannot be run")):
-        with pytest.raises(ConfigError) as error:
-            check_servers(RolloutSettings(python=python))
-        assert f"rollout.python = {python!r}" in str(error.value) and why in str(error.value)
-        assert "make setup-sglang" in str(error.value)
-
-
-def test_words_for_a_dry_run(tmp_path: Path):
-    """They name the version, and say so when it is not the one that was tested."""
-    settings = RolloutSettings(python=fake_server.make(tmp_path), servers=2)
-    assert check_servers(settings) == "2 servers of SGLang 0.5.23, on CPU"
-    other = tmp_path / "other"
-    other.write_text("#!/bin/sh\necho 0.6.0\n")
-    other.chmod(0o755)
-    assert "0.6.0 (tested with 0.5.23)" in check_servers(RolloutSettings(python=str(other)))
-
-
-def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch):
-    """Servers take the GPUs after the trainer's, or the trainer's own, and of those only what this job was given."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-    def placed(trainer: int = 4, **settings: Any) -> list[list[str]]:
-        return placement(RolloutSettings(**settings), trainer)
-
-    assert placed(servers=2, server_args={"tp_size": 2}) == [["4", "5"], ["6", "7"]]
-    assert placed(servers=4) == [["4"], ["5"], ["6"], ["7"]]
-    assert placed(servers=1, server_args={"tp": 2, "dp-size": 2}) == [["4", "5", "6", "7"]]
-    assert placed(servers=1, server_args={"tp": 2, "dp-size": 2, "enable_dp_attention": True}) == [["4", "5"]]
-    assert placed(servers=2, colocated=True, server_args={"tp_size": 4}) == [list("0123"), list("4567")]
-    assert placed(servers=3, server_args={"device": "cpu"}) == []
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "8,9,10,11,12,13,14,15")
-    assert placed(servers=2, server_args={"tp_size": 2}) == [["12", "13"], ["14", "15"]]
-    with pytest.raises(ConfigError, match="rollout.servers = 3: 6 GPUs .2 a server. beside the trainer's 4.*has 8"):
-        placed(servers=3, server_args={"tp_size": 2})
-
-
 def test_servers_start_together_and_end_with_their_children(make: Make):
     """All that they started is gone after close(), which may be called again; so is what a key protects ready."""
     fleet = make(count=2)
@@ -153,7 +84,7 @@ def test_servers_start_together_and_end_with_their_children(make: Make):
 
 def test_a_server_that_ignores_sigterm_is_killed(make: Make, monkeypatch: pytest.MonkeyPatch):
     """SGLang waits on SIGTERM for the answers under way, which may be for ever."""
-    monkeypatch.setattr(servers, "GRACE_S", 0.2)
+    monkeypatch.setattr(fleets, "GRACE_S", 0.2)
     fleet = make("stubborn")
     fleet.start()
     said = info(fleet)
@@ -163,7 +94,7 @@ def test_a_server_that_ignores_sigterm_is_killed(make: Make, monkeypatch: pytest
 
 def test_a_server_does_not_take_itself_for_a_rank(make: Make, monkeypatch: pytest.MonkeyPatch):
     """torch in the server would read the trainer's rendezvous from its environment."""
-    for name in servers.OF_THE_JOB:
+    for name in fleets.OF_THE_JOB:
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("KEPT", "1")
@@ -171,7 +102,7 @@ def test_a_server_does_not_take_itself_for_a_rank(make: Make, monkeypatch: pytes
     fleet.start()
     environment = info(fleet)["environment"]
     assert environment["KEPT"] == "1"
-    assert not {*servers.OF_THE_JOB, "TORCHELASTIC_RUN_ID"} & set(environment)
+    assert not {*fleets.OF_THE_JOB, "TORCHELASTIC_RUN_ID"} & set(environment)
 
 
 def test_a_port_in_use_is_refused(make: Make, tmp_path: Path):
@@ -196,18 +127,18 @@ def test_one_that_dies_early_ends_the_start(make: Make):
 def test_the_others_end_when_one_dies_early(make: Make, monkeypatch: pytest.MonkeyPatch):
     """A job that fails at the start must not leave servers that hold memory."""
     pids: list[int] = []
-    popen = servers.popen
+    popen = fleets.popen
 
     def remember(*args: Any) -> Any:
         process = popen(*args)
         pids.append(process.pid)
         return process
 
-    monkeypatch.setattr(servers, "popen", remember)
+    monkeypatch.setattr(fleets, "popen", remember)
     port = next(
         port for port in range(20000, 32000, 2) if is_free("127.0.0.1", port) and is_free("127.0.0.1", port + 1)
     )
-    monkeypatch.setattr(servers, "free_ports", lambda count: [port, port + 1])
+    monkeypatch.setattr(fleets, "free_ports", lambda count: [port, port + 1])
     with pytest.raises(ConfigError, match="on fire"):
         make("dies at odd ports", count=2).start()
     assert len(pids) == 2 and gone(*pids)
@@ -215,7 +146,7 @@ def test_the_others_end_when_one_dies_early(make: Make, monkeypatch: pytest.Monk
 
 def test_one_that_never_listens_ends_the_start(make: Make, capfd: pytest.CaptureFixture[str], monkeypatch: Any):
     """With the setting that would give it longer; meanwhile a line says that something is waited for."""
-    monkeypatch.setattr(servers, "PROGRESS_S", 0.5)
+    monkeypatch.setattr(fleets, "PROGRESS_S", 0.5)
     fleet = make("deaf", start_timeout_s=1.5)
     with pytest.raises(ConfigError) as error:
         fleet.start()

@@ -11,8 +11,9 @@ import torch
 
 from flowrl_mega.config import SyncSettings
 from flowrl_mega.model.weights import named_tensors
-from flowrl_mega.rollout.api import Api, LoopThread
-from flowrl_mega.rollout.sync import WeightSync
+from flowrl_mega.rollout.loop_thread import LoopThread
+from flowrl_mega.rollout.sglang.endpoints import SglangServer
+from flowrl_mega.rollout.sglang.sync import WeightSync
 
 KEPT: dict[str, tuple[WeightSync, LoopThread | None]] = {}  # a group of servers lives from one push to the next
 
@@ -33,10 +34,10 @@ def push(
         options = SyncSettings(bucket_mb=1, **settings)
         KEPT[key] = WeightSync(options, False, policy.layout, policy.arch, side_files, folder, loop), loop
     sync, loop = KEPT[key]
-    apis = [Api(url) for url in urls] if loop else []
-    failures = sync.push(policy, apis, version, check)
-    for api in apis:
-        loop.call(api.close())
+    servers = [SglangServer(url) for url in urls] if loop else []
+    failures = sync.push(policy, servers, version, check)
+    for server in servers:
+        loop.call(server.close())
     if not keep:
         KEPT.pop(key)
         sync.close()

@@ -12,7 +12,7 @@ os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 
 # Python puts a script's folder first; last, it gives a real sgl_kernel the preference over the one beside this file.
 _HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:] = [place for place in sys.path if os.path.abspath(place) != _HERE] + [_HERE]
+sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != _HERE] + [_HERE]
 
 import torch  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""Three ways of named tensors to servers: files that they read, memory that they map, a broadcast that they join."""
+"""How named tensors reach the servers: in files that they read or in memory that they map (or by broadcast.py)."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from flowrl_mega.model.hf_folder import INDEX
-from flowrl_mega.rollout.api import Api, ServerError
+from flowrl_mega.rollout.http_client import ServerError
+from flowrl_mega.rollout.sglang.endpoints import SglangServer
 
 Named = list[tuple[str, Tensor]]
-Failures = dict[str, str]  # what went wrong, by the server's URL
+Failures = dict[str, str]  # what went wrong, by URL of the server
 
 
-class Server(NamedTuple):
-    """A server and what it says of itself."""
+class SyncTarget(NamedTuple):
+    """A server that gets weights, and what it says of itself."""
 
-    api: Api
-    about: dict[str, Any]  # its /server_info
+    client: SglangServer
+    about: dict[str, Any]  # its server_info, and weight_version
 
     @property
     def url(self) -> str:
-        return self.api.url
+        return self.client.url
 
     @property
     def tp(self) -> int:
@@ -42,64 +43,67 @@ class Server(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What the servers are to do after they have loaded a bucket."""
+    """What the servers do after they have loaded a bucket."""
 
-    version: str | None  # given with the last
+    version: str | None  # set with the last bucket
     flush_cache: bool
 
     def body(self) -> dict[str, Any]:
+        """The fields of a request that all transfers share."""
         return {"flush_cache": self.flush_cache} | ({"weight_version": self.version} if self.version else {})
 
 
 class Deadline:
-    """When a sync has to be over."""
+    """The time by which a sync has to be over."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
 
     def left(self, most: float = float("inf")) -> float:
-        """Seconds, at least 1: what is asked at the end still gets an answer."""
+        """Seconds left, at most `most` and at least 1, so that a last request still gets its answer."""
         return max(1.0, min(most, self.end - time.monotonic()))
 
 
 class Transfer(Protocol):
-    """Lives on rank 0. `pack` is for the thread that gathers, the coroutines are for the loop's."""
+    """A way to send weights, on rank 0. `pack` runs in the thread that gathers, coroutines in the event loop."""
 
-    in_session: bool  # each bucket is loaded as it comes, between begin_ and end_weight_update
-    broken: bool  # one server's failure ended it for all
+    in_session: bool  # each bucket is loaded as it comes, between begin_weight_update and end_weight_update
+    broken: bool  # the failure of one server has ended this round for all
 
     def pack(self, named: Named) -> Any:
-        """A bucket to `send`: what comes after the next call must not change it."""
+        """A bucket for `send`. It must stay valid until the second call after this one."""
 
-    async def begin(self, servers: list[Server], version: int, deadline: Deadline) -> Failures: ...
+    async def begin(self, servers: list[SyncTarget], version: int, deadline: Deadline) -> Failures:
+        """Prepare to send `version` to these servers."""
 
-    async def send(self, servers: list[Server], packed: Any, update: Update, deadline: Deadline) -> Failures: ...
+    async def send(self, servers: list[SyncTarget], packed: Any, update: Update, deadline: Deadline) -> Failures:
+        """Send a bucket and wait until the servers have loaded it."""
 
     async def end(self) -> None:
-        """The sync is over."""
+        """Free what a finished sync no longer needs."""
 
     async def close(self) -> None:
-        """Nothing is left of it, neither here nor on the servers."""
+        """Remove everything, here and on the servers."""
 
 
-async def each(servers: list[Server], ask: Callable[[Server], Awaitable[Any]]) -> Failures:
-    """All at once; of those that did not do it, why."""
+async def each(servers: list[SyncTarget], ask: Callable[[SyncTarget], Awaitable[Any]]) -> Failures:
+    """Run `ask` for all servers at once; the reasons of those for which it raised."""
     results = await asyncio.gather(*(ask(server) for server in servers), return_exceptions=True)
     failures = {}
     for server, result in zip(servers, results, strict=True):
         if isinstance(result, ServerError):
             failures[server.url] = result.message
-        elif isinstance(result, Exception):  # an answer that is not what SGLang's is like
+        elif isinstance(result, Exception):  # a response of another form than SGLang's
             failures[server.url] = repr(result)
         elif isinstance(result, BaseException):
             raise result
     return failures
 
 
-async def load(server: Server, path: str, body: dict[str, Any], deadline: Deadline) -> None:
-    """Have a server load weights. Tensors of a shape that it does not expect it does not survive."""
+async def load(server: SyncTarget, update: Awaitable[None]) -> None:
+    """Await a server's weight update. A server does not survive tensors of a shape that it does not expect."""
     try:
-        await server.api.post(path, body, deadline.left())
+        await update
     except ServerError as error:
         if error.status:
             raise
@@ -113,13 +117,14 @@ class Packed(NamedTuple):
 
 
 class Buffers:
-    """Two that take turns: one is under way while the other is filled."""
+    """Two buffers that take turns: one is being sent while the other is filled. `make(bytes)` allocates one."""
 
     def __init__(self, make: Callable[[int], Tensor]) -> None:
         self._make = make
         self._spare, self._last = make(0), make(0)
 
     def pack(self, named: Named) -> Packed:
+        """The tensors copied end to end into the buffer that is not being sent."""
         named = sorted(named, key=lambda pair: -pair[1].dtype.itemsize)  # each then starts at a multiple of its size
         size = sum(tensor.nbytes for _, tensor in named)
         self._spare, self._last = self._last, self._spare
@@ -131,12 +136,12 @@ class Buffers:
             views.append((name, flat[start:end].view(tensor.dtype).view(tensor.shape)))
             views[-1][1].copy_(tensor)
         if flat.is_cuda:
-            torch.cuda.synchronize(flat.device)  # who reads it knows nothing of this thread's stream
+            torch.cuda.synchronize(flat.device)  # readers do not wait for this thread's stream
         return Packed(flat, views)
 
 
 class Disk:
-    """A Hugging Face folder for each version, in a folder that all servers see under the same path."""
+    """One Hugging Face folder per version, inside a folder that all servers see under the same path."""
 
     in_session = broken = False
 
@@ -147,16 +152,18 @@ class Disk:
     def pack(self, named: Named) -> Named:
         return [(name, tensor.contiguous()) for name, tensor in named]
 
-    async def begin(self, servers: list[Server], version: int, deadline: Deadline) -> Failures:
+    async def begin(self, servers: list[SyncTarget], version: int, deadline: Deadline) -> Failures:
         self.target, self.file_of, self.bytes = (self.folder / f"version_{version}").absolute(), dict[str, str](), 0
         return await self._on_disk(servers, self._make_folder)
 
-    async def send(self, servers: list[Server], packed: Named, update: Update, deadline: Deadline) -> Failures:
+    async def send(self, servers: list[SyncTarget], packed: Named, update: Update, deadline: Deadline) -> Failures:
         failures = await self._on_disk(servers, lambda: self._write(packed, last=update.version is not None))
         if failures or update.version is None:
             return failures
         body = {"model_path": str(self.target), "load_format": "auto", **update.body()}
-        return await each(servers, lambda server: load(server, "/update_weights_from_disk", body, deadline))
+        return await each(
+            servers, lambda server: load(server, server.client.update_weights_from_disk(body, deadline.left()))
+        )
 
     async def end(self) -> None:
         self._remove(lambda old: old != self.target)
@@ -164,7 +171,7 @@ class Disk:
     async def close(self) -> None:
         self._remove(lambda old: True)
 
-    async def _on_disk(self, servers: list[Server], work: Callable[[], None]) -> Failures:
+    async def _on_disk(self, servers: list[SyncTarget], work: Callable[[], None]) -> Failures:
         try:
             await asyncio.to_thread(work)
         except OSError as error:
@@ -197,7 +204,7 @@ class Disk:
 
 
 class SharedMemory:
-    """Each bucket in memory of this host that the servers map: POSIX shared memory, on CUDA its IPC handles."""
+    """Each bucket in memory that servers on this host map: POSIX shared memory, or CUDA IPC handles."""
 
     in_session, broken = True, False
 
@@ -205,7 +212,7 @@ class SharedMemory:
         self.device = device
         self.buffers: Buffers | None = None
 
-    async def begin(self, servers: list[Server], version: int, deadline: Deadline) -> Failures:
+    async def begin(self, servers: list[SyncTarget], version: int, deadline: Deadline) -> Failures:
         self.buffers = self.buffers or Buffers(self._shared)
         return {}
 
@@ -213,11 +220,11 @@ class SharedMemory:
         assert self.buffers, "begin() comes first"
         return self.buffers.pack(named)
 
-    async def send(self, servers: list[Server], packed: Packed, update: Update, deadline: Deadline) -> Failures:
-        async def ask(server: Server) -> None:
-            payload = [_pickled(packed.named) for _ in range(server.tp)]  # CUDA counts who opens which handle
+    async def send(self, servers: list[SyncTarget], packed: Packed, update: Update, deadline: Deadline) -> Failures:
+        async def ask(server: SyncTarget) -> None:
+            payload = [_pickled(packed.named) for _ in range(server.tp)]  # CUDA: a handle may be opened once
             body = {"serialized_named_tensors": payload, **update.body()}
-            await load(server, "/update_weights_from_tensor", body, deadline)
+            await load(server, server.client.update_weights_from_tensor(body, deadline.left()))
 
         return await each(servers, ask)
 
@@ -236,7 +243,7 @@ class SharedMemory:
 
 @contextlib.contextmanager
 def _by_file_name() -> Iterator[None]:
-    """Shared memory is passed on as a name. torch's default, open files, kills a process that is not our child."""
+    """Pass shared memory on by name. torch's default, open files, kills a process that is not our child."""
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
@@ -246,7 +253,7 @@ def _by_file_name() -> Iterator[None]:
 
 
 class _Handle:
-    """A tensor that pickles as torch hands it to other processes, but with a GPU's own name: numbers differ there."""
+    """A tensor that pickles as torch hands it to processes, but names its GPU by UUID: GPU numbers may differ there."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from flowrl_mega.rollout.fp8 import quantize, to_fp8, with_quantization
+from flowrl_mega.rollout.sglang.quantize import quantize, to_fp8, with_quantization
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (256, 384), (130, 70), (1, 300)])

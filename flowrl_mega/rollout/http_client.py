@@ -1,21 +1,16 @@
-"""HTTP to one server: pooled connections, deadlines, errors that name the server; and the thread that it runs in."""
+"""JSON over HTTP to one server: pooled connections, deadlines, and errors that name the server."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-import threading
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
 import aiohttp
 
-T = TypeVar("T")
-
 
 class ServerError(Exception):
-    """A server did not do what it was asked to. `status` 0: it gave no answer (refused, reset, timed out)."""
+    """A request failed. `status` is the HTTP status; 0 means no answer (connection refused, reset or timed out)."""
 
     def __init__(self, url: str, message: str, status: int = 0) -> None:
         super().__init__(f"{url}: {message}")
@@ -23,12 +18,12 @@ class ServerError(Exception):
 
     @property
     def is_refusal(self) -> bool:
-        """The request itself is wrong: asking again, or another server, gives the same."""
+        """Whether the request itself is wrong, so that neither a retry nor another server helps."""
         return 400 <= self.status < 500 and self.status not in (408, 429)
 
 
-class Api:
-    """One server. All methods are coroutines of the one loop in which it was first used."""
+class HttpClient:
+    """Client of one server. All methods are coroutines of the event loop in which the first one ran."""
 
     def __init__(self, url: str, api_key: str | None = None, connections: int = 0) -> None:
         self.url = url.rstrip("/")
@@ -36,19 +31,19 @@ class Api:
         self._connections = connections  # 0: no limit
         self._session: aiohttp.ClientSession | None = None
 
-    async def get(self, path: str, timeout_s: float = 30.0) -> Any:
-        return await self._ask("GET", path, None, timeout_s)
+    async def get(self, path: str, timeout_s: float) -> Any:
+        return await self._request("GET", path, None, timeout_s)
 
-    async def post(self, path: str, body: dict[str, Any] | None = None, timeout_s: float = 30.0) -> Any:
-        return await self._ask("POST", path, body or {}, timeout_s)
+    async def post(self, path: str, body: dict[str, Any], timeout_s: float) -> Any:
+        return await self._request("POST", path, body, timeout_s)
 
     async def close(self) -> None:
         if self._session:
             await self._session.close()
             self._session = None
 
-    async def _ask(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
-        """The answer as JSON (None where it is empty); ServerError for anything but a 2xx with such a body."""
+    async def _request(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
+        """The response body as JSON, None if empty. Raises ServerError unless the status is 2xx and the body valid."""
         if self._session is None:
             connector = aiohttp.TCPConnector(limit=self._connections)
             # An ever longer read buffer is the price of large answers otherwise; 1 MiB keeps the loop free.
@@ -71,28 +66,10 @@ class Api:
 
 
 def _message(text: bytes) -> str:
-    """What an error's body says, in a line: SGLang has {"error": {"message": ...}}, {"message": ...} and plain text."""
+    """The message in an error's body, in one line: {"error": {"message": ...}}, {"message": ...} or plain text."""
     said: Any = text.decode(errors="replace").strip()
     with contextlib.suppress(ValueError):
         said = json.loads(said)
     for key in ("error", "message", "detail"):
         said = said.get(key, said) if isinstance(said, dict) else said
     return " ".join(str(said).split())[:500] or "no message"
-
-
-class LoopThread:
-    """An event loop in a thread of its own: requests go on while the caller trains."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, name="rollout", daemon=True)
-        self._thread.start()
-
-    def call(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
-        """Run it there and wait for its result."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout_s)
-
-    def close(self) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-        self.loop.close()

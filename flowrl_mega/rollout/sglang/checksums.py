@@ -1,4 +1,4 @@
-"""What SGLang's /weights_checker should say of each tensor, from the tensors that were sent.
+"""The checksums that SGLang's /weights_checker must report, computed from the tensors that were sent.
 
 SGLang hashes its own tensors: q, k, v and gate, up are one each, every tensor-parallel rank has its slice, and the
 vocabulary is padded. On CPU the hash is SHA-256, on CUDA its own of 32-bit words (`word_hash`).
@@ -16,24 +16,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowrl_mega.model.architecture import Architecture
-from flowrl_mega.rollout.fp8 import SCALE
+from flowrl_mega.rollout.sglang.quantize import SCALE
 
 DTYPES = {"float32": torch.float32, "float": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
          "up_proj": "gate_up_proj"}  # fmt: skip
 VOCAB_MULTIPLE = 64  # rows that SGLang pads the vocabulary to
-FFN_MULTIPLE = 32  # a rank's share of the feed-forward size, which SGLang pads to it on CPU
+FFN_MULTIPLE = 32  # what SGLang pads a rank's part of the feed-forward size to, on CPU
 
 
 class Expected:
-    """Digests of all that a server of `tp` ranks with weights of `dtype` holds, made bucket by bucket."""
+    """Digests of all tensors that a server of `tp` ranks with weights of `dtype` must hold, added bucket by bucket."""
 
     def __init__(self, arch: Architecture, tp: int, dtype: torch.dtype, cuda: bool) -> None:
         self.arch, self.tp, self.dtype = arch, tp, dtype
         self.digest = word_hash if cuda else sha_hash
         self.ffn_padding = 0 if cuda else -arch.ffn % (FFN_MULTIPLE * tp)
         self.ranks: list[dict[str, str]] = [{} for _ in range(tp)]
-        self.quantized: set[str] = set()  # not compared: SGLang hashes them dequantized, its own way
+        self.quantized: set[str] = set()  # not compared: SGLang dequantizes them before hashing
 
     def add(self, named: list[tuple[str, Tensor]]) -> None:
         scaled = {name.removesuffix(SCALE) for name, _ in named if name.endswith(SCALE)}
@@ -47,7 +47,7 @@ class Expected:
                 digests[fused] = f"{self.digest(self._slice(fused, tensors, rank)):016x}"
 
     def difference(self, ranks: list[dict[str, Any]]) -> str:
-        """What is different on a server, in words; empty where nothing is. `ranks`: its /weights_checker's."""
+        """How a server's tensors differ, in words; "" if they do not. `ranks`: from its weights_checker."""
         found = {entry["parallelism_info"][0]["tp_rank"]: entry["checksums"] for entry in ranks}
         if sorted(found) != list(range(self.tp)):
             return f"checksums of ranks {sorted(found)}, not of {self.tp}"
@@ -56,21 +56,21 @@ class Expected:
             lacking |= wanted.keys() - found[rank].keys()
             wrong |= {name for name, digest in wanted.items() if found[rank].get(name, digest) != digest}
             extra |= {n for n in found[rank].keys() - wanted.keys() - self.quantized if n.endswith(("weight", "bias"))}
-        said = {"lacks": lacking, "holds what the policy has not:": extra, "holds other values in": wrong}
+        groups = {"lacks": lacking, "holds what the policy has not:": extra, "holds other values in": wrong}
         total = len(self.ranks[0])
         return "; ".join(
-            f"{what} {_some(names)}, {len(names)} of {total} tensors" for what, names in said.items() if names
+            f"{what} {_some(names)}, {len(names)} of {total} tensors" for what, names in groups.items() if names
         )
 
     def _slice(self, name: str, parts: list[Tensor], rank: int) -> Tensor:
-        """What the server's rank holds of the tensors that it fuses under this name."""
+        """The slice that a server's rank holds of the tensors `parts`, which it fuses under this name."""
         tp, kv_heads, kind = self.tp, self.arch.kv_heads, name.split(".")[-2]
         match kind:
             case "embed_tokens" | "lm_head":
                 return _vocabulary_slice(parts[0], tp, rank)
             case "qkv_proj":
                 query, *others = parts
-                heads = min(tp, kv_heads)  # where there are more ranks than heads, several hold the same
+                heads = min(tp, kv_heads)  # with more ranks than heads, several ranks hold the same head
                 held = [part.chunk(heads)[rank * heads // tp] for part in others]
                 return torch.cat([query.chunk(tp)[rank], *held])
             case "gate_up_proj":
@@ -85,7 +85,7 @@ class Expected:
 
 
 def _server_name(name: str) -> str:
-    """SGLang's name for what holds the Hugging Face tensor `name`."""
+    """SGLang's name of the tensor that contains the Hugging Face tensor `name`."""
     *front, module, kind = name.split(".")
     return ".".join([*front, FUSED.get(module, module), kind])
 
@@ -109,20 +109,21 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def sha_hash(tensor: Tensor) -> int:
-    """The first 8 bytes of SHA-256 of the tensor's."""
+    """The first 8 bytes of the SHA-256 of the tensor's bytes."""
     digest = hashlib.sha256(_bytes(tensor).cpu().numpy().data).digest()
     return int.from_bytes(digest[:8], "big")
 
 
 # SGLang's hash of CUDA tensors (sglang.kernels.ops.memory.gpu_tensor_hash) in integers of 64 bits: tiles of 8192 words,
-# each word mixed with its place under two seeds, a tile's two sums one number, and the sum of those mixed once more.
+# each word mixed with its index under two seeds, a tile's two sums one number, and the sum of those mixed once more.
 M32, M64 = 2**32 - 1, 2**64 - 1
 TILE, TILES_AT_ONCE = 8192, 64
 SEEDS = (0x243F6A88, ((0x243F6A88 * 0x9E3779B1) ^ 0xDEADBEEF) & M32)
-PLACES = ((0x27D4EB2D, 15), (0x165667B1, 13))
+INDEX_MIXERS = ((0x27D4EB2D, 15), (0x165667B1, 13))
 
 
 def word_hash(tensor: Tensor) -> int:
+    """SGLang's hash of a tensor on CUDA."""
     raw = _bytes(tensor)
     if raw.numel() == 0:
         return 0
@@ -135,13 +136,13 @@ def word_hash(tensor: Tensor) -> int:
 
 
 def _tiles(words: Tensor, first: int, count: int) -> Iterator[int]:
-    """The number of each tile of `words`, of which the first is word `first` of `count`."""
-    place = torch.arange(first, first + words.numel(), device=words.device) & M32
+    """One number per tile of `words`, which begin at word `first` of `count`."""
+    index = torch.arange(first, first + words.numel(), device=words.device) & M32
     value = words.long() & M32
     halves = []
-    for seed, (factor, turn) in zip(SEEDS, PLACES, strict=True):
-        turned = ((place << turn) | (place >> (32 - turn))) & M32
-        mixed = _mix32(value ^ ((place * factor + seed) & M32) ^ turned)
+    for seed, (factor, turn) in zip(SEEDS, INDEX_MIXERS, strict=True):
+        turned = ((index << turn) | (index >> (32 - turn))) & M32
+        mixed = _mix32(value ^ ((index * factor + seed) & M32) ^ turned)
         padded = torch.nn.functional.pad(mixed, (0, -mixed.numel() % TILE))
         halves.append(_mix32((padded.view(-1, TILE).sum(1) & M32) ^ (count * 4 & M32)).tolist())
     return ((high << 32) + low for high, low in zip(*halves, strict=True))

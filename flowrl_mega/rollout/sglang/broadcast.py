@@ -1,4 +1,4 @@
-"""One broadcast of each bucket to all servers: a process group of the trainer's first rank and every server's ranks."""
+"""Weights by broadcast: one process group of the trainer's first rank and the ranks of all servers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import socket
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
@@ -16,34 +16,35 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from flowrl_mega.rollout.api import ServerError
-from flowrl_mega.rollout.transfers import Buffers, Deadline, Failures, Named, Packed, Server, Update, each
+from flowrl_mega.rollout.http_client import ServerError
+from flowrl_mega.rollout.sglang.transfers import Buffers, Deadline, Failures, Named, Packed, SyncTarget, Update, each
 
 T = TypeVar("T")
+Requests = dict[asyncio.Task[None], SyncTarget]  # under way, with the server that each was sent to
 GRACE_S = 10.0  # for servers to notice that the group has lost a member
-MEET_S = 1.0  # for servers that are asked to join to find the place: one that comes when it is gone waits for long
+MEET_S = 1.0  # for servers to reach the store of a group that fails: one that comes after it is gone waits for long
 
 
 class Broadcast:
     """NCCL between GPUs, gloo on CPU. The group lasts until its servers change or one of them fails.
 
-    A member that fails may leave the others waiting for it. Then this round is over for all: the group is dropped,
-    the one that failed is named, and the others can be sent everything again in a group of their own.
+    A member that fails may leave the others waiting for it. Then this round is over for all (`broken`): the group is
+    destroyed, the member that failed is named, and the others can be sent everything again in a new group.
     """
 
     in_session = True
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.broken = device, False
-        self.members: dict[str, str] = {}  # the version that each server of the group was given last, by URL
-        self.servers: list[Server] = []
+        self.members: dict[str, str] = {}  # the last version of each server in the group, by URL
+        self.servers: list[SyncTarget] = []
         self.name = ""
         self.group: dist.ProcessGroup | None = None
         self.store: dist.TCPStore | None = None
         self.buffers: Buffers | None = None
 
-    async def begin(self, servers: list[Server], version: int, deadline: Deadline) -> Failures:
-        if self.broken or not self.buffers:  # a thread that did not come back may still read the old ones
+    async def begin(self, servers: list[SyncTarget], version: int, deadline: Deadline) -> Failures:
+        if self.broken or not self.buffers:  # a thread that has not returned may still read the old ones
             self.buffers, self.broken = Buffers(self._empty), False
         unsuited = {
             server.url: f"has {name} = {server.about[name]}, which rollout.sync.transfer = distributed cannot reach; "
@@ -54,7 +55,7 @@ class Broadcast:
         }
         servers = [server for server in servers if server.url not in unsuited]
         known = {server.url: server.about.get("weight_version") for server in servers}
-        if self.members != known:  # another set, or one that has started anew and knows no group
+        if self.members != known:  # other servers, or one that was restarted and knows no group
             await self._leave()
             return unsuited | (await self._join(servers, deadline) if servers else {})
         return unsuited
@@ -63,7 +64,7 @@ class Broadcast:
         assert self.buffers, "begin() comes first"
         return self.buffers.pack(named)
 
-    async def send(self, servers: list[Server], packed: Packed, update: Update, deadline: Deadline) -> Failures:
+    async def send(self, servers: list[SyncTarget], packed: Packed, update: Update, deadline: Deadline) -> Failures:
         if not self.broken and [server.url for server in servers] != [server.url for server in self.servers]:
             self.broken = True  # one has failed since it joined
             await self._leave()
@@ -77,8 +78,11 @@ class Broadcast:
             "load_format": "flattened_bucket",
             **update.body(),
         }
-        failures = await self._with_all(
-            servers, "/update_weights_from_distributed", lambda _: body, lambda: self._broadcast(packed.flat), deadline
+        failures = await self._together(
+            "update_weights_from_distributed",
+            servers,
+            lambda server: server.client.update_weights_from_distributed(body, deadline.left()),
+            lambda: self._broadcast(packed.flat),
         )
         if update.version and not failures:
             self.members = {server.url: update.version for server in servers}
@@ -91,8 +95,8 @@ class Broadcast:
     async def close(self) -> None:
         await self._leave()
 
-    async def _join(self, servers: list[Server], deadline: Deadline) -> Failures:
-        """A new group of this process, as rank 0, and the servers' ranks in order."""
+    async def _join(self, servers: list[SyncTarget], deadline: Deadline) -> Failures:
+        """Make a new group of this process, as rank 0, and the servers' ranks in order."""
         address = _own_address(servers)
         starts, world = {}, 1
         for server in servers:
@@ -101,25 +105,26 @@ class Broadcast:
         timeout = timedelta(seconds=deadline.left())
         name = f"flowrl-mega-{uuid.uuid4().hex[:8]}"
         self.name, self.servers = name, servers
-        # Apart from the one that `join` waits in: when it goes, all who wait for a member that does not come are told.
+        # Not the store that `join` waits in: when this one goes, all that wait for a missing member get an error.
         self.store = dist.TCPStore(address, 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
         port = self.store.port
         backend = "nccl" if self.device.type == "cuda" else "gloo"
 
-        def body(server: Server) -> dict[str, Any]:
-            place = {"master_address": address, "master_port": port, "rank_offset": starts[server.url]}
-            return {**place, "world_size": world, "group_name": name, "backend": backend}
+        def ask(server: SyncTarget) -> Awaitable[None]:
+            rendezvous = {"master_address": address, "master_port": port, "rank_offset": starts[server.url]}
+            body = {**rendezvous, "world_size": world, "group_name": name, "backend": backend}
+            return server.client.init_weights_update_group(body, deadline.left())
 
         def join() -> None:
             store = dist.TCPStore(address, port, world, timeout=timeout)
             group = _group(store, backend, world, name, timeout, self.device)
-            if self.name == name:  # else it comes too late
+            if self.name == name:  # else the group has been given up meanwhile
                 self.group = group
 
-        return await self._with_all(servers, "/init_weights_update_group", body, join, deadline)
+        return await self._together("init_weights_update_group", servers, ask, join)
 
-    async def _leave(self, servers: list[Server] | None = None) -> None:
-        """Drop the group here and on these servers, of all that are in it."""
+    async def _leave(self, servers: list[SyncTarget] | None = None) -> None:
+        """Destroy the group here and on these of its servers (None: all of them)."""
         if self.name:
             name, group = self.name, self.group
             await self._destroy(name, self.servers if servers is None else servers)
@@ -127,48 +132,41 @@ class Broadcast:
                 _in_thread(lambda: dist.destroy_process_group(group))  # NCCL may wait for members that are gone
             self.name, self.group, self.store, self.servers, self.members = "", None, None, [], {}
 
-    async def _destroy(self, name: str, servers: list[Server]) -> None:
-        path, body = "/destroy_weights_update_group", {"group_name": name}
-        await each(servers, lambda server: server.api.post(path, body, GRACE_S / 2))  # some may never have had it
+    async def _destroy(self, name: str, servers: list[SyncTarget]) -> None:
+        """Some of the servers may never have joined it."""
+        await each(servers, lambda server: server.client.destroy_weights_update_group(name, GRACE_S / 2))
 
-    async def _with_all(
+    async def _together(
         self,
-        servers: list[Server],
-        path: str,
-        body: Callable[[Server], dict[str, Any]],
-        ours: Callable[[], None],
-        deadline: Deadline,
+        endpoint: str,
+        servers: list[SyncTarget],
+        ask: Callable[[SyncTarget], Awaitable[None]],
+        our_part: Callable[[], None],
     ) -> Failures:
-        """Ask all servers and do our part. Where not all of that works, drop the group and say whose fault it was."""
-        asked = {
-            asyncio.ensure_future(server.api.post(path, body(server), deadline.left())): server for server in servers
-        }
-        part = _in_thread(ours)
-        part.add_done_callback(lambda ended: ended.exception())  # it may end when nobody waits any more
-        done, waiting = await asyncio.wait([*asked, part], return_when=asyncio.FIRST_EXCEPTION)
+        """Take part in a collective: ask every server to, and do our part in a thread.
+
+        If anything fails, the group is destroyed, and the failures are those of the servers whose fault it was.
+        """
+        requests = {asyncio.ensure_future(ask(server)): server for server in servers}
+        ours = _in_thread(our_part)
+        ours.add_done_callback(lambda ended: ended.exception())  # it may end when nobody awaits it any more
+        done, pending = await asyncio.wait([*requests, ours], return_when=asyncio.FIRST_EXCEPTION)
         if not any(task.exception() for task in done):
             return {}
-        self.broken, name, joined = True, self.name, self.group is not None
-        reason = part.exception() if part.done() else None
-        if not joined:
+        our_error = ours.exception() if ours.done() else None
+        await self._give_up(requests, pending - {ours})
+        return _culprits(endpoint, requests) or {server.url: f"/{endpoint}: {our_error}" for server in servers}
+
+    async def _give_up(self, requests: Requests, pending: set[asyncio.Future[Any]]) -> None:
+        """Destroy the group so that servers that wait in it return; `pending` requests get GRACE_S to do so."""
+        self.broken, name = True, self.name
+        if self.group is None:  # some servers may still be on their way to the store
             await asyncio.sleep(MEET_S)
-        answered = [server for task, server in asked.items() if task.done() and not _is_lost(task)]
-        await self._leave(answered)  # which frees those that wait for one of them
-        if waiting := waiting - {part}:
-            await asyncio.wait(waiting, timeout=GRACE_S)
-            await self._destroy(name, [server for task, server in asked.items() if task in waiting and task.done()])
-        failures, bystanders = Failures(), Failures()
-        for task, server in asked.items():
-            if not task.done():
-                task.cancel()
-                failures[server.url] = f"{path}: waits for a group that is gone"
-            elif isinstance(error := task.exception(), ServerError):
-                lost = "Failed to receive" in error.message or "Failed to initialize custom" in error.message
-                (bystanders if lost else failures)[server.url] = error.message
-            elif error:
-                raise error
-        own = {server.url: f"{path}: {reason}" for server in servers} if reason else {}
-        return failures or bystanders or own
+        await self._leave([server for task, server in requests.items() if task.done() and not _is_lost(task)])
+        if pending:
+            await asyncio.wait(pending, timeout=GRACE_S)
+            returned = [server for task, server in requests.items() if task in pending and task.done()]
+            await self._destroy(name, returned)
 
     def _broadcast(self, flat: torch.Tensor) -> None:
         dist.broadcast(flat, 0, group=self.group)
@@ -179,20 +177,35 @@ class Broadcast:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
 
+def _culprits(endpoint: str, requests: Requests) -> Failures:
+    """The servers that made a collective fail; if all only suffered from it, these."""
+    culprits, bystanders = Failures(), Failures()
+    for task, server in requests.items():
+        if not task.done():
+            task.cancel()
+            culprits[server.url] = f"/{endpoint}: waits for a group that is gone"
+        elif isinstance(error := task.exception(), ServerError):
+            suffered = "Failed to receive" in error.message or "Failed to initialize custom" in error.message
+            (bystanders if suffered else culprits)[server.url] = error.message
+        elif error:
+            raise error
+    return culprits or bystanders
+
+
 def _is_lost(task: asyncio.Future[Any]) -> bool:
-    """It did not answer at all."""
+    """Whether a request has failed without an answer."""
     error = task.exception()
     return isinstance(error, ServerError) and error.status == 0
 
 
-def _own_address(servers: list[Server]) -> str:
-    """This host as the servers reach it."""
+def _own_address(servers: list[SyncTarget]) -> str:
+    """The address under which the servers reach this host."""
     found = []
     for server in servers:
         host = urlsplit(server.url).hostname or "127.0.0.1"
-        family, kind, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(place)  # sends nothing
+            probe.connect(address)  # sends nothing
             found.append(probe.getsockname()[0])
     return next((address for address in found if not address.startswith(("127.", "::1"))), found[0])
 
@@ -200,9 +213,9 @@ def _own_address(servers: list[Server]) -> str:
 def _group(
     store: Any, backend: str, world: int, name: str, timeout: timedelta, device: torch.device
 ) -> dist.ProcessGroup:
-    """A group beside the job's: torch itself makes them of the job's ranks only. The same steps as SGLang's."""
+    """A process group beside the job's, by the same steps as SGLang's: torch's own API takes ranks of the job only."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # of this thread
+        torch.cuda.set_device(device)  # the current device is per thread
     group, _ = distributed_c10d._new_process_group_helper(
         world,
         0,
@@ -217,7 +230,7 @@ def _group(
 
 
 def _in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
-    """Run it in a thread of its own: one that never comes back must not hold up the end of this process."""
+    """Run `work` in a daemon thread: one that never returns must not keep this process from ending."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 

@@ -10,8 +10,8 @@ import pytest
 
 from flowrl_mega.config import RolloutSettings, RunError
 from flowrl_mega.model.generation import Sampling
-from flowrl_mega.rollout.batches import Batches, Group, derive_seed
-from flowrl_mega.rollout.engine import Answered, Request, Rollout
+from flowrl_mega.rollout.engine import AnswerCallback, Request, Rollout
+from flowrl_mega.rollout.group_queue import Group, GroupQueue, derive_seed
 
 
 @dataclass
@@ -23,27 +23,29 @@ class Score:
 class Scripted:
     """An engine that knows how long each answer of each prompt is; a token says prompt, answer and position."""
 
-    lengths: dict[int, list[int]]  # by place of the prompt
+    lengths: dict[int, list[int]]  # by position of the prompt
     version: int = 0
     jobs: list[tuple[list[Request], int]] = field(default_factory=list)
-    told: list[tuple[int, int, Rollout]] = field(default_factory=list)  # answers that are complete, as they came
+    reported: list[tuple[int, int, Rollout]] = field(default_factory=list)  # answers that are complete, as they came
 
-    def start(self, requests: list[Request], sampling: Sampling, seed: int, answered: Answered) -> list[list[Rollout]]:
+    def start(
+        self, requests: list[Request], sampling: Sampling, seed: int, on_answer: AnswerCallback
+    ) -> list[list[Rollout]]:
         self.jobs.append((requests, seed))
         job = [[self._write(request, i) for i in range(request.answers)] for request in requests]
         for number, rollouts in enumerate(job):
             for i, rollout in enumerate(rollouts):
-                answered(number, i, rollout)
+                on_answer(number, i, rollout)
         return job
 
-    def tell(self, group: Group, i: int, rollout: Rollout) -> None:
-        self.told.append((group.place, i, rollout))
+    def report(self, group: Group, i: int, rollout: Rollout) -> None:
+        self.reported.append((group.position, i, rollout))
 
     def _write(self, request: Request, i: int) -> Rollout:
-        place, *so_far = request.prompt
+        position, *so_far = request.prompt
         if so_far:
             i = so_far[0] // 100
-        whole = [100 * i + t for t in range(self.lengths[place][i])]
+        whole = [100 * i + t for t in range(self.lengths[position][i])]
         tokens = whole[len(so_far) : len(so_far) + request.max_tokens]
         ended = len(so_far) + len(tokens) == len(whole)
         return Rollout(tokens, [-0.5] * len(tokens), "stop" if ended else "length", [(self.version, len(tokens))])
@@ -52,14 +54,14 @@ class Scripted:
         return job
 
 
-class Places:
-    """A stream whose every prompt is its place, of a data set of 1000."""
+class Positions:
+    """A stream in which each prompt is its own position; the data set has 1000 prompts, in reverse order."""
 
     position = 0
 
     def next(self, n: int) -> list[tuple[int, list[int]]]:
         self.position += n
-        return [(1000 - place, [place]) for place in range(self.position - n, self.position)]
+        return [(1000 - position, [position]) for position in range(self.position - n, self.position)]
 
     def state_dict(self) -> dict[str, int]:
         return {"place": self.position}
@@ -68,33 +70,33 @@ class Places:
         self.position = state["place"]
 
 
-def make(lengths: dict[int, list[int]], **settings: Any) -> tuple[Batches, Scripted]:
+def make(lengths: dict[int, list[int]], **settings: Any) -> tuple[GroupQueue, Scripted]:
     engine = Scripted(lengths)
     rollout = RolloutSettings(
         **{"engine": "sglang", "prompts_per_step": 2, "group_size": 2, "max_tokens": 10, **settings}
     )
-    return Batches(engine, Places(), rollout, Sampling(10), seed=7, answered=engine.tell), engine
+    return GroupQueue(engine, Positions(), rollout, Sampling(10), seed=7, on_answer=engine.report), engine
 
 
-def fill(batches: Batches, step: int, rewards: dict[int, list[float]] | None = None) -> list[Group]:
+def fill(queue: GroupQueue, step: int, rewards: dict[int, list[float]] | None = None, take: bool = True) -> list[Group]:
     """What the trainer does for a step."""
-    while not batches.has_enough:
-        groups = batches.answer(step)
+    while not queue.has_enough:
+        groups = queue.finish_round(step)
         for group in groups:
-            group.scores = [Score(r) for r in (rewards or {}).get(group.place, [0.0, 1.0])]
-        batches.keep(groups)
-    return batches.take()[0]
+            group.scores = [Score(r) for r in (rewards or {}).get(group.position, [0.0, 1.0])]
+        queue.accept(groups)
+    return queue.take()[0] if take else []
 
 
-def places(groups: list[Group]) -> list[int]:
-    return [group.place for group in groups]
+def positions(groups: list[Group]) -> list[int]:
+    return [group.position for group in groups]
 
 
 def test_every_prompt_is_taken_once_and_in_order() -> None:
     """Without any of the options a step is one round of the next prompts, with the seed of its step: what the trainer
     always did, so earlier runs reproduce."""
-    batches, engine = make({i: [3, 5] for i in range(6)})
-    assert [places(fill(batches, step)) for step in (1, 2, 3)] == [[0, 1], [2, 3], [4, 5]]
+    queue, engine = make({i: [3, 5] for i in range(6)})
+    assert [positions(fill(queue, step)) for step in (1, 2, 3)] == [[0, 1], [2, 3], [4, 5]]
     assert [seed for _, seed in engine.jobs] == [derive_seed(7, step) for step in (1, 2, 3)]
     assert engine.jobs[0][0] == [Request([0], 2, 10), Request([1], 2, 10)]
 
@@ -102,40 +104,40 @@ def test_every_prompt_is_taken_once_and_in_order() -> None:
 def test_a_long_answer_goes_on_in_the_next_step_and_keeps_its_old_tokens() -> None:
     """Partial rollouts: the tokens of the first part, their log-probs and their version stay as they were; the second
     part is asked for with the first at the end of the prompt, and only of the answer that needs it."""
-    batches, engine = make({0: [9, 2], 1: [3, 3], 2: [4, 4], 3: [1, 1], 4: [1, 1]}, partial_tokens=4, oversample=1.5)
-    assert places(fill(batches, 1)) == [1, 2]
+    queue, engine = make({0: [9, 2], 1: [3, 3], 2: [4, 4], 3: [1, 1], 4: [1, 1]}, partial_tokens=4, oversample=1.5)
+    assert positions(fill(queue, 1)) == [1, 2]
     engine.version = 1
-    assert places(fill(batches, 2)) == [3, 4]
+    assert positions(fill(queue, 2)) == [3, 4]
     assert engine.jobs[1][0] == [Request([0, 0, 1, 2, 3], 1, 4), Request([3], 2, 4), Request([4], 2, 4)]
     engine.version = 2
-    (group, _) = fill(make_more(batches, engine), 3)
-    assert group.place == 0
+    (group, _) = fill(make_more(queue, engine), 3)
+    assert group.position == 0
     assert group.rollouts[0].response == list(range(9))
     assert group.rollouts[0].versions == [(0, 4), (1, 4), (2, 1)]
     assert group.rollouts[0].finish_reason == "stop"
     assert group.rollouts[1].versions == [(0, 2)]
-    assert (0, 0, group.rollouts[0]) in engine.told
+    assert (0, 0, group.rollouts[0]) in engine.reported
 
 
-def test_a_reward_is_told_of_each_answer_once_when_it_is_complete() -> None:
+def test_each_complete_answer_is_reported_once() -> None:
     """In the order in which they end: of one that goes on, all its parts together and nothing before; so its score can
     be begun while others are written."""
-    batches, engine = make({0: [50, 2], 1: [5, 50]}, partial_tokens=4)
-    groups = fill(batches, 1)
-    assert [(place, i) for place, i, _ in engine.told] == [(0, 1), (1, 0), (0, 0), (1, 1)]
-    assert all(groups[place].rollouts[i] == rollout for place, i, rollout in engine.told)
+    queue, engine = make({0: [50, 2], 1: [5, 50]}, partial_tokens=4)
+    groups = fill(queue, 1)
+    assert [(position, i) for position, i, _ in engine.reported] == [(0, 1), (1, 0), (0, 0), (1, 1)]
+    assert all(groups[position].rollouts[i] == rollout for position, i, rollout in engine.reported)
 
 
-def make_more(batches: Batches, engine: Scripted) -> Batches:
+def make_more(queue: GroupQueue, engine: Scripted) -> GroupQueue:
     engine.lengths |= {i: [1, 1] for i in range(5, 9)}
-    return batches
+    return queue
 
 
 def test_an_answer_cut_at_max_tokens_is_complete() -> None:
     """Its finish reason is the same, "length"; were it asked to go on, it would never end."""
-    batches, engine = make({0: [50, 2], 1: [50, 50]}, partial_tokens=4)
-    groups = fill(batches, 1)
-    assert places(groups) == [0, 1]
+    queue, engine = make({0: [50, 2], 1: [50, 50]}, partial_tokens=4)
+    groups = fill(queue, 1)
+    assert positions(groups) == [0, 1]
     assert [len(r.response) for g in groups for r in g.rollouts] == [10, 2, 10, 10]
     assert len(engine.jobs) == 3  # 4 + 4 + 2 tokens
     assert [request.max_tokens for request in engine.jobs[2][0]] == [2, 2, 2]
@@ -149,33 +151,49 @@ def test_ahead_does_not_change_what_a_step_trains_on() -> None:
     for step in (1, 2, 3):
         expected, found = fill(plain, step), fill(ahead, step)
         assert [g.rollouts for g in found] == [g.rollouts for g in expected]
-        ahead.start(step + 1)
+        ahead.start_round(step + 1)
     assert early.jobs[:3] == engine.jobs[:3]
 
 
 def test_oversampled_groups_are_carried_not_lost() -> None:
     """What was answered beyond a step's need is trained on next, so no prompt is skipped and short answers are not
     favoured over the run."""
-    batches, engine = make({i: [2, 2] for i in range(9)}, oversample=1.5)
-    taken = [places(fill(batches, step)) for step in (1, 2, 3)]
+    queue, engine = make({i: [2, 2] for i in range(9)}, oversample=1.5)
+    taken = [positions(fill(queue, step)) for step in (1, 2, 3)]
     assert taken == [[0, 1], [2, 3], [4, 5]]
     assert [len(requests) for requests, _ in engine.jobs] == [3, 2, 2]  # one is left over from each step before
 
 
 def test_uniform_groups_are_replaced() -> None:
     """drop_uniform: other prompts take their places, with another seed in each round of the step."""
-    batches, engine = make({i: [2, 2] for i in range(9)}, drop_uniform=True)
+    queue, engine = make({i: [2, 2] for i in range(9)}, drop_uniform=True)
     rewards = {0: [1.0, 1.0], 2: [0.0, 0.0]}
-    assert places(fill(batches, 1, rewards)) == [1, 3]
+    assert positions(fill(queue, 1, rewards)) == [1, 3]
     assert [len(requests) for requests, _ in engine.jobs] == [2, 1, 1]
     assert len({seed for _, seed in engine.jobs}) == 3
 
 
+def test_what_a_step_cost_is_counted() -> None:
+    """Rounds and dropped groups of this step alone, and what is carried to later ones, half-written groups included."""
+    lengths = {i: [9 if i == 5 else 2, 2] for i in range(30)}
+    queue, _ = make(lengths, drop_uniform=True, oversample=1.5, partial_tokens=4)
+    counted = []
+    for step, uniform in ((1, (0, 1, 2)), (2, ()), (3, ())):
+        fill(queue, step, dict.fromkeys(uniform, [1.0, 1.0]), take=False)
+        counted.append(queue.take()[1])
+    # step 1: 0 1 2 are dropped, then 3 4 are taken and 5 goes on; step 2: 5 goes on, 6 and 7 are taken; step 3: 5, 8
+    assert counted == [
+        {"rollout/rounds": 2.0, "rollout/uniform_dropped": 3.0, "rollout/carried_groups": 1.0},
+        {"rollout/rounds": 1.0, "rollout/uniform_dropped": 0.0, "rollout/carried_groups": 1.0},
+        {"rollout/rounds": 1.0, "rollout/uniform_dropped": 0.0, "rollout/carried_groups": 1.0},
+    ]
+
+
 def test_prompts_that_never_differ_end_in_words_not_in_a_hang() -> None:
     """A filter that nothing passes would generate for ever."""
-    batches, _ = make({i: [2, 2] for i in range(200)}, drop_uniform=True)
+    queue, _ = make({i: [2, 2] for i in range(200)}, drop_uniform=True)
     with pytest.raises(RunError, match=r"rollout.drop_uniform: step 1 has 0 of 2 groups after 64 rounds"):
-        fill(batches, 1, {i: [1.0, 1.0] for i in range(200)})
+        fill(queue, 1, {i: [1.0, 1.0] for i in range(200)})
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -185,29 +203,29 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(ahead: bool) -> None:
     options = {"partial_tokens": 4, "oversample": 2.0}
     whole, engine = make(lengths, **options)
     fill(whole, 1)
-    state = whole.state()
+    state = whole.state_dict()
     if ahead:
-        whole.start(2)
-        assert whole.state() == state
-    expected = [[(g.place, g.rollouts) for g in fill(whole, step)] for step in (2, 3)]
+        whole.start_round(2)
+        assert whole.state_dict() == state
+    expected = [[(g.position, g.rollouts) for g in fill(whole, step)] for step in (2, 3)]
     resumed, again = make(lengths, **options)
-    resumed.load(state)
-    assert [[(g.place, g.rollouts) for g in fill(resumed, step)] for step in (2, 3)] == expected
+    resumed.load_state_dict(state)
+    assert [[(g.position, g.rollouts) for g in fill(resumed, step)] for step in (2, 3)] == expected
     assert again.jobs == engine.jobs[1:]
 
 
 def test_a_checkpoint_of_before_prompt_stores_goes_on_too() -> None:
-    """It has a cursor and places, no indices and no prompts: the same groups and the same next prompts come of it."""
+    """It has a cursor and positions, no indices and no prompts: the same groups and next prompts come of it."""
     lengths = {i: [9 if i % 3 == 0 else 3, 2] for i in range(20)}
     whole, _ = make(lengths, partial_tokens=4, oversample=2.0)
     fill(whole, 1)
-    state = whole.state()
+    state = whole.state_dict()
     assert state["groups"]
     old = {
         "cursor": state["stream"]["place"],
         "groups": [{"place": group["place"], "rollouts": group["rollouts"]} for group in state["groups"]],
     }
-    expected = [[(g.place, g.index, g.prompt, g.rollouts) for g in fill(whole, step)] for step in (2, 3)]
+    expected = [[(g.position, g.index, g.prompt, g.rollouts) for g in fill(whole, step)] for step in (2, 3)]
     resumed, _ = make(lengths, partial_tokens=4, oversample=2.0)
-    resumed.load(old)
-    assert [[(g.place, g.index, g.prompt, g.rollouts) for g in fill(resumed, step)] for step in (2, 3)] == expected
+    resumed.load_state_dict(old)
+    assert [[(g.position, g.index, g.prompt, g.rollouts) for g in fill(resumed, step)] for step in (2, 3)] == expected

@@ -12,7 +12,7 @@ from stand_in import StandIn
 from flowrl_mega.config import ConfigError, RolloutSettings
 from flowrl_mega.model.architecture import Architecture, read_architecture
 from flowrl_mega.parallel.launch import free_port
-from flowrl_mega.rollout.sglang import check_attached
+from flowrl_mega.rollout.sglang.attached import check_attached
 
 
 @pytest.fixture(scope="module")

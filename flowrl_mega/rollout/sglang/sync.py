@@ -1,4 +1,4 @@
-"""The policy's weights to the servers: paused, sent bucket by bucket, and what came of it checked."""
+"""Pushes the policy's weights to the servers: pauses them, sends bucket by bucket, and checks what they hold."""
 
 from __future__ import annotations
 
@@ -19,21 +19,33 @@ from flowrl_mega.model.architecture import Architecture
 from flowrl_mega.model.policy import Policy
 from flowrl_mega.model.weights import Buckets
 from flowrl_mega.parallel.layout import Layout
-from flowrl_mega.rollout.api import Api, LoopThread, ServerError
-from flowrl_mega.rollout.broadcast import Broadcast
-from flowrl_mega.rollout.checksums import DTYPES, Expected
-from flowrl_mega.rollout.fp8 import to_fp8, with_quantization
-from flowrl_mega.rollout.transfers import Deadline, Disk, Failures, Named, Server, SharedMemory, Transfer, Update, each
+from flowrl_mega.rollout.http_client import ServerError
+from flowrl_mega.rollout.loop_thread import LoopThread
+from flowrl_mega.rollout.sglang.broadcast import Broadcast
+from flowrl_mega.rollout.sglang.checksums import DTYPES, Expected
+from flowrl_mega.rollout.sglang.endpoints import SglangServer
+from flowrl_mega.rollout.sglang.quantize import to_fp8, with_quantization
+from flowrl_mega.rollout.sglang.transfers import (
+    Deadline,
+    Disk,
+    Failures,
+    Named,
+    SharedMemory,
+    SyncTarget,
+    Transfer,
+    Update,
+    each,
+)
 
-QUICK_S = 60.0  # for what a server that lives does at once
+QUICK_S = 60.0  # for requests that a server answers at once
 CLEAN_UP_S = 5.0  # for a server that has just failed
 
 
 class WeightSync:
     """`push` is collective; only rank 0, which has the `loop`, talks to the servers.
 
-    `side_files`: config.json, tokenizer and so on of the model, by name. `folder`: for transfer disk, where the
-    settings name none.
+    `side_files`: config and tokenizer files of the model, by name. `folder`: for transfer disk, if the settings name
+    none.
     """
 
     def __init__(
@@ -47,7 +59,9 @@ class WeightSync:
         loop: LoopThread | None,
     ) -> None:
         self.settings, self.layout, self.arch, self.loop = settings, layout, arch, loop
-        self.metrics: dict[str, float] = {}  # of the last push: sync_seconds, sync_gb (as sent, to each server)
+        self.metrics: dict[
+            str, float
+        ] = {}  # of the last push: sync_seconds; sync_gb, the bytes sent to each server in 1e9
         self.warned = False
         self.transfer: Transfer | None = None
         if loop:
@@ -58,12 +72,12 @@ class WeightSync:
             else:
                 self.transfer = SharedMemory(layout.device) if kind == "tensor" else Broadcast(layout.device)
 
-    def push(self, policy: Policy, servers: list[Api], version: int, check: bool) -> dict[str, str]:
-        """Give every server the policy's weights under the name `version`. Collective.
+    def push(self, policy: Policy, servers: list[SglangServer], version: int, check: bool) -> dict[str, str]:
+        """Give every server the policy's weights, as `version`. Collective.
 
-        `servers` is read on rank 0 only. With `check`, all that they hold is compared. Rank 0 gets {url: what went
-        wrong} of those that did not take the weights; these stay paused, and what they were answering is aborted,
-        until a later push succeeds. Other ranks get {}, and replicas but the first have nothing to do.
+        `servers` is read on rank 0 only. With `check`, checksums of all tensors on the servers are compared. Rank 0
+        gets {url: reason} of the servers that did not take the weights; they stay paused, and their answers are
+        aborted, until a later push succeeds. Other ranks get {}; replicas but the first have nothing to do.
         """
         if self.layout.dp_rank or self.layout.cp_rank:
             return {}
@@ -74,26 +88,26 @@ class WeightSync:
             self._round(policy, push, check)
             if push:
                 failures |= push.failures
-                left = [server.api for server in push.live] if push.transfer.broken else []
-            if not self._from_first(bool(left)):
+                left = [server.client for server in push.live] if push.transfer.broken else []
+            if not self._from_rank0(bool(left)):
                 break
         if push:
             self.metrics = {"sync_seconds": time.monotonic() - start, "sync_gb": push.bytes / 1e9}
         return failures
 
     def close(self) -> None:
-        """End groups, and remove what was written."""
+        """Destroy process groups and remove written files."""
         if self.loop and self.transfer:
             self.loop.call(self.transfer.close())
 
     def warn(self, message: str) -> None:
-        """Once; from the loop's thread."""
+        """Print the first warning, no later one. For the event loop's thread."""
         if not self.warned:
             self.warned = True
             print(f"flowrl-mega: {message}", file=sys.stderr, flush=True)
 
     def _round(self, policy: Policy, push: _Push | None, check: bool) -> None:
-        """All buckets once. The ranks gather them to the end, whatever becomes of the servers."""
+        """Send all buckets once. The ranks gather them to the end, even if all servers fail."""
         dtype = torch.bfloat16 if self.settings.dtype == "bf16" else None
         bucket_bytes = self.settings.bucket_mb << 20
         buckets = Buckets(policy, bucket_bytes, dtype)
@@ -105,34 +119,36 @@ class WeightSync:
         if push:
             push.finish()
 
-    def _from_first(self, value: bool) -> bool:
-        """What rank 0 says, on all ranks of its replica."""
+    def _from_rank0(self, value: bool) -> bool:
+        """Rank 0's value on all ranks of its replica."""
         if self.layout.replica_group.size() == 1:
             return value
-        said = torch.tensor([value], dtype=torch.uint8, device=self.layout.device)
-        dist.broadcast(said, group=self.layout.replica_group, group_src=0)
-        return bool(said.item())
+        shared = torch.tensor([value], dtype=torch.uint8, device=self.layout.device)
+        dist.broadcast(shared, group=self.layout.replica_group, group_src=0)
+        return bool(shared.item())
 
 
 class _Push:
-    """One round of a push, on rank 0: which servers still take part and what became of the others."""
+    """One round of a push, on rank 0: the servers that still take part (`live`) and why others do not (`failures`)."""
 
-    def __init__(self, sync: WeightSync, servers: list[Api], version: int) -> None:
+    def __init__(self, sync: WeightSync, servers: list[SglangServer], version: int) -> None:
         assert sync.loop and sync.transfer
         self.sync, self.loop, self.transfer = sync, sync.loop, sync.transfer
         self.deadline = Deadline(sync.settings.timeout_s)
         self.version, self.servers = version, servers
-        self.live: list[Server] = []
+        self.live: list[SyncTarget] = []
         self.failures: Failures = {}
-        self.expected: dict[tuple[int, torch.dtype, bool], Expected] = {}  # by what servers are alike in
+        self.expected: dict[tuple[int, torch.dtype, bool], Expected] = {}  # by kind of server
         self.sent, self.count, self.bytes = 0, 0, 0
-        self.under_way: Future[Failures] | None = None
+        self.under_way: Future[Failures] | None = None  # the bucket that is being loaded
 
     @property
     def takes_more(self) -> bool:
+        """Whether there is somebody to send the next bucket to."""
         return bool(self.live) and not self.transfer.broken
 
     def begin(self, count: int, check: bool) -> None:
+        """Prepare for `count` buckets."""
         self.count = count
         self.loop.call(self._begin())
         if check:
@@ -141,7 +157,7 @@ class _Push:
                     self.expected[kind] = self.expected.get(kind) or Expected(self.sync.arch, *kind)
 
     def send(self, named: Named) -> None:
-        """Hand a bucket on. It is loaded while the next one is gathered."""
+        """Send a bucket. Servers load it while the next one is gathered."""
         packed = self.transfer.pack(named)
         self._wait()
         if not self.takes_more:
@@ -153,6 +169,7 @@ class _Push:
             expected.add(named)
 
     def finish(self) -> None:
+        """Wait for the last bucket, check what the servers hold, and let them go on."""
         self._wait()
         self.loop.call(self._finish())
 
@@ -169,16 +186,16 @@ class _Push:
         self.live = [server for server in self.live if server.url not in failures]
 
     async def _begin(self) -> None:
-        found: dict[str, Server] = {}
+        found: dict[str, SyncTarget] = {}
 
-        async def meet(server: Server) -> None:
-            about = await server.api.get("/server_info", self.deadline.left(QUICK_S))
-            model = await server.api.get("/model_info", self.deadline.left(QUICK_S))
+        async def meet(server: SyncTarget) -> None:
+            about = await server.client.server_info(self.deadline.left(QUICK_S))
+            model = await server.client.model_info(self.deadline.left(QUICK_S))
             about["weight_version"] = model.get("weight_version")
-            found[server.url] = Server(server.api, about)
+            found[server.url] = SyncTarget(server.client, about)
 
-        self._drop(await each([Server(api, {}) for api in self.servers], meet))
-        self.live = [found[api.url] for api in self.servers if api.url in found]
+        self._drop(await each([SyncTarget(client, {}) for client in self.servers], meet))
+        self.live = [found[client.url] for client in self.servers if client.url in found]
         self._drop(await self.transfer.begin(self.live, self.version, self.deadline))
 
     async def _send(self, packed: Any, first: bool, last: bool) -> Failures:
@@ -186,50 +203,50 @@ class _Push:
         if first if self.transfer.in_session else last:
             failures = await each(self.live, self._pause)
         taking = [server for server in self.live if server.url not in failures]
-        flush = last and self.sync.settings.pause != "in_place"  # there running answers go on with what they have
+        flush = last and self.sync.settings.pause != "in_place"  # in_place: running answers keep their cache
         update = Update(str(self.version) if last else None, flush)
         if taking:
             failures |= await self.transfer.send(taking, packed, update, self.deadline)
         return failures
 
-    async def _pause(self, server: Server) -> None:
+    async def _pause(self, server: SyncTarget) -> None:
         if self.sync.settings.pause != "wait":
-            await server.api.post("/pause_generation", {"mode": self.sync.settings.pause}, self.deadline.left(QUICK_S))
+            await server.client.pause_generation(self.sync.settings.pause, self.deadline.left(QUICK_S))
         if self.transfer.in_session:
             await self._session(server)
 
-    async def _session(self, server: Server) -> None:
-        """Open one; one that an earlier sync has left open is ended first."""
+    async def _session(self, server: SyncTarget) -> None:
+        """Open an update session; one that an earlier sync has left open is ended first."""
         for attempt in range(2):
             try:
-                await server.api.post("/begin_weight_update", {}, self.deadline.left(QUICK_S))
+                await server.client.begin_weight_update(self.deadline.left(QUICK_S))
                 return
             except ServerError as error:
                 if attempt or "already open" not in error.message:
                     raise
-                await server.api.post("/end_weight_update", {}, self.deadline.left(QUICK_S))
+                await server.client.end_weight_update(self.deadline.left(QUICK_S))
 
     async def _finish(self) -> None:
         if not self.transfer.broken:
             self._drop(await each(self.live, self._settle))
         await self.transfer.end()
-        failed = [Server(api, {}) for api in self.servers if api.url in self.failures]
+        failed = [SyncTarget(client, {}) for client in self.servers if client.url in self.failures]
         await each(failed, self._abandon)
 
-    async def _settle(self, server: Server) -> None:
-        """The server has loaded all: is it all right, and may it go on?"""
-        api = server.api
+    async def _settle(self, server: SyncTarget) -> None:
+        """Check a server that has loaded everything, and let it generate again. Raises ServerError."""
+        client = server.client
         if self.transfer.in_session:
-            await api.post("/end_weight_update", {}, self.deadline.left())
-        found = (await api.get("/model_info", self.deadline.left(QUICK_S))).get("weight_version")
+            await client.end_weight_update(self.deadline.left())
+        found = (await client.model_info(self.deadline.left(QUICK_S))).get("weight_version")
         if found != str(self.version):
-            raise ServerError(api.url, f"says weight_version = {found!r} after it was given {self.version}")
+            raise ServerError(client.url, f"says weight_version = {found!r} after it was given {self.version}")
         if self.expected:
             await self._compare(server)
-        await api.post("/continue_generation", {}, self.deadline.left(QUICK_S))
+        await client.continue_generation(self.deadline.left(QUICK_S))
 
-    async def _compare(self, server: Server) -> None:
-        ranks = (await server.api.post("/weights_checker", {"action": "checksum"}, self.deadline.left()))["ranks"]
+    async def _compare(self, server: SyncTarget) -> None:
+        ranks = (await server.client.weights_checker("checksum", self.deadline.left()))["ranks"]
         kinds = [self.expected[kind] for kind in _kinds(server, self.sync.arch)]
         if not kinds or any(expected.quantized for expected in kinds):
             self.sync.warn(
@@ -239,14 +256,14 @@ class _Push:
         if differences and all(differences):
             raise ServerError(server.url, f"took the weights, but {min(differences, key=len)}; is it of another model?")
 
-    async def _abandon(self, server: Server) -> None:
-        """Half of its weights may be new: what it is answering must not come back, and it must not begin more."""
-        with contextlib.suppress(ServerError):  # dead, or hung: whoever watches the servers sees to that
-            await server.api.post("/pause_generation", {"mode": "abort"}, CLEAN_UP_S)
+    async def _abandon(self, server: SyncTarget) -> None:
+        """Half of its weights may be new: abort its answers, and keep it paused so that it begins no more."""
+        with contextlib.suppress(ServerError):  # dead or hanging: Health sees to that
+            await server.client.pause_generation("abort", CLEAN_UP_S)
 
 
-def _kinds(server: Server, arch: Architecture) -> list[tuple[int, torch.dtype, bool]]:
-    """What digests may fit this server: (ranks, type, on CUDA). None where its tensors lie in another way."""
+def _kinds(server: SyncTarget, arch: Architecture) -> list[tuple[int, torch.dtype, bool]]:
+    """The kinds of digests that may fit, as (ranks, type, on CUDA); [] if the server lays tensors out otherwise."""
     about = server.about
     uneven = arch.heads % server.tp or arch.kv_heads % server.tp  # on CPU SGLang then invents heads
     if any(int(about.get(name) or 1) > 1 for name in ("pp_size", "dp_size")) or (

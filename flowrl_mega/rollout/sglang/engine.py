@@ -6,33 +6,32 @@ import resource
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from flowrl_mega.config import Config, ConfigError, RunError
 from flowrl_mega.model.architecture import Architecture
 from flowrl_mega.model.generation import Sampling
 from flowrl_mega.model.policy import Policy
 from flowrl_mega.parallel.layout import Layout
-from flowrl_mega.rollout.answers import share
-from flowrl_mega.rollout.api import Api, LoopThread
-from flowrl_mega.rollout.attached import check_attached, check_entries, connect, context_of, read_key
+from flowrl_mega.rollout.answers import broadcast_answers
 from flowrl_mega.rollout.dispatch import Dispatcher, Job
-from flowrl_mega.rollout.engine import Answered, Request, Rollout
-from flowrl_mega.rollout.fp8 import with_quantization
-from flowrl_mega.rollout.servers import Fleet
-from flowrl_mega.rollout.sync import WeightSync
+from flowrl_mega.rollout.engine import AnswerCallback, Request, Rollout
+from flowrl_mega.rollout.loop_thread import LoopThread
+from flowrl_mega.rollout.sglang.attached import check_servers, connect, context_of, read_key
+from flowrl_mega.rollout.sglang.endpoints import SglangServer
+from flowrl_mega.rollout.sglang.fleet import Fleet
+from flowrl_mega.rollout.sglang.quantize import with_quantization
+from flowrl_mega.rollout.sglang.sync import WeightSync
 
-__all__ = ["SglangEngine", "check_attached"]
-
-ORDER_S = 5.0  # ranks that wait for rank 0 hear from it at least so often: no collective waits for generation
+ORDER_S = 5.0  # longest wait in one collective: ranks that wait for rank 0 hear from it at least this often
 
 
 class SglangEngine:
     """`Engine` on servers that it starts (`rollout.servers` is a number) or that others run (URLs).
 
-    `side_files`: config and tokenizer of the model, by file name. `trainer_gpus`: how many of this host's GPUs the
-    trainer's ranks use. While a job is under way, `finish` gives the policy's weights, as they are then, to servers
-    that come back: the policy must not have changed since the last `sync`.
+    `side_files`: config and tokenizer files of the model, by name. `trainer_gpus`: how many of this host's GPUs the
+    trainer's ranks use. While a job is under way, `finish` gives the policy's current weights to servers that come
+    back: the policy must not have changed since the last `sync`.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class SglangEngine:
             raise
 
     def _start(self, folder: Path, side_files: dict[str, bytes], trainer_gpus: int) -> int:
-        """Rank 0: start servers, or find those that run already; the longest sequence that all of them take."""
+        """Rank 0: start servers, or connect to running ones; the longest sequence, in tokens, that all of them take."""
         assert self.loop
         _allow_connections(self.settings.concurrency)
         key = read_key(self.settings)
@@ -67,12 +66,14 @@ class SglangEngine:
             self.fleet = Fleet(self.settings, model, folder, dtype, trainer_gpus)
             self.fleet.start()
             urls, key = self.fleet.urls, self.settings.server_args.get("api_key", key)
-        entries = self.loop.call(connect(urls, key))
-        if not self.fleet:  # ranks that torchrun started have checked nothing yet; each request is held to the context
-            self.loop.call(check_entries(entries, self.arch, 0, key))
-        self.dispatcher = Dispatcher(self.settings, entries, self.arch.vocab, self.fleet)
+        gateways = self.loop.call(connect(urls, key))
+        if (
+            not self.fleet
+        ):  # ranks started by torchrun have not checked them yet; `start` checks the context per request
+            self.loop.call(check_servers(gateways, self.arch, 0, key))
+        self.dispatcher = Dispatcher(self.settings, gateways, self.arch.vocab, self.fleet)
         self.loop.call(self.dispatcher.open())
-        return self.loop.call(context_of(entries))
+        return self.loop.call(context_of(gateways))
 
     def sync(self, policy: Policy, version: int) -> dict[str, float]:
         self.policy, self.version = policy, version
@@ -87,17 +88,19 @@ class SglangEngine:
         self._until(lambda d: d.has_server())
         return self.layout.broadcast_from_rank0(self.weights.metrics)
 
-    def start(self, requests: list[Request], sampling: Sampling, seed: int, answered: Answered | None = None) -> Job:
+    def start(
+        self, requests: list[Request], sampling: Sampling, seed: int, on_answer: AnswerCallback | None = None
+    ) -> Job:
         assert self.policy is not None, "sync() comes first"
         for request in requests:
             check_request(request, self.arch.vocab, self.context)
-        job = Job(requests, answered)
+        job = Job(requests, on_answer)
         self._on_first(lambda d: d.add(job, sampling, seed))
         return job
 
     def finish(self, job: Job) -> list[list[Rollout]]:
         self._until(lambda d: not job.left)
-        return share([of or [] for of in job.answers], job.requests, self.first)
+        return broadcast_answers([of or [] for of in job.answers], job.requests, self.first)
 
     def release(self) -> None:
         if self.settings.colocated:
@@ -110,7 +113,7 @@ class SglangEngine:
         return self.layout.broadcast_from_rank0(counts)
 
     def close(self) -> None:
-        """End the servers that were started here; those of others go on without work. May be called again."""
+        """Stop the servers that were started here; others stay up without work. May be called again."""
         loop, fleet, dispatcher, self.loop, self.fleet, self.dispatcher = (
             self.loop, self.fleet, self.dispatcher, None, None, None,
         )  # fmt: skip
@@ -125,17 +128,17 @@ class SglangEngine:
                 loop.close()
 
     def _push(self, urls: list[str] | None, check: bool) -> None:
-        """The policy's weights to the servers at these URLs (None: all that are up). Collective."""
+        """Give the policy's weights to the servers at these URLs (None: all that are up). Collective."""
         assert self.policy is not None
-        apis: list[Api] = []
+        clients: list[SglangServer] = []
         if self.first:
             assert self.loop and self.dispatcher
-            apis = self.loop.call(self.dispatcher.before_push(urls, self.version))
-        failures = self.weights.push(self.policy, apis, self.version, check)
-        self._on_first(lambda d: d.health.after_push([api.url for api in apis], self.version, failures))
+            clients = cast(list[SglangServer], self.loop.call(self.dispatcher.before_push(urls, self.version)))
+        failures = self.weights.push(self.policy, clients, self.version, check)
+        self._on_first(lambda d: d.health.after_push([client.url for client in clients], self.version, failures))
 
     def _until(self, done: Callable[[Dispatcher], bool], heal: bool = True) -> None:
-        """Wait for rank 0, and meanwhile give weights to the servers that need them. Collective."""
+        """Wait until `done` on rank 0, and meanwhile give weights to servers that need them (`heal`). Collective."""
 
         def order() -> tuple[str, list[str]]:
             assert self.loop and self.dispatcher
@@ -150,7 +153,7 @@ class SglangEngine:
                 self._push(urls, check=self.settings.sync.checksum_every > 0)
 
     def _in_thread(self, work: Callable[[], Any]) -> Any:
-        """What `work` gives on rank 0, on all ranks, however long it takes."""
+        """Run `work` on rank 0, however long it takes; its result on all ranks. Collective."""
         with ThreadPoolExecutor(1) as pool:
             future: Future[Any] | None = pool.submit(work) if self.first else None
 
@@ -167,12 +170,12 @@ class SglangEngine:
                     if what == "done":
                         return result
             except BaseException:
-                if self.fleet:  # or the thread waits for its servers
+                if self.fleet:  # else the thread goes on waiting for its servers
                     self.fleet.close()
                 raise
 
     def _ordered(self, order: Callable[[], tuple[str, Any]]) -> tuple[str, Any]:
-        """What rank 0's `order` gives, or raises because of input or servers, on all ranks. Collective."""
+        """Run `order` on rank 0; its result, ConfigError or RunError on all ranks. Collective."""
         what: tuple[str, Any] = ("", None)
         if self.first:
             try:
@@ -185,14 +188,14 @@ class SglangEngine:
         return what
 
     def _on_first(self, ask: Callable[[Dispatcher], Any]) -> None:
-        """Rank 0: a coroutine of the dispatcher, to its end."""
+        """On rank 0, run a coroutine of the dispatcher to its end."""
         if self.first:
             assert self.loop and self.dispatcher
             self.loop.call(ask(self.dispatcher))
 
 
 def check_request(request: Request, vocab: int, context: int) -> None:
-    """Refuse what would be refused by a server, or kill it: an id beyond the vocabulary, an empty prompt."""
+    """ConfigError for a request that a server refuses, or that kills it: too long, empty, or an unknown token id."""
     total = len(request.prompt) + request.max_tokens
     if not request.prompt:
         raise ConfigError("a prompt has no tokens: servers refuse it; leave it out of the data")
@@ -211,14 +214,14 @@ def check_request(request: Request, vocab: int, context: int) -> None:
 
 
 def write_model(folder: Path, files: dict[str, bytes]) -> None:
-    """A model folder without weights, for servers that get them from us."""
+    """Write a model folder without weights, for servers that get them from us."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
 
 
 def _allow_connections(count: int) -> None:
-    """Each prompt under way is an open file, and many systems allow 1024 of them unless asked."""
+    """Raise the limit of open files: each prompt under way needs a connection, and the default is often 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = hard if hard != resource.RLIM_INFINITY else 1 << 20
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(most, 1 << 16)), hard))

@@ -8,9 +8,9 @@ import socket
 import pytest
 import torch
 
-from flowrl_mega.rollout import broadcast, transfers
-from flowrl_mega.rollout.api import Api
-from flowrl_mega.rollout.transfers import Buffers, Server
+from flowrl_mega.rollout.sglang import broadcast, transfers
+from flowrl_mega.rollout.sglang.endpoints import SglangServer
+from flowrl_mega.rollout.sglang.transfers import Buffers, SyncTarget
 
 
 def test_tensors_of_several_types_are_packed_end_to_end():
@@ -63,7 +63,7 @@ def test_a_gpu_goes_by_its_own_name(monkeypatch):
 )
 def test_the_address_that_servers_of_this_host_are_given(urls, found):
     """What they can reach without leaving it."""
-    assert broadcast._own_address([Server(Api(url), {}) for url in urls]) in found
+    assert broadcast._own_address([SyncTarget(SglangServer(url), {}) for url in urls]) in found
 
 
 def test_the_address_that_other_hosts_are_given(monkeypatch):
@@ -79,12 +79,12 @@ def test_the_address_that_other_hosts_are_given(monkeypatch):
         def __exit__(self, *args):
             pass
 
-        def connect(self, place):
-            self.name = {"10.0.0.7": "10.0.0.1"}.get(place[0], place[0])
+        def connect(self, address):
+            self.name = {"10.0.0.7": "10.0.0.1"}.get(address[0], address[0])
 
         def getsockname(self):
             return (self.name, 1)
 
     monkeypatch.setattr(socket, "socket", Probe)
-    servers = [Server(Api(url), {}) for url in ("http://127.0.0.1:1", "http://10.0.0.7:1")]
+    servers = [SyncTarget(SglangServer(url), {}) for url in ("http://127.0.0.1:1", "http://10.0.0.7:1")]
     assert broadcast._own_address(servers) == "10.0.0.1"

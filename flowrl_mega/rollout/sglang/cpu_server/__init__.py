@@ -1,0 +1,1 @@
+"""Runs SGLang's server on a machine without GPU: `launch.py`, for the server's own interpreter."""

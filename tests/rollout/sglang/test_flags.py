@@ -1,0 +1,81 @@
+"""Command lines, GPUs and checks of the servers that would be started, without starting one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import fake_server
+import pytest
+import torch
+
+from flowrl_mega.config import ConfigError, RolloutSettings
+from flowrl_mega.rollout.sglang.flags import check_servers, command, placement
+
+
+def test_a_command_line_says_what_the_settings_say(tmp_path: Path):
+    """Flags reach SGLang under its own names, in the forms that its parser reads; a user's flag beats ours."""
+    given = {
+        "mem_fraction_static": 0.8,
+        "enable_x": True,
+        "y": False,
+        "z": [1, 2],
+        "j": {"a": 1},
+        "log_level_http": "info",
+    }
+    words = command(RolloutSettings(python="py", server_args=given), tmp_path, "bf16", 21000, "dummy")
+    assert words[0] == "py"
+    text = " ".join(words[1:])
+    assert '--mem-fraction-static 0.8 --enable-x --z 1 2 --j {"a": 1}' in text
+    assert f"--model-path {tmp_path} --host 127.0.0.1 --port 21000 --dtype bfloat16 --load-format dummy" in text
+    assert "--y" not in words
+    assert [words[at + 1] for at, word in enumerate(words) if word == "--log-level-http"] == ["info"]
+
+
+def test_what_only_we_can_know_is_refused(tmp_path: Path):
+    """Two servers on one port, or on another model than the trainer's, would fail late or not at all."""
+    for name in ("host", "port", "model_path", "model-path", "--port", "nnodes"):
+        settings = RolloutSettings(python=fake_server.make(tmp_path), server_args={name: 1})
+        with pytest.raises(ConfigError, match=f"rollout.server_args.{name} = 1: set for each server.*rollout.servers"):
+            check_servers(settings)
+
+
+def test_an_interpreter_without_sglang_is_named(tmp_path: Path):
+    """Before anything starts, with the way out."""
+    for python, why in ((sys.executable, "has no sglang"), (str(tmp_path / "none"), "cannot be run")):
+        with pytest.raises(ConfigError) as error:
+            check_servers(RolloutSettings(python=python))
+        assert f"rollout.python = {python!r}" in str(error.value) and why in str(error.value)
+        assert "make setup-sglang" in str(error.value)
+
+
+def test_words_for_a_dry_run(tmp_path: Path):
+    """They name the version, and say so when it is not the one that was tested."""
+    settings = RolloutSettings(python=fake_server.make(tmp_path), servers=2)
+    assert check_servers(settings) == "2 servers of SGLang 0.5.23, on CPU"
+    other = tmp_path / "other"
+    other.write_text("#!/bin/sh\necho 0.6.0\n")
+    other.chmod(0o755)
+    assert "0.6.0 (tested with 0.5.23)" in check_servers(RolloutSettings(python=str(other)))
+
+
+def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch):
+    """Servers take the GPUs after the trainer's, or the trainer's own, and of those only what this job was given."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def placed(trainer: int = 4, **settings: Any) -> list[list[str]]:
+        return placement(RolloutSettings(**settings), trainer)
+
+    assert placed(servers=2, server_args={"tp_size": 2}) == [["4", "5"], ["6", "7"]]
+    assert placed(servers=4) == [["4"], ["5"], ["6"], ["7"]]
+    assert placed(servers=1, server_args={"tp": 2, "dp-size": 2}) == [["4", "5", "6", "7"]]
+    assert placed(servers=1, server_args={"tp": 2, "dp-size": 2, "enable_dp_attention": True}) == [["4", "5"]]
+    assert placed(servers=2, colocated=True, server_args={"tp_size": 4}) == [list("0123"), list("4567")]
+    assert placed(servers=3, server_args={"device": "cpu"}) == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "8,9,10,11,12,13,14,15")
+    assert placed(servers=2, server_args={"tp_size": 2}) == [["12", "13"], ["14", "15"]]
+    with pytest.raises(ConfigError, match="rollout.servers = 3: 6 GPUs .2 a server. beside the trainer's 4.*has 8"):
+        placed(servers=3, server_args={"tp_size": 2})
