@@ -47,7 +47,9 @@ class WeightSync:
         loop: LoopThread | None,
     ) -> None:
         self.settings, self.layout, self.arch, self.loop = settings, layout, arch, loop
-        self.metrics: dict[str, float] = {}  # of the last push: sync_seconds, sync_gb (as sent, to each server)
+        self.metrics: dict[
+            str, float
+        ] = {}  # of the last push: perf/push_seconds, and perf/push_gb as sent to each server
         self.warned = False
         self.transfer: Transfer | None = None
         if loop:
@@ -78,7 +80,7 @@ class WeightSync:
             if not self._from_first(bool(left)):
                 break
         if push:
-            self.metrics = {"sync_seconds": time.monotonic() - start, "sync_gb": push.bytes / 1e9}
+            self.metrics = {"perf/push_seconds": time.monotonic() - start, "perf/push_gb": push.bytes / 1e9}
         return failures
 
     def close(self) -> None:

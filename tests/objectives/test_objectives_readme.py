@@ -18,7 +18,8 @@ IMPORTS = """
 from typing import Literal
 from pydantic import Field
 from torch import Tensor
-from flowrl_mega.objectives.common import LossOutput, Objective, Sequences
+from flowrl_mega.metrics import Mean
+from flowrl_mega.objectives import LossInputs, LossOutput, Objective
 """
 
 
@@ -56,4 +57,4 @@ def train(path: Path) -> dict[str, float]:
 def test_the_trainer_takes_it(tiny_llama, ranks1):
     """A whole step: prompts, answers, rewards, update."""
     (metrics,) = ranks1.run(train, tiny_llama)
-    assert np.isfinite(metrics["loss"]) and metrics["skipped_updates"] == 0
+    assert np.isfinite(metrics["loss/policy"]) and metrics["policy/skipped_updates"] == 0
