@@ -1,8 +1,15 @@
 """The command line: `flowrl-mega train | ablate | serve CONFIG.yaml [--section.field=value ...]`.
 
-Exit codes: 0 done; 2 the input or the settings are wrong (one message, no traceback); 70 the run cannot go on (one
-message); 75 stopped on request with a checkpoint saved; 130 interrupted (Ctrl-C); anything else is a fault. `ablate`
-ends with that of the first run that failed.
+Exit codes:
+
+0    done
+2    the input or the settings are wrong (one message, no traceback)
+70   the run cannot go on (one message, no traceback)
+75   stopped on request (SIGTERM), with a checkpoint saved
+130  interrupted (Ctrl-C)
+else the program failed; the traceback is on stderr. 128 + N: signal N ended a rank
+
+Every rank of a job ends with the code of the job's first fault. `ablate` ends with that of the first run that failed.
 """
 
 from __future__ import annotations
@@ -12,6 +19,8 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 from flowrl_mega.config import ConfigError, RunError
 from flowrl_mega.config_file import load_config
@@ -23,20 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options, overrides = _parser().parse_known_args(arguments)
+    options.arguments, options.overrides = arguments, overrides
     stop = StopRequest()
     try:
-        if options.command == "ablate":
-            from flowrl_mega.ablation.run import ablate
-
-            return ablate(options.config, overrides, options.vary, options.seeds, options.dry_run, stop)
-        config = load_config(options.config, overrides)
-        from flowrl_mega import job  # torch and megatron take seconds: only now, so that a wrong YAML is told at once
-
-        if options.command == "serve":
-            return job.serve(config, options.host, options.port, stop)
-        return job.train(config, arguments, options.resume, options.dry_run, options.checked, stop)
+        code: int = options.run(options, stop)
+        return code
     except (ConfigError, RunError) as error:
-        # srun's name, too: settings are read before anything translates it, and one message of a job is enough.
+        # Settings are read before the ranks of torchrun or srun meet, and all find the same: the first one says so.
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"flowrl-mega: {error}", file=sys.stderr)
         return BAD_INPUT if isinstance(error, ConfigError) else CANNOT_GO_ON
@@ -46,7 +48,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stop.withdraw()
 
 
+# Commands import what they need themselves: torch and megatron take seconds, and wrong settings are told before that.
+
+
+def _train(options: argparse.Namespace, stop: StopRequest) -> int:
+    config = load_config(options.config, options.overrides)
+    from flowrl_mega import job
+    from flowrl_mega.faults import run_as_rank
+    from flowrl_mega.parallel.launch import started_by_launcher
+
+    train = partial(job.train, config, options.arguments, options.resume, options.dry_run, options.checked, stop)
+    return run_as_rank(train, Path(config.run_dir)) if started_by_launcher() else train()
+
+
+def _ablate(options: argparse.Namespace, stop: StopRequest) -> int:
+    from flowrl_mega.ablation.run import ablate
+
+    return ablate(options.config, options.overrides, options.vary, options.seeds, options.dry_run, stop)
+
+
+def _serve(options: argparse.Namespace, stop: StopRequest) -> int:
+    config = load_config(options.config, options.overrides)
+    from flowrl_mega import job
+
+    return job.serve(config, options.host, options.port, stop)
+
+
 def _parser() -> argparse.ArgumentParser:
+    """One subparser per command; its `run` default is the function above that runs it."""
     parser = argparse.ArgumentParser(prog="flowrl-mega", description="FlowRL on Megatron-core.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train from a YAML file of settings", allow_abbrev=False)
@@ -58,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     serve = commands.add_parser("serve", help="start the servers of rollout.* alone", allow_abbrev=False)
-    for command in (train, ablate, serve):
+    for command, run in ((train, _train), (ablate, _ablate), (serve, _serve)):
+        command.set_defaults(run=run)
         command.add_argument("config", help="YAML file of settings; --section.field=value changes one of them")
     ablate.add_argument(
         "--vary",
@@ -69,18 +99,18 @@ def _parser() -> argparse.ArgumentParser:
         "as in 'objective=[{name: grpo}, {name: flowrl, beta: 6}]'; settings that change together: "
         "'NAME+NAME=[[V, V], ...]'",
     )
-    ablate.add_argument("--seeds", type=int, default=3, help="runs of each combination: seed, seed + 1, ... (3)")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: for trainers elsewhere too")
-    serve.add_argument("--port", type=int, help="the first server's; the others have those after it")
+    ablate.add_argument("--seeds", type=int, default=3, help="runs per combination, with seed, seed + 1, ... (3)")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other hosts connect")
+    serve.add_argument("--port", type=int, help="port of the first server; the others take the ports after it")
     train.add_argument("--resume", default="auto", help="auto (the run folder's newest checkpoint), never, or a folder")
     for command in (train, ablate):
-        command.add_argument("--dry-run", action="store_true", help="check everything, say what would run, and stop")
-    train.add_argument("--checked", action="store_true", help=argparse.SUPPRESS)  # said to ranks that we start
+        command.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and stop")
+    train.add_argument("--checked", action="store_true", help=argparse.SUPPRESS)  # given to ranks that we start
     return parser
 
 
 class StopRequest:
-    """Remembers SIGTERM, which means: save at the end of this step, and stop. Even one that comes while we import."""
+    """True once SIGTERM has come, which asks to save at the end of this step and stop; also one during the imports."""
 
     def __init__(self) -> None:
         self.received = False

@@ -12,7 +12,7 @@ from flowrl_mega.config import Config, ConfigError
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.precision import row_alignment
 from flowrl_mega.parallel import layout as layouts
-from flowrl_mega.parallel.launch import free_port, launch, rank_environment, started_by_launcher
+from flowrl_mega.parallel.launch import launch, rank_environment, started_by_launcher
 from flowrl_mega.preflight import Inputs, check, describe
 from flowrl_mega.run import Run
 
@@ -53,7 +53,7 @@ def train(
 def run_rank(inputs: Inputs, checkpoint: Path | None, stop_requested: Callable[[], bool]) -> int:
     """Train as one rank of a job, in torchrun's environment or alone."""
     if "RANK" not in os.environ:
-        os.environ.update(rank_environment(0, 1, free_port()))
+        os.environ.update(rank_environment(0, 1))
     config = inputs.config
     layout = layouts.init(config.parallel, config.seed, row_alignment(config.model))
     run = Run(inputs, layout, checkpoint)

@@ -18,7 +18,7 @@ import yaml
 from rank_pool import FORKSERVER
 
 from flowrl_mega.monitor.metric_names import is_measured
-from flowrl_mega.parallel.launch import free_port, rank_environment
+from flowrl_mega.parallel.launch import rank_environment, rendezvous_store
 
 
 def write_config(folder: Path, model: Path, **changes: Any) -> Path:
@@ -45,17 +45,25 @@ def write_config(folder: Path, model: Path, **changes: Any) -> Path:
 
 
 class Job:
-    """`world` ranks of `flowrl-mega ARGUMENTS`; `before` names a module:function that each runs first."""
+    """`world` ranks of `flowrl-mega ARGUMENTS`; `before` names a module:function that each runs first.
+
+    `environments`: one per rank, in place of those that our launcher gives.
+    """
 
     def __init__(
-        self, arguments: list[str], log: Path, world: int = 2, before: str = "", cwd: Path | None = None
+        self,
+        arguments: list[str],
+        log: Path,
+        world: int = 2,
+        before: str = "",
+        cwd: Path | None = None,
+        environments: list[dict[str, str]] | None = None,
     ) -> None:
-        port, self.log = free_port(), log
+        self.store, self.log = rendezvous_store(), log
+        ours = [rank_environment(rank, world, self.store.port) for rank in range(world)]
         self.ranks = [
-            FORKSERVER.Process(
-                target=_rank, args=(arguments, rank_environment(rank, world, port), log, before, cwd), daemon=True
-            )
-            for rank in range(world)
+            FORKSERVER.Process(target=_rank, args=(arguments, environment, log, before, cwd), daemon=True)
+            for environment in environments or ours
         ]
         for rank in self.ranks:
             rank.start()

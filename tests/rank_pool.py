@@ -63,6 +63,7 @@ class RankPool:
         self.world, self.megatron = world, megatron
         self.ranks: list[Any] = []
         self.pipes: list[Connection] = []
+        self.store: torch.distributed.TCPStore | None = None  # where the ranks meet
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120, **kwargs: Any) -> list[Any]:
         if not self.ranks:
@@ -93,13 +94,16 @@ class RankPool:
         return [results[rank] for rank in range(self.world)]
 
     def _start(self) -> None:
-        from flowrl_mega.parallel.launch import free_port, rank_environment  # not in the ranks: it imports Megatron
+        from flowrl_mega.parallel.launch import (
+            rank_environment,
+            rendezvous_store,
+        )  # not in the ranks: it imports Megatron
 
         context: Any = FORKSERVER if self.megatron else multiprocessing.get_context("spawn")
-        port = free_port()
+        self.store = rendezvous_store()
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            environment = rank_environment(rank, self.world, port)
+            environment = rank_environment(rank, self.world, self.store.port)
             process = context.Process(target=_serve, args=(environment, self.megatron, theirs), daemon=True)
             process.start()
             theirs.close()
@@ -117,4 +121,4 @@ class RankPool:
             process.join()
         for pipe in self.pipes:
             pipe.close()
-        self.ranks, self.pipes = [], []
+        self.ranks, self.pipes, self.store = [], [], None

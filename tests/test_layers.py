@@ -24,6 +24,7 @@ LEVELS = (
     {"rollout", "data", "rewards", "evaluation", "checkpoint", "monitor"},
     {"model", "objectives"},
     {"parallel", "ops"},
+    {"faults"},
     {"config_file"},
     {"config_moves", "config_rules", "imports", "file_lock"},
     {"config"},

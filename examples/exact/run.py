@@ -27,7 +27,7 @@ from examples.exact import page, space, targets
 from examples.exact.job import Trained, train
 from examples.exact.rows import ROWS, Row, target
 from flowrl_mega.monitor.plots import log_z_figure
-from flowrl_mega.parallel.launch import free_port, rank_environment
+from flowrl_mega.parallel.launch import rank_environment
 from tools.benchmarks.workload import machine
 
 FOLDER, TASK = Path("runs/exact"), Path("runs/exact/task")
@@ -80,7 +80,7 @@ def run_all(runs: list[tuple[str, int]], jobs: int) -> None:
 
 def become_a_rank() -> None:
     """This process is a whole job of one rank, on one core."""
-    os.environ.update(rank_environment(0, 1, free_port()))
+    os.environ.update(rank_environment(0, 1))
     torch.set_num_threads(1)
 
 

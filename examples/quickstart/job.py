@@ -28,7 +28,6 @@ from flowrl_mega.experience import as_sequences
 from flowrl_mega.model.policy import Policy, build_reference
 from flowrl_mega.model.weights import load_hf
 from flowrl_mega.parallel import layout as layouts
-from flowrl_mega.parallel.launch import free_port
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.preflight import Inputs
 from flowrl_mega.run import Run
@@ -91,7 +90,7 @@ def main(path: str) -> None:
 def my_trials(trials: list[Trial]) -> list[Trial]:
     """This rank's trials; from here on it is the only rank of a job of its own (LOCAL_RANK still names its GPU)."""
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": str(free_port())}
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     return trials[rank::ranks]
 
 

@@ -153,16 +153,21 @@ def check_world(settings: ParallelSettings, world: int) -> None:
 
 
 def init(settings: ParallelSettings, seed: int, row_alignment: int = 1) -> Layout:
-    """Join the job described by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (as torchrun sets them)."""
+    """Join the job described by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (as torchrun sets them).
+
+    Without them, or with a WORLD_SIZE of 1, this process is a job of its own and opens no port.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
-        place = local_rank % torch.cuda.device_count()  # srun may show each rank its own GPU only
-        torch.cuda.set_device(place)
-        device, backend = torch.device("cuda", place), "cpu:gloo,cuda:nccl"
+        index = local_rank % torch.cuda.device_count()  # srun may show each rank its own GPU only
+        torch.cuda.set_device(index)
+        device, backend = torch.device("cuda", index), "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout_s))
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        job: dict[str, Any] = alone if os.environ.get("WORLD_SIZE", "1") == "1" else {}
+        dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout_s), **job)
     check_world(settings, dist.get_world_size())
     if not _in_place(settings):
         _drop_groups()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from flowrl_mega.checkpoint import folder, stream
 from flowrl_mega.model import hf_folder
-from flowrl_mega.parallel.launch import free_port, rank_environment
+from flowrl_mega.parallel.launch import rank_environment, rendezvous_store
 
 COMMANDS = ("hf2mcore", "mcore2hf")
 
@@ -117,8 +117,8 @@ class Forked:
     def __init__(
         self, arguments: list[str], log: Path, world: int = 0, before: Callable[[], Any] | None = None
     ) -> None:
-        port, self.log = free_port(), log
-        environments = [rank_environment(rank, world, port) for rank in range(world)] or [{}]
+        self.store, self.log = rendezvous_store(), log
+        environments = [rank_environment(rank, world, self.store.port) for rank in range(world)] or [{}]
         self.processes = [
             FORKSERVER.Process(target=_run, args=(arguments, environment, log, before), daemon=True)
             for environment in environments

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 from jobs import FORKSERVER
 
-from flowrl_mega.parallel.launch import launch, rank_environment, started_by_launcher
+from flowrl_mega.config import ParallelSettings
+from flowrl_mega.parallel import layout as layouts
+from flowrl_mega.parallel.launch import launch, rank_environment, reserve_port, started_by_launcher
 
 pytestmark = pytest.mark.slow
 
@@ -40,6 +43,47 @@ def test_the_exit_code_passes_through(code: str, wanted: int) -> None:
     assert launch(script(code), 2, timeout_s=30) == wanted
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("SIGKILL", "9 (SIGKILL; out of memory?)"), ("SIGSEGV", "11 (SIGSEGV)"), ("SIGRTMIN", "34 (SIGRTMIN)")],
+)
+def test_a_signal_that_ended_a_rank_is_named(name: str, words: str, capfd: pytest.CaptureFixture[str]) -> None:
+    code = launch(script(f"rank == 2 and os.kill(os.getpid(), signal.{name}); {WAIT}"), 4, timeout_s=50)
+    assert code == 128 + getattr(signal, name)
+    assert capfd.readouterr().err == f"rank 2 was killed by signal {words}; ended the others\n"
+
+
+def test_the_port_of_the_ranks_is_taken_before_they_start() -> None:
+    """Nobody else can have it: the launcher listens there already, on a port that the kernel chose."""
+    meet = "import socket; socket.create_connection((os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])))"
+    assert launch(script(meet), 2, timeout_s=50) == 0
+
+
+def test_a_reserved_port_is_for_one_server_alone() -> None:
+    with reserve_port() as reserved:
+        address = reserved.getsockname()
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(address)
+        with socket.create_server(address), socket.create_connection(address):
+            pass
+        with socket.create_server(address), socket.create_connection(address):
+            pass  # and again, as after a restart
+
+
+def test_a_rank_alone_needs_no_port() -> None:
+    """Where the port of its environment is somebody else's, too."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        rank = FORKSERVER.Process(target=_alone, args=(rank_environment(0, 1, other.getsockname()[1]),))
+        rank.start()
+        rank.join(timeout=60)
+        assert rank.exitcode == 0
+
+
+def _alone(environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    assert layouts.init(ParallelSettings(timeout_s=10), seed=0).world == 1
+
+
 def test_a_failing_rank_ends_all_and_its_error_is_seen(capfd: pytest.CaptureFixture[str]) -> None:
     """Also one that ignores every polite request."""
     code = f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\nif rank: raise ValueError('this is why')\n{WAIT}"
@@ -47,7 +91,8 @@ def test_a_failing_rank_ends_all_and_its_error_is_seen(capfd: pytest.CaptureFixt
     assert launch(script(code), 2, timeout_s=50) == 1
     assert time.monotonic() - start < 25
     errors = capfd.readouterr().err
-    assert "ValueError: this is why" in errors and "rank 1 failed with exit code 1; ending the other ranks" in errors
+    assert "ValueError: this is why" in errors
+    assert errors.endswith("rank 1 failed with exit code 1; ended the others\n")
 
 
 def test_time_out(capfd: pytest.CaptureFixture[str]) -> None:

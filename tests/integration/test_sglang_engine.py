@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from flowrl_mega.config import ConfigError
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.generation import Sampling
-from flowrl_mega.parallel.launch import free_port
+from flowrl_mega.parallel.launch import reserve_port
 from flowrl_mega.rollout.engine import Request, Rollout
 from flowrl_mega.rollout.sglang.attached import check_attached
 from flowrl_mega.rollout.sglang.engine import SglangEngine
@@ -196,12 +196,13 @@ def test_old_weights_are_caught_by_their_version(model, fleet, ranks1, tmp_path)
 @pytest.fixture
 def router(fleet: Fleet, tmp_path: Path) -> Iterator[str]:
     """sglang-router in front of the server."""
-    port = free_port()
+    reserved = [reserve_port(), reserve_port()]
+    port, metrics_port = (str(holder.getsockname()[1]) for holder in reserved)
     url = f"http://127.0.0.1:{port}"
-    command = [server_python(), "-c", ROUTER, "--worker-urls", *fleet.urls, "--host", "127.0.0.1", "--port", str(port)]
+    command = [server_python(), "-c", ROUTER, "--worker-urls", *fleet.urls, "--host", "127.0.0.1", "--port", port]
     with open(tmp_path / "router.log", "w") as log:
         process = subprocess.Popen(
-            [*command, "--prometheus-port", str(free_port())], stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            [*command, "--prometheus-port", metrics_port], stdout=log, stderr=log, stdin=subprocess.DEVNULL
         )
     try:
         end = time.monotonic() + 120
@@ -218,6 +219,8 @@ def router(fleet: Fleet, tmp_path: Path) -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
+        for holder in reserved:
+            holder.close()
 
 
 # The router's Python imports sglang, which on a machine without GPU finds no operators of torchvision.

@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from flowrl_mega.parallel.launch import free_port
+from flowrl_mega.parallel.launch import reserve_port
 from flowrl_mega.rollout.loop_thread import LoopThread
 
 Json = dict[str, Any]
@@ -59,7 +59,8 @@ class StandIn:
         self.vocab, self.context, self.key, self.token_s = vocab, context, key, token_s
         self.started_with = model_path
         self.model_path, self.model_type, self.hidden, self.layers = model_path, model_type, hidden, layers
-        self.port = free_port()
+        self.reserved = reserve_port()  # so that nobody takes it between `die` and `restart`
+        self.port = self.reserved.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.faults: deque[tuple[str, Any]] = deque()
         self.seen: list[tuple[str, Any]] = []  # (path, body) of every request
@@ -97,6 +98,7 @@ class StandIn:
     def close(self) -> None:
         self.thread.call(self._die())
         self.thread.close()
+        self.reserved.close()
 
     async def _start(self) -> None:
         app = web.Application(client_max_size=1 << 30)

@@ -137,11 +137,11 @@ class Ours:
         from flowrl_mega.model.policy import Policy
         from flowrl_mega.model.weights import load_hf
         from flowrl_mega.parallel import layout as layouts
-        from flowrl_mega.parallel.launch import free_port, rank_environment
+        from flowrl_mega.parallel.launch import rank_environment
         from flowrl_mega.rollout.sglang.engine import SglangEngine
         from flowrl_mega.settings import validated
 
-        os.environ.update(rank_environment(0, 1, free_port()))
+        os.environ.update(rank_environment(0, 1))
         tree = {
             "run_dir": str(folder), "steps": 1, "reward": "-",
             "model": {"path": options.model}, "data": {"task": "sums"},

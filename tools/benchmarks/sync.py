@@ -36,7 +36,7 @@ from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.policy import Policy
 from flowrl_mega.model.weights import Buckets, load_hf
 from flowrl_mega.parallel import layout as layouts
-from flowrl_mega.parallel.launch import free_port, rank_environment
+from flowrl_mega.parallel.launch import rank_environment, rendezvous_store
 from flowrl_mega.rollout.loop_thread import LoopThread
 from flowrl_mega.rollout.sglang.endpoints import SglangServer
 from flowrl_mega.rollout.sglang.fleet import Fleet
@@ -117,7 +117,7 @@ def measure(options: argparse.Namespace, folder: Path, url: str) -> tuple[dict[s
 
 def build(model: Path) -> Policy:
     """The policy of the folder, in a job of this process alone."""
-    os.environ.update(rank_environment(0, 1, free_port()))
+    os.environ.update(rank_environment(0, 1))
     tree = {
         "run_dir": "unused",
         "steps": 1,
@@ -158,12 +158,12 @@ class Pair:
     """Two processes that broadcast buffers of these sizes when asked to; `load`: from and to other memory."""
 
     def __init__(self, sizes: list[int], load: bool = False) -> None:
-        context, port = multiprocessing.get_context("spawn"), free_port()
+        context, self.store = multiprocessing.get_context("spawn"), rendezvous_store()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(2):
             ours, theirs = context.Pipe()
-            process = context.Process(target=broadcasts, args=(rank, port, sizes, load, theirs), daemon=True)
+            process = context.Process(target=broadcasts, args=(rank, self.store.port, sizes, load, theirs), daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -182,7 +182,8 @@ class Pair:
 
 def broadcasts(rank: int, port: int, sizes: list[int], load: bool, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    os.environ.update(rank_environment(rank, 2, port))
+    dist.init_process_group("gloo")
     weights = [torch.full((size,), rank, dtype=torch.uint8) for size in sizes]
     buffer = torch.ones(max(sizes), dtype=torch.uint8)
     while True:

@@ -81,9 +81,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     import update_work as work_of
 
     from flowrl_mega.parallel import layout as layouts
-    from flowrl_mega.parallel.launch import free_port, rank_environment
+    from flowrl_mega.parallel.launch import rank_environment
 
-    os.environ.update(rank_environment(0, 1, free_port()))
+    os.environ.update(rank_environment(0, 1))
     (precision,) = options.precision
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     config = work_of.settings(precision, options.first_last_bf16, recompute if options.recompute else None)

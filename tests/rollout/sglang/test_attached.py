@@ -11,7 +11,7 @@ from stand_in import StandIn
 
 from flowrl_mega.config import ConfigError, RolloutSettings
 from flowrl_mega.model.architecture import Architecture, read_architecture
-from flowrl_mega.parallel.launch import free_port
+from flowrl_mega.parallel.launch import reserve_port
 from flowrl_mega.rollout.sglang.attached import check_attached
 
 
@@ -37,9 +37,10 @@ def test_says_what_it_found(stand_in, arch):
 
 def test_nobody_there(arch):
     """The URL, and what to look at."""
-    url = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(ConfigError, match=rf"rollout.servers: {url}: .*is the server up"):
-        check(arch, url)
+    with reserve_port() as reserved:
+        url = f"http://127.0.0.1:{reserved.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=rf"rollout.servers: {url}: .*is the server up"):
+            check(arch, url)
 
 
 def test_the_key_is_asked_for(stand_in, arch, tmp_path):

@@ -150,7 +150,7 @@ def test_the_group_stays_while_its_servers_do(model, takers, ranks1, tmp_path):
     for version in (1, 2):
         assert run(ranks1, model, urls, version, tmp_path, 0.01 * version, transfer="distributed", keep=True)[0] == {}
     assert joined(stays) == joined(dies) == 1
-    dies.close()
+    dies.die()
     again = takers(None, dies.port)
     failures, wanted, _ = run(ranks1, model, urls, 3, tmp_path, 0.03, transfer="distributed")
     assert failures == {} and (joined(stays), joined(again)) == (2, 1)

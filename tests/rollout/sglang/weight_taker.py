@@ -18,14 +18,15 @@ from typing import Any
 
 from rank_pool import FORKSERVER
 
-from flowrl_mega.parallel.launch import free_port
+from flowrl_mega.parallel.launch import reserve_port
 
 
 class Taker:
     """One such process. `fault`: (path, which call of it, what then): die, hang, refuse, refuse_after or odd."""
 
     def __init__(self, fault: tuple[str, int, str] | None = None, port: int | None = None, **about: Any) -> None:
-        self.port = port or free_port()
+        self.reserved = reserve_port()
+        self.port = port or self.reserved.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.process = FORKSERVER.Process(target=_serve, args=(self.port, fault, about), daemon=True)
         self.process.start()
@@ -53,9 +54,14 @@ class Taker:
         """What it was asked to change, in order, groups aside."""
         return [path for path in self.get("/calls") if not path.startswith("/destroy")]
 
-    def close(self) -> None:
+    def die(self) -> None:
+        """Its port is kept for another one."""
         self.process.kill()
         self.process.join()
+
+    def close(self) -> None:
+        self.die()
+        self.reserved.close()
 
 
 def _serve(port: int, fault: tuple[str, int, str] | None, about: dict[str, Any]) -> None:
