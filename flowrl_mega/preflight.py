@@ -72,8 +72,8 @@ def check(inputs: Inputs, world: int, resume: str, checkpoint: Path | None, one_
     arch = inputs.arch
     check_layout(arch, config.parallel.tp)
     check_pipeline(arch, config.parallel.pp, config.parallel.vpp)
-    check_megatron(config.megatron)
     check_layers(config.model, arch, config.parallel.tp, config.parallel.cp)
+    check_megatron(config, arch)
     check_optimizer(config.optimizer)
     if config.critic:
         check_optimizer(config.critic.optimizer, "critic.optimizer")
@@ -123,6 +123,7 @@ def check_critic(inputs: Inputs) -> None:
             )
         check_layout(arch, config.parallel.tp)
         check_pipeline(arch, config.parallel.pp, config.parallel.vpp)
+        check_megatron(config, arch)
         check_model(critic.path, arch)
 
 

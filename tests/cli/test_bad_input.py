@@ -141,7 +141,7 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
         ["--megatron.recompute_granularty=full"],
         ["megatron.recompute_granularty", "did you mean 'recompute_granularity'?"],
     ),
-    "FP8's, not Megatron's": (["--megatron.fp8=hybrid"], ["megatron.fp8 = 'hybrid'", "model.fp8", "leave it out"]),
+    "FP8's, not Megatron's": (["--megatron.fp8=hybrid"], ["megatron.fp8 = 'hybrid'", "follows from model.spec and model.fp8"]),
     "ppo without critic": (
         ["--objective={name: ppo}"],
         ["critic = None", "objective ppo", "critic={}", "critic={trunk: shared}", "reinforce_pp"],
@@ -179,7 +179,14 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
     "tokens' weights": (["--objective={name: flowrl, tis: token}"], ["objective.tis = 'token'", "'sum' or 'mean'"]),
     "weights in FP8": (["--model.fp8_params=true"], ["model.fp8_params = True", "optimizer.distributed=true"]),
     "Megatron's name for it": (["--megatron.fp8_param=true"], ["megatron.fp8_param = True", "model.fp8"]),
-    "ours, not Megatron's": (["--megatron.hidden_size=8"], ["megatron.hidden_size = 8", "model.path", "leave it out"]),
+    "ours, not Megatron's": (["--megatron.hidden_size=8"], ["megatron.hidden_size = 8", "follows from model.path"]),
+    "dropout": (["--megatron.hidden_dropout=0.1"], ["megatron.hidden_dropout = 0.1", "must be 0.0", "leave it out"]),
+    "experts": (["--megatron.num_moe_experts=4"], ["megatron.num_moe_experts = 4", "another model", "recompute_method"]),
+    "no method": (["--megatron.recompute_granularity=full"], ["refused by TransformerConfig", "recompute_method"]),
+    "method of nothing": (
+        ["--megatron.recompute_method=uniform"],
+        ["megatron.recompute_method = 'uniform'", "only with megatron.recompute_granularity=full"],
+    ),
     "cut distribution": (
         ["--rollout.top_p=0.9"],
         ["rollout.top_p = 0.9", "another distribution", "rollout.allow_truncated_sampling=true"],
