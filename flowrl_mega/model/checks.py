@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_type_hints
 
+import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from pydantic import TypeAdapter, ValidationError
 
@@ -118,6 +119,22 @@ def _check_passed_on(name: str, value: Any, config: Config, arch: Architecture) 
         raise ConfigError(f"{said}: {error.errors()[0]['msg']}") from None
     if value is not None and not PASSED_ON[name].is_read(config.megatron, config.parallel):
         raise ConfigError(f"{said}: is read only with {PASSED_ON[name].needs}; set that, or leave this out")
+
+
+def check_head(backend: str, arch: Architecture, tp: int) -> None:
+    """Refuse kernels for log-probs that cannot share out this model's vocabulary, before any rank starts."""
+    if backend != "liger" or tp == 1:
+        return
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"ops.backend = liger: with parallel.tp = {tp} Liger-Kernel takes CUDA tensors only, and there is no GPU; "
+            "set ops.backend=auto, or parallel.tp=1"
+        )
+    if arch.vocab % tp:
+        raise ConfigError(
+            f"ops.backend = liger: parallel.tp = {tp} does not divide the model's vocabulary of {arch.vocab}, and "
+            "Liger-Kernel pads none; set ops.backend=auto, or take another tp"
+        )
 
 
 def check_layers(model: ModelSettings, arch: Architecture, tp: int, cp: int = 1) -> None:

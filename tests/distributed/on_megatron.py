@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import flowrl_mega.parallel  # noqa: F401  before megatron is imported
+
+# isort: split
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer.mlp import MLP

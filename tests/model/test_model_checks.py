@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from megatron.core.transformer.transformer_config import TransformerConfig
+import torch
 from tiny_models import make
 
-from flowrl_mega.config import Config, ConfigError, validated
+from flowrl_mega.config import Config, ConfigError
 from flowrl_mega.model.architecture import Architecture, read_architecture, trainer_fields
-from flowrl_mega.model.checks import PASSED_ON, check_layout, check_megatron, check_pipeline
+from flowrl_mega.model.checks import PASSED_ON, check_head, check_layout, check_megatron, check_pipeline
+from flowrl_mega.settings import validated
 
 
 def test_a_layout_that_does_not_divide_the_model(tmp_path):
@@ -120,9 +122,26 @@ def test_whatever_the_trainer_sets_is_refused(arch):
 
 def test_no_other_field_of_megatron_gets_through(arch):
     """Most of its 289 change nothing here; the others make another model, or end in a traceback."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
     through = set()
     for name, field in TransformerConfig.__dataclass_fields__.items():
         with contextlib.suppress(ConfigError):
             check_megatron(config({name: field.default}, pp=2, tp=2), arch)
             through.add(name)
     assert through <= set(PASSED_ON)
+
+
+def test_liger_shares_out_a_vocabulary_on_gpus_only(arch, monkeypatch):
+    """And where the ranks' shards are alike; alone it takes any."""
+    check_head("liger", arch, 1)
+    check_head("auto", arch, 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="ops.backend = liger: .*parallel.tp = 2.* CUDA tensors.*ops.backend=auto"):
+        check_head("liger", replace(arch, vocab=102), 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_head("liger", replace(arch, vocab=102), 2)
+    with pytest.raises(
+        ConfigError, match="ops.backend = liger: .*parallel.tp = 2 .*vocabulary of 101.*ops.backend=auto"
+    ):
+        check_head("liger", arch, 2)
