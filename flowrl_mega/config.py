@@ -59,9 +59,10 @@ class ModelSettings(Settings):
 
 
 class OpsSettings(Settings):
-    backend: Literal["auto", "native", "torch"] = Field(
+    backend: Literal["auto", "native", "torch", "liger"] = Field(
         "auto",
-        description="log-prob kernels: csrc's, built on first use, or plain torch; auto: csrc's where they build",
+        description="log-prob kernels: csrc's, built on first use, plain torch, or Liger-Kernel's, which is installed "
+        "apart; auto: csrc's where they build",
     )
 
 

@@ -14,7 +14,7 @@ from flowrl_mega.checkpoint import check_checkpoint, check_model, find_checkpoin
 from flowrl_mega.config import Config, ConfigError
 from flowrl_mega.data.load_prompts import PromptData, kinds_of, load_prompts
 from flowrl_mega.model.architecture import Architecture, read_architecture
-from flowrl_mega.model.checks import check_layers, check_layout, check_megatron, check_pipeline
+from flowrl_mega.model.checks import check_head, check_layers, check_layout, check_megatron, check_pipeline
 from flowrl_mega.model.precision import describe_fp8, describe_layers
 from flowrl_mega.monitor import check_wandb
 from flowrl_mega.monitor.run_folder import METRICS
@@ -73,8 +73,9 @@ def check(inputs: Inputs, world: int, resume: str, checkpoint: Path | None, one_
     arch = inputs.arch
     check_layout(arch, config.parallel.tp)
     check_pipeline(arch, config.parallel.pp, config.parallel.vpp)
-    check_megatron(config.megatron)
+    check_head(config.ops.backend, arch, config.parallel.tp)
     check_layers(config.model, arch, config.parallel.tp, config.parallel.cp)
+    check_megatron(config, arch)
     check_optimizer(config.optimizer)
     if config.critic:
         check_optimizer(config.critic.optimizer, "critic.optimizer")
@@ -118,6 +119,7 @@ def check_critic(inputs: Inputs) -> None:
             )
         check_layout(arch, config.parallel.tp)
         check_pipeline(arch, config.parallel.pp, config.parallel.vpp)
+        check_megatron(config, arch)
         check_model(critic.path, arch)
 
 

@@ -12,9 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from flowrl_mega.config import ConfigError, ModelSettings
+from flowrl_mega.config import ConfigError, ModelSettings, ParallelSettings
 from flowrl_mega.model.precision import layer_fields
-from flowrl_mega.parallel.layout import Layout
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -107,43 +106,64 @@ def _refuse_unsupported(hf: Any, file: Path) -> None:
             raise ConfigError(f"{file}: {name} = {value!r} is not supported; {fix} is")
 
 
-def transformer_config(arch: Architecture, model: ModelSettings, extra: dict[str, Any], layout: Layout) -> Any:
-    """Megatron's configuration of this model in this layout."""
+def trainer_fields(arch: Architecture, model: ModelSettings, parallel: ParallelSettings) -> dict[str, dict[str, Any]]:
+    """The TransformerConfig arguments that the trainer sets, under the settings that they follow from ("": under none,
+    the trainer needs these values)."""
     dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
-    values: dict[str, Any] = dict(
-        num_layers=arch.layers,
-        hidden_size=arch.hidden,
-        num_attention_heads=arch.heads,
-        num_query_groups=arch.kv_heads,
-        kv_channels=arch.head_dim,
-        ffn_hidden_size=arch.ffn,
-        normalization="RMSNorm",
-        layernorm_epsilon=arch.norm_eps,
-        init_method_std=arch.init_std,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        add_qkv_bias=arch.qkv_bias,
-        qk_layernorm=arch.qk_norm,
-        attention_dropout=0.0,  # dropout would make the scored policy another one than the sampled
-        hidden_dropout=0.0,
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-        context_parallel_size=layout.cp,
-        variable_seq_lengths=layout.pp > 1,  # packed micro-batches have unlike numbers of rows
-        # Interleaved stages of two ranks send both ways at once to one peer: only single sends keep these apart.
-        overlap_p2p_comm=layout.vpp > 1,
-        batch_p2p_comm=layout.vpp == 1,
-        moe_token_dispatcher_type="alltoall",  # Megatron asks for it with variable lengths, also of dense models
-        sequence_parallel=layout.sequence_parallel,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=model.dtype == "bf16",
-        calculate_per_token_loss=True,  # the normaliser is ours: the number of sequences in the update
-        **layer_fields(model),
-    )
+    return {
+        "model.path": dict(
+            num_layers=arch.layers,
+            hidden_size=arch.hidden,
+            num_attention_heads=arch.heads,
+            num_query_groups=arch.kv_heads,
+            kv_channels=arch.head_dim,
+            ffn_hidden_size=arch.ffn,
+            normalization="RMSNorm",
+            layernorm_epsilon=arch.norm_eps,
+            init_method_std=arch.init_std,
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            add_bias_linear=False,
+            add_qkv_bias=arch.qkv_bias,
+            qk_layernorm=arch.qk_norm,
+        ),
+        "model.dtype": dict(params_dtype=dtype, pipeline_dtype=dtype, bf16=model.dtype == "bf16"),
+        "model.spec and model.fp8": layer_fields(model),
+        "parallel.tp": dict(tensor_model_parallel_size=parallel.tp),
+        "parallel.sequence_parallel": dict(sequence_parallel=parallel.sequence_parallel),
+        "parallel.pp": dict(
+            pipeline_model_parallel_size=parallel.pp,
+            variable_seq_lengths=parallel.pp > 1,  # packed micro-batches have unlike numbers of rows
+        ),
+        "parallel.vpp": dict(
+            virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+            # Interleaved stages of two ranks send both ways at once to one peer: only single sends keep these apart.
+            overlap_p2p_comm=parallel.vpp > 1,
+            batch_p2p_comm=parallel.vpp == 1,
+        ),
+        "parallel.cp": dict(context_parallel_size=parallel.cp),
+        "": dict(
+            attention_dropout=0.0,  # dropout would make the scored policy another one than the sampled
+            hidden_dropout=0.0,
+            moe_token_dispatcher_type="alltoall",  # Megatron asks for it with variable lengths, also of dense models
+            calculate_per_token_loss=True,  # the normaliser is ours: the number of sequences in the update
+        ),
+    }
+
+
+def transformer_config(
+    arch: Architecture, model: ModelSettings, parallel: ParallelSettings, extra: dict[str, Any]
+) -> TransformerConfig:
+    """Megatron's configuration of this model in this layout, with the settings of the section `megatron` (`extra`).
+
+    ConfigError where Megatron refuses them.
+    """
+    values = {
+        name: value for fields in trainer_fields(arch, model, parallel).values() for name, value in fields.items()
+    }
     try:
         return TransformerConfig(**{**values, **extra})
     except (ValueError, TypeError, AssertionError) as error:
-        raise ConfigError(f"megatron = {extra!r}: refused by TransformerConfig: {error}") from None
+        raise ConfigError(
+            f"megatron = {extra!r}: refused by TransformerConfig: {' '.join(str(error).split())}"
+        ) from None

@@ -3,12 +3,16 @@ starts. Every refusal is a ConfigError that names the setting, its value and the
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_type_hints
 
+import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from pydantic import TypeAdapter, ValidationError
 
-from flowrl_mega.config import ConfigError, Fp8Recipe, ModelSettings
-from flowrl_mega.model.architecture import Architecture
+from flowrl_mega.config import Config, ConfigError, Fp8Recipe, ModelSettings, ParallelSettings
+from flowrl_mega.model.architecture import Architecture, trainer_fields, transformer_config
 from flowrl_mega.model.precision import ALIGNMENT, first_last_bf16, layer_spec
 from flowrl_mega.parallel import backends
 from flowrl_mega.settings import nearest
@@ -43,25 +47,94 @@ def check_pipeline(arch: Architecture, pp: int, vpp: int) -> None:
     )
 
 
-OWN_FIELDS = {
-    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
-    "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
-    "context_parallel_size", "variable_seq_lengths", "sequence_parallel", "normalization", "layernorm_epsilon",
-    "calculate_per_token_loss",
-}  # fmt: skip
-FP8_FIELDS = {"fp8", "fp8_recipe", "fp8_param", "first_last_layers_bf16", "disable_parameter_transpose_cache"}
+class Passed(NamedTuple):
+    """When Megatron reads a setting that the trainer passes on to it: the condition in words, and as a function of
+    the section `megatron` and the layout."""
+
+    needs: str
+    is_read: Callable[[dict[str, Any], ParallelSettings], bool]
 
 
-def check_megatron(settings: dict[str, Any]) -> None:
-    """Refuse `megatron.*` names that TransformerConfig lacks, or that other settings rule."""
-    fields = list(TransformerConfig.__dataclass_fields__)
-    for name, value in settings.items():
-        if name not in fields:
-            raise ConfigError(f"megatron.{name}: not a field of TransformerConfig; {nearest(name, fields)}")
-        if name in OWN_FIELDS:
-            raise ConfigError(f"megatron.{name} = {value!r}: follows from model.path and parallel.*; leave it out")
-        if name in FP8_FIELDS:
-            raise ConfigError(f"megatron.{name} = {value!r}: follows from model.spec and model.fp8; leave it out")
+_FULL = Passed("megatron.recompute_granularity=full", lambda given, _: given.get("recompute_granularity") == "full")
+_STAGES = Passed("parallel.pp of at least 2", lambda _, parallel: parallel.pp > 1)
+# The settings of TransformerConfig that the trainer passes on. All others change nothing here, or make another model
+# of it, which neither its weights nor the rollout engine would follow: refused.
+PASSED_ON = {
+    "recompute_granularity": Passed("", lambda *_: True),
+    "recompute_method": _FULL,
+    "recompute_num_layers": _FULL,
+    "recompute_modules": Passed(
+        "megatron.recompute_granularity=selective", lambda given, _: given.get("recompute_granularity") == "selective"
+    ),
+    "distribute_saved_activations": Passed(
+        "megatron.recompute_granularity=full and parallel.tp of at least 2",
+        lambda given, parallel: _FULL.is_read(given, parallel) and parallel.tp > 1,
+    ),
+    "num_layers_in_first_pipeline_stage": _STAGES,
+    "num_layers_in_last_pipeline_stage": _STAGES,
+    "deallocate_pipeline_outputs": _STAGES,
+}
+RECOMPUTE_MODULES = ("core_attn", "mlp")  # norms lie inside linear layers or are recomputed by TE only; no MoE here
+
+
+def check_megatron(config: Config, arch: Architecture) -> None:
+    """Refuse `megatron.*` that TransformerConfig lacks or refuses, that the trainer sets itself, or that would do
+    nothing, before any rank starts."""
+    given = config.megatron
+    for name, value in given.items():
+        _check_passed_on(name, value, config, arch)
+    modules = given.get("recompute_modules") or ()
+    if unknown := [module for module in modules if module not in RECOMPUTE_MODULES]:
+        raise ConfigError(
+            f"megatron.recompute_modules = {modules!r}: {unknown[0]!r} is nothing that these models can recompute; "
+            f"take some of {', '.join(RECOMPUTE_MODULES)}"
+        )
+    if (layers := given.get("recompute_num_layers")) is not None and layers < 1:
+        raise ConfigError(f"megatron.recompute_num_layers = {layers}: must be 1 or more")
+    for end in ("first", "last"):
+        name = f"num_layers_in_{end}_pipeline_stage"
+        if (given.get(name) or 0) > arch.layers:  # Megatron would give the other stages a negative number
+            raise ConfigError(f"megatron.{name} = {given[name]}: the model has {arch.layers} layers; take fewer")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the ranks show them
+        transformer_config(arch, config.model, config.parallel, given)
+
+
+def _check_passed_on(name: str, value: Any, config: Config, arch: Architecture) -> None:
+    types, said = get_type_hints(TransformerConfig), f"megatron.{name} = {value!r}"
+    if name not in types:
+        raise ConfigError(f"megatron.{name}: not a field of TransformerConfig; {nearest(name, list(types))}")
+    for origin, fields in trainer_fields(arch, config.model, config.parallel).items():
+        if name in fields:
+            fix = f"follows from {origin}; set that instead" if origin else f"must be {fields[name]!r}; leave it out"
+            raise ConfigError(f"{said}: {fix}")
+    if name not in PASSED_ON:
+        raise ConfigError(
+            f"{said}: changes nothing here, or makes another model of it, so the trainer does not pass it on; leave it "
+            f"out. These are passed on: {', '.join(PASSED_ON)}"
+        )
+    try:
+        TypeAdapter(types[name]).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise ConfigError(f"{said}: {error.errors()[0]['msg']}") from None
+    if value is not None and not PASSED_ON[name].is_read(config.megatron, config.parallel):
+        raise ConfigError(f"{said}: is read only with {PASSED_ON[name].needs}; set that, or leave this out")
+
+
+def check_head(backend: str, arch: Architecture, tp: int) -> None:
+    """Refuse kernels for log-probs that cannot share out this model's vocabulary, before any rank starts."""
+    if backend != "liger" or tp == 1:
+        return
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"ops.backend = liger: with parallel.tp = {tp} Liger-Kernel takes CUDA tensors only, and there is no GPU; "
+            "set ops.backend=auto, or parallel.tp=1"
+        )
+    if arch.vocab % tp:
+        raise ConfigError(
+            f"ops.backend = liger: parallel.tp = {tp} does not divide the model's vocabulary of {arch.vocab}, and "
+            "Liger-Kernel pads none; set ops.backend=auto, or take another tp"
+        )
 
 
 def check_layers(model: ModelSettings, arch: Architecture, tp: int, cp: int = 1) -> None:

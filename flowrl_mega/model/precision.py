@@ -58,10 +58,10 @@ def layer_fields(model: ModelSettings) -> dict[str, Any]:
         # updates, where Megatron's schedule does not announce a first micro-batch: that would be with stale weights.
         disable_parameter_transpose_cache=te,
     )
-    if model.fp8 != "off":
-        fields |= RECIPES[model.fp8]
-        fields |= dict(fp8_recipe=model.fp8, first_last_layers_bf16=first_last_bf16(model), fp8_param=model.fp8_params)
-    return fields
+    if model.fp8 == "off":
+        return fields | dict(fp8=None, fp8_recipe="delayed", first_last_layers_bf16=False, fp8_param=False)
+    fields |= dict(fp8_recipe=model.fp8, first_last_layers_bf16=first_last_bf16(model), fp8_param=model.fp8_params)
+    return fields | RECIPES[model.fp8]
 
 
 def reference_settings(model: ModelSettings) -> ModelSettings:

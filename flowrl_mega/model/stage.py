@@ -42,7 +42,7 @@ class Stage(MegatronModule):
     lm_head = True  # whether the last stage has one
 
     def __init__(self, arch: Architecture, config: Config, layout: Layout, vp_stage: int) -> None:
-        transformer = transformer_config(arch, config.model, config.megatron, layout)
+        transformer = transformer_config(arch, config.model, config.parallel, config.megatron)
         super().__init__(transformer)
         self.arch, self.layout = arch, layout
         self.pre_process = layout.pp_rank == 0 and vp_stage == 0

@@ -85,7 +85,7 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
         ["rollout.api_key_file = 'no.key'", "no such file"],
     ),
     "no such transfer": (["--rollout.sync.transfer=ftp"], ["rollout.sync.transfer = 'ftp'", "'disk', 'tensor'"]),
-    "no such kernels": (["--ops.backend=triton"], ["ops.backend = 'triton'", "'native'", "'torch'"]),
+    "no such kernels": (["--ops.backend=triton"], ["ops.backend = 'triton'", "'torch' or 'liger'"]),
     "no such choice": (["--model.dtype=fp16"], ["model.dtype = 'fp16'", "'fp32' or 'bf16'"]),
     "no such recipe": (["--model.fp8=mxfp8"], ["model.fp8 = 'mxfp8'", "'tensorwise'", "'blockwise'"]),
     "FP8 beside fp32": (["--model.fp8=tensorwise"], ["model.fp8 = tensorwise", "bf16 weights", "model.dtype=bf16"]),
@@ -162,7 +162,7 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
         ["--megatron.recompute_granularty=full"],
         ["megatron.recompute_granularty", "did you mean 'recompute_granularity'?"],
     ),
-    "FP8's, not Megatron's": (["--megatron.fp8=hybrid"], ["megatron.fp8 = 'hybrid'", "model.fp8", "leave it out"]),
+    "FP8's, not Megatron's": (["--megatron.fp8=hybrid"], ["megatron.fp8 = 'hybrid'", "from model.spec and model.fp8"]),
     "ppo without critic": (
         ["--objective={name: ppo}"],
         ["critic = None", "objective ppo", "critic={}", "critic={trunk: shared}", "reinforce_pp"],
@@ -200,7 +200,14 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
     "tokens' weights": (["--objective={name: flowrl, tis: token}"], ["objective.tis = 'token'", "'sum' or 'mean'"]),
     "weights in FP8": (["--model.fp8_params=true"], ["model.fp8_params = True", "optimizer.distributed=true"]),
     "Megatron's name for it": (["--megatron.fp8_param=true"], ["megatron.fp8_param = True", "model.fp8"]),
-    "ours, not Megatron's": (["--megatron.hidden_size=8"], ["megatron.hidden_size = 8", "model.path", "leave it out"]),
+    "ours, not Megatron's": (["--megatron.hidden_size=8"], ["megatron.hidden_size = 8", "follows from model.path"]),
+    "dropout": (["--megatron.hidden_dropout=0.1"], ["megatron.hidden_dropout = 0.1", "must be 0.0", "leave it out"]),
+    "experts": (["--megatron.num_moe_experts=4"], ["num_moe_experts = 4", "another model", "recompute_method"]),
+    "no method": (["--megatron.recompute_granularity=full"], ["refused by TransformerConfig", "recompute_method"]),
+    "method of nothing": (
+        ["--megatron.recompute_method=uniform"],
+        ["megatron.recompute_method = 'uniform'", "only with megatron.recompute_granularity=full"],
+    ),
     "cut distribution": (
         ["--rollout.top_p=0.9"],
         ["rollout.top_p = 0.9", "another distribution", "rollout.allow_truncated_sampling=true"],
@@ -253,6 +260,15 @@ def test_native_kernels_that_cannot_be_built(
     monkeypatch.setattr(build, "library", refuse)
     message = refused(capsys, tmp_path, str(write_config(tmp_path, model)), "--ops.backend=native")
     assert message == "flowrl-mega: ops.backend = native: no C++ compiler found\n"
+
+
+def test_liger_where_it_is_not_installed(
+    model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    message = refused(capsys, tmp_path, str(write_config(tmp_path, model)), "--ops.backend=liger")
+    assert message.startswith("flowrl-mega: ops.backend = liger: ") and "liger_kernel" in message
+    assert "pip install 'liger-kernel[cutedsl]" in message and message.endswith("or use ops.backend=auto\n")
 
 
 def test_yaml_says_off(model: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from on_liger import step_with_liger
 from on_ranks import step_by_updates
 
 SECTIONS = {
@@ -24,7 +25,20 @@ def test_native_and_torch_kernels_train_alike(kind, layout, tiny_model, ranks1, 
         pool.run(step_by_updates, model, steps=2, parallel=layout, ops={"backend": backend}, **SECTIONS)[0]
         for backend in ("native", "torch")
     )
-    assert len(native) == len(plain) == 4
-    for found, wanted in zip(native, plain, strict=True):
+    assert_alike(native, plain)
+
+
+@pytest.mark.ranks
+def test_liger_and_torch_train_alike(tiny_model, ranks1):
+    """Chosen by the settings, as anybody would. On several tensor-parallel ranks it needs GPUs."""
+    model = tiny_model("llama", vocab=14)
+    (liger,) = ranks1.run(step_with_liger, model, steps=2, **SECTIONS)
+    (plain,) = ranks1.run(step_by_updates, model, steps=2, ops={"backend": "torch"}, **SECTIONS)
+    assert_alike(liger, plain)
+
+
+def assert_alike(updates, others):
+    assert len(updates) == len(others) == 4
+    for found, wanted in zip(updates, others, strict=True):
         for name in ("loss/policy", "policy/grad_norm", "loss/log_z", "policy/entropy", "policy/mean_logp"):
             assert found[name] == pytest.approx(wanted[name], rel=1e-5), name

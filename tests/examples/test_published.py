@@ -46,7 +46,7 @@ def test_the_layout_divides_the_model_and_the_machines(name: str, tmp_path: Path
     arch = read_architecture(tmp_path)
     check_layout(arch, config.parallel.tp)
     check_pipeline(arch, config.parallel.pp, config.parallel.vpp)
-    check_megatron(config.megatron)
+    check_megatron(config, arch)
     check_sequences(config, gpus // config.parallel.model_ranks)
     server = config.rollout.server_args.get("tp_size", 1)
     assert config.rollout.servers * server == 8, "all GPUs of the first node"

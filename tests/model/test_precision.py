@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from flowrl_mega.config import ConfigError, ModelSettings
+from flowrl_mega.config import ConfigError, ModelSettings, ParallelSettings
 from flowrl_mega.model import precision
 from flowrl_mega.model.architecture import Architecture, transformer_config
 from flowrl_mega.model.checks import check_layers
@@ -61,14 +61,9 @@ def test_auto_without_it_says_why(nothing: None) -> None:
     assert precision.layer_spec(settings(dtype="bf16")) == ("local", ABSENT.why)
 
 
-class OneRank:
-    tp = pp = vpp = cp = 1
-    sequence_parallel = False
-
-
 def built(model: ModelSettings) -> Any:
     """Megatron's configuration, which checks the fields of a recipe itself; fused rotary positions need the library."""
-    return transformer_config(arch(), model, {"apply_rope_fusion": False}, OneRank())  # type: ignore[arg-type]
+    return transformer_config(arch(), model, ParallelSettings(), {"apply_rope_fusion": False})
 
 
 @pytest.mark.parametrize(

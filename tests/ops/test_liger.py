@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
+from on_liger import stand_in
 from oracle import IGNORED
 from test_lm_head import TOLERANCE, VOCAB, HeadResult, error, head_case, head_oracle, ours
-from torch import Tensor
 
 from flowrl_mega.ops import BuildError, Shard, describe, lm_head_logprob
 
 CPU = torch.device("cpu")
-
-
-class StandIn:
-    """Liger's function of one rank: per-token negative log-probs and entropy."""
-
-    @staticmethod
-    def apply(
-        hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, ignored: int, *rest: Any
-    ) -> tuple[Tensor, Tensor]:
-        logps = torch.log_softmax(hidden @ weight.t() / temperature, -1)
-        read = target != ignored
-        nll = torch.where(read, -logps.gather(1, target.clamp(0)[:, None])[:, 0], 0.0)
-        return nll, torch.where(read, -(logps.exp() * logps).sum(-1), 0.0)
 
 
 @pytest.fixture(params=["stand-in", "installed"])
@@ -35,11 +20,8 @@ def liger(request, monkeypatch):
     if request.param == "installed":
         pytest.importorskip("liger_kernel.ops", reason="Liger-Kernel is not installed (it needs Triton)")
         return
-    ops: Any = ModuleType("liger_kernel.ops")
-    ops.LigerFusedLinearScaledCrossEntropyFunction = StandIn
-    ops.LigerFusedLinearScaledCrossEntropyTPFunction = None
-    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
-    monkeypatch.setitem(sys.modules, "liger_kernel.ops", ops)
+    for name, module in stand_in().items():
+        monkeypatch.setitem(sys.modules, name, module)
 
 
 def test_where_it_is_not_installed(monkeypatch):
