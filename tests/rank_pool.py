@@ -69,11 +69,18 @@ class RankPool:
         if not self.ranks:
             self._start()
             timeout += 60  # the first call imports torch and megatron
+        try:
+            return self._run(function, args, kwargs, timeout)
+        except BaseException:  # also a time-out of pytest's: what the ranks are at is no answer to the next call
+            self.close()
+            raise
+
+    def _run(self, function: Callable[..., Any], args: Any, kwargs: dict[str, Any], timeout: float) -> list[Any]:
         for rank, pipe in enumerate(self.pipes):
             try:
                 _send(pipe, (function, args, kwargs))
-            except OSError:
-                self._fail(f"rank {rank} died before the call")
+            except OSError as error:
+                raise RankFailed(f"rank {rank} died before the call") from error
         results: dict[int, Any] = {}
         end = time.monotonic() + timeout
         while len(results) < self.world:
@@ -81,15 +88,15 @@ class RankPool:
             ready = wait(waiting, timeout=max(0.0, end - time.monotonic()))
             if not ready:
                 missing = [rank for rank in range(self.world) if rank not in results]
-                self._fail(f"ranks {missing} did not answer within {timeout:g} s")
+                raise RankFailed(f"ranks {missing} did not answer within {timeout:g} s")
             for pipe in ready:
                 rank = self.pipes.index(pipe)  # type: ignore[arg-type]
                 try:
                     status, value = _receive(self.pipes[rank])
-                except (EOFError, OSError):
-                    self._fail(f"rank {rank} died")
+                except (EOFError, OSError) as error:
+                    raise RankFailed(f"rank {rank} died") from error
                 if status == "failed":
-                    self._fail(f"rank {rank} failed:\n{value}")
+                    raise RankFailed(f"rank {rank} failed:\n{value}")
                 results[rank] = value
         return [results[rank] for rank in range(self.world)]
 
@@ -109,10 +116,6 @@ class RankPool:
             theirs.close()
             self.ranks.append(process)
             self.pipes.append(ours)
-
-    def _fail(self, message: str) -> None:
-        self.close()
-        raise RankFailed(message)
 
     def close(self) -> None:
         """End all ranks."""

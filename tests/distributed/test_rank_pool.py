@@ -6,6 +6,7 @@ import os
 import time
 
 import pytest
+import rank_pool
 from rank_pool import RankFailed, RankPool
 
 
@@ -33,6 +34,27 @@ def test_a_rank_that_fails_or_hangs_ends_all():
         with pytest.raises(RankFailed, match=r"ranks \[0, 1\] did not answer within 1 s"):
             pool.run(time.sleep, 300, timeout=1)
         assert not any(_runs(pid) for pid in second)
+    finally:
+        pool.close()
+
+
+@pytest.mark.ranks
+def test_an_interrupted_call_leaves_no_answers_for_the_next(monkeypatch):
+    """pytest's own time-out raises in the middle of a call; the test after it got that call's answers."""
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise TimeoutError
+
+    pool = RankPool(1)
+    try:
+        (first,) = pool.run(os.getpid)
+        monkeypatch.setattr(rank_pool, "wait", interrupted)
+        with pytest.raises(TimeoutError):
+            pool.run(time.sleep, 300)
+        monkeypatch.undo()
+        assert not _runs(first)
+        (second,) = pool.run(os.getpid)
+        assert second not in (None, first)
     finally:
         pool.close()
 

@@ -67,6 +67,8 @@ class StandIn:
         self.workers: list[str] | None = None  # of a router
         self.under_way = Counter[str]()
         self.most_at_once = 0
+        self.hold_at: int | None = None  # the token before which every answer waits, while this is set
+        self.held = 0  # answers that have come so far
         self.thread = LoopThread()
         self._forget()
         self.start()
@@ -259,7 +261,8 @@ class StandIn:
         for place in range(len(tokens)):
             if self.token_s:
                 await asyncio.sleep(self.token_s)
-            while self.paused:
+            self.held += place == self.hold_at
+            while self.paused or place == self.hold_at:
                 await asyncio.sleep(0.002)
             if not spans or spans[-1]["version"] != self.version:
                 spans.append({"version": self.version, "start": place, "end": place})

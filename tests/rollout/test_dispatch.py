@@ -189,26 +189,31 @@ def test_no_answer_at_all_ends_the_job(stand_in, drive):
 
 def test_new_weights_in_the_middle_of_an_answer(stand_in, drive):
     """Each token has the version that made it; what came before the update is not thrown away."""
-    server = stand_in(token_s=0.02)
+    server = stand_in()
     driver = drive([server])
+    server.hold_at = 5
     job = Job([Request([2, 3], 2, 60)])
     driver.loop.call(driver.dispatcher.add(job, Sampling(60), 1))
-    while not server.asked("/generate"):
+    while server.held < 2:
         time.sleep(0.01)
-    time.sleep(0.2)
     driver.push(version=1)
+    server.hold_at = None
     for rollout in driver.finish(job)[0]:
-        assert [version for version, _ in rollout.versions] == [0, 1]
-        assert sum(length for _, length in rollout.versions) == len(rollout.response) == 60
+        assert list(rollout.versions) == [(0, 5), (1, 55)]
+        assert len(rollout.response) == 60
     assert driver.counts == {}
 
 
 def test_held_prompts_wait(stand_in, drive):
     """Where answers under way are waited for before an update, new ones must not begin."""
-    server = stand_in(token_s=0.005)
+    server = stand_in()
     driver = drive([server], concurrency=4)
+    server.paused = True
     job = driver.start()
+    while len(server.asked("/generate")) < 4:
+        time.sleep(0.01)
     driver.loop.call(driver.dispatcher.set_hold(True))
+    server.paused = False
     driver.until(driver.dispatcher.is_idle)
     assert 0 < job.left < len(REQUESTS)
     assert len(server.asked("/generate")) == 4
