@@ -23,10 +23,10 @@ with locked(Path(sys.argv[1])):
 
 
 def is_held(path: Path) -> bool:
-    """Asked of the kernel, not of our own code."""
+    """Whether somebody holds it alone: asked of the kernel, not of our own code."""
     with path.open() as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
     return False

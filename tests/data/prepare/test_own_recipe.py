@@ -50,7 +50,7 @@ def test_a_store_from_a_recipe_in_a_file(
     folder: Path, model_folder: Path, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What it refuses, and records on which it fails, are counted and listed like those of other recipes."""
-    good = {"riddle": "How many is half of four?", "solution": ["2"], "solved_by": 9}
+    good = {"riddle": "How many is half of four?", "solution": ["2.0"], "solved_by": 9}
     unsolved, odd = good | {"riddle": "Why?", "solved_by": 0}, {"solved_by": 1, "riddle": "How?"}
     assert prepared(folder, model_folder, "riddles", good, unsolved, odd) == 0
     assert "1 of 3 rows kept" in capsys.readouterr().out
