@@ -26,7 +26,7 @@ LEVELS = (
     {"parallel", "ops"},
     {"faults"},
     {"config_file"},
-    {"config_moves", "config_rules", "imports", "file_lock"},
+    {"config_moves", "config_rules", "imports", "file_lock", "metrics"},
     {"config"},
     {"settings"},
 )
