@@ -33,7 +33,7 @@ from flowrl_mega.checkpoint.stream import Chunk, Reader
 from flowrl_mega.config import ConfigError
 from flowrl_mega.model.architecture import Architecture, read_architecture
 from flowrl_mega.model.hf_folder import INDEX, SINGLE, HfFolder, ToWrite, side_files, write_safetensors
-from flowrl_mega.model.names import Place, joined_shape, kind_of, places, to_whole
+from flowrl_mega.model.names import CheckpointSlot, checkpoint_slots, joined_shape, kind_of, to_whole
 from flowrl_mega.parallel.layout import raise_on_all_ranks, rank, world
 
 LOG_Z = "log_z"  # a folder of its own: inference servers load every *.safetensors that lies beside config.json
@@ -83,8 +83,8 @@ def megatron_to_hf(ckpt: Path, out: Path, show: bool = True) -> None:
 
 
 def _objects(arch: Architecture) -> dict[str, Any]:
-    """What a load asks for besides tensors: the common state and, of each module that has one under some layer spec or
-    version of Transformer Engine, an extra state (FP8's scales). All empty."""
+    """Objects that a load asks for besides tensors, all empty: the common state, and an extra state (FP8's scales) for
+    each module that has one under some layer spec or version of Transformer Engine."""
     modules = ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"]
     modules += ["self_attention.core_attention"]
     modules += ["self_attention.q_layernorm", "self_attention.k_layernorm"] if arch.qk_norm else []
@@ -100,37 +100,42 @@ def _objects(arch: Architecture) -> dict[str, Any]:
 def _model_chunks(folder: HfFolder, arch: Architecture, dtype: torch.dtype | None) -> Iterator[Chunk]:
     """Every tensor of the model as Megatron lays it out, in the order of the files."""
     first_of_key: dict[str, torch.dtype] = {}
-    for place in places(arch):
-        for name in place.hf:
+    for slot in checkpoint_slots(arch):
+        for name in slot.hf:
             found = dtype or folder.tensors[name].dtype
-            if first_of_key.setdefault(place.key, found) != found:
+            if first_of_key.setdefault(slot.key, found) != found:
                 raise ConfigError(
                     f"{folder.tensors[name].file}: {name!r} is of another type than its like in other layers; "
                     "make them one with --dtype"
                 )
-        stored_as = first_of_key[place.key]
-        if kind_of(place.name) == "gate_up":  # two rectangles of one tensor need not be joined
-            for half, name in enumerate(place.hf):
-                yield _chunk(place, arch, folder, (name,), half, stored_as)
+        stored_as = first_of_key[slot.key]
+        if kind_of(slot.name) == "gate_up":  # two rectangles of one tensor need not be joined
+            for half, name in enumerate(slot.hf):
+                yield _chunk(slot, arch, folder, (name,), half, stored_as)
         else:
-            yield _chunk(place, arch, folder, place.hf, None, stored_as)
+            yield _chunk(slot, arch, folder, slot.hf, None, stored_as)
 
 
 def _chunk(
-    place: Place, arch: Architecture, folder: HfFolder, names: tuple[str, ...], half: int | None, dtype: torch.dtype
+    slot: CheckpointSlot,
+    arch: Architecture,
+    folder: HfFolder,
+    names: tuple[str, ...],
+    half: int | None,
+    dtype: torch.dtype,
 ) -> Chunk:
     shape = joined_shape([folder.tensors[name].shape for name in names])
     offset, total = (0,) * len(shape), shape
     if half is not None:
         offset, total = (half * shape[0], *offset[1:]), (2 * shape[0], *shape[1:])
-    if place.layer is not None:
-        offset, shape, total = (place.layer, *offset), (1, *shape), (arch.layers, *total)
+    if slot.layer is not None:
+        offset, shape, total = (slot.layer, *offset), (1, *shape), (arch.layers, *total)
 
     def read() -> Tensor:
         parts = [folder.read(name).to(dtype) for name in names]
-        return parts[0] if half is not None else to_whole(place.name, parts, arch)
+        return parts[0] if half is not None else to_whole(slot.name, parts, arch)
 
-    return Chunk(place.key, offset, shape, total, dtype, read)
+    return Chunk(slot.key, offset, shape, total, dtype, read)
 
 
 def _log_z_chunks(hf: Path) -> list[Chunk]:
@@ -145,17 +150,17 @@ def _log_z_chunks(hf: Path) -> list[Chunk]:
 
 
 def _kind(keys: Sequence[str]) -> str | None:
-    """Which partition function these tensors are of."""
+    """The kind of the partition function that has these tensors; None without any."""
     if not keys:
         return None
     return "constant" if keys == ["partition.value"] else "mlp"
 
 
 def _files(ckpt: Path, tensors: MegatronTensors) -> dict[str, list[str]]:
-    """Which tensors each file shall hold: as the original had them, or else files of at most 5 GB."""
-    names = [name for name in tensors.places if not (tensors.arch.tied and name == HEAD)]
+    """The names of the tensors that go into each file: as the original had them, or else files of at most 5 GB."""
+    names = [name for name in tensors.slots if not (tensors.arch.tied and name == HEAD)]
     if (ckpt / WEIGHT_MAP).is_file():
-        file_of = _stored_map(ckpt / WEIGHT_MAP, set(names), set(tensors.places))
+        file_of = _stored_map(ckpt / WEIGHT_MAP, set(names), set(tensors.slots))
     else:
         shapes = {name: tensors.to_write(name) for name in names}
         size = lambda tensor: tensors.bytes(tensor.name)  # noqa: E731
@@ -164,7 +169,7 @@ def _files(ckpt: Path, tensors: MegatronTensors) -> dict[str, list[str]]:
         )
         file_of = {name: file for file, held in split.filename_to_tensors.items() for name in held}
     files: dict[str, list[str]] = {}
-    for name in tensors.places:  # in Megatron's order, so that q, k and v come one after another
+    for name in tensors.slots:  # in Megatron's order, so that q, k and v come one after another
         if name in file_of:
             files.setdefault(file_of[name], []).append(name)
     return files

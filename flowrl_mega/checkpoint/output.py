@@ -20,17 +20,17 @@ def check_target(out: Path, needed: int) -> None:
     with _disk(out):
         if out.exists() or out.is_symlink():
             raise ConfigError(f"--out = {str(out)!r}: exists already; remove it or choose another")
-        place = out.absolute().parent
-        while not (place.exists() or place.is_symlink()):
-            place = place.parent
-        if not place.is_dir() or out.name == "..":
-            raise ConfigError(f"--out = {str(out)!r}: {place} is no folder; choose another")
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise ConfigError(f"--out = {str(out)!r}: {place} cannot be written to; choose another")
-        free = shutil.disk_usage(place).free
+        folder = out.absolute().parent
+        while not (folder.exists() or folder.is_symlink()):
+            folder = folder.parent
+        if not folder.is_dir() or out.name == "..":
+            raise ConfigError(f"--out = {str(out)!r}: {folder} is no folder; choose another")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ConfigError(f"--out = {str(out)!r}: {folder} cannot be written to; choose another")
+        free = shutil.disk_usage(folder).free
         if free < needed:
             raise ConfigError(
-                f"--out = {str(out)!r}: needs {needed / 1e9:.2f} GB, and {place} has {free / 1e9:.2f} GB left; "
+                f"--out = {str(out)!r}: needs {needed / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB left; "
                 "free some or choose another disk"
             )
 

@@ -14,7 +14,7 @@ from flowrl_mega.checkpoint.stream import Reader
 from flowrl_mega.config import ConfigError
 from flowrl_mega.model.architecture import Architecture, read_architecture
 from flowrl_mega.model.hf_folder import CODES, HfFolder, ToWrite, side_files
-from flowrl_mega.model.names import Place, hf_shapes, joined_shape, kind_of, places, to_named
+from flowrl_mega.model.names import CheckpointSlot, checkpoint_slots, hf_shapes, joined_shape, kind_of, to_named
 
 WEIGHT_MAP = "hf_weight_map.json"  # which file of the Hugging Face folder holds which tensor
 MOST_PADDING = 128 * 64  # rows of the vocabulary: Megatron fills it up to a multiple of 128 tp
@@ -22,7 +22,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def checkpoint_architecture(ckpt: Path) -> Architecture:
-    """What the config.json in a Megatron checkpoint says; refuses a folder that is no checkpoint, or has none."""
+    """The architecture in a Megatron checkpoint's config.json; refuses a folder that is no checkpoint, or has none."""
     fixes = {".metadata": "give a checkpoint that hf2mcore or the trainer made", "config.json": "put the model's there"}
     for file, fix in fixes.items():
         if not (ckpt / file).is_file():
@@ -36,37 +36,37 @@ class MegatronTensors:
     def __init__(self, ckpt: Path, arch: Architecture) -> None:
         self.arch, self.reader = arch, Reader(ckpt)
         self.shapes = hf_shapes(arch)
-        self.places = {name: place for place in places(arch) for name in place.hf}
+        self.slots = {name: slot for slot in checkpoint_slots(arch) for name in slot.hf}
         if arch.tied:
-            self.places[HEAD], self.shapes[HEAD] = self.places[EMBEDDING], self.shapes[EMBEDDING]
-        self._last: tuple[Place, list[Tensor]] | None = None  # q, k and v come from one read
+            self.slots[HEAD], self.shapes[HEAD] = self.slots[EMBEDDING], self.shapes[EMBEDDING]
+        self._last: tuple[CheckpointSlot, list[Tensor]] | None = None  # q, k and v come from one read
         self._check()
 
     def _check(self) -> None:
         folder, found = self.reader.folder, self.reader.shapes
         fix = f"{folder / 'config.json'} is of another model, put the right one there"
-        for place in dict.fromkeys(self.places.values()):
-            if place.key not in found:
-                raise ConfigError(f"{folder}: holds no tensor {place.key!r}; {fix}, or the checkpoint is no policy")
-            if (dtype := self.reader.dtypes[place.key]) not in CODES:
-                raise ConfigError(f"{folder}: {place.key!r} is of type {dtype}; save it as fp32, bf16 or fp16")
-            shape, wanted = found[place.key], self._total_shape(place)
-            padded = kind_of(place.name) == "vocab" and 0 < shape[0] - wanted[0] < MOST_PADDING
+        for slot in dict.fromkeys(self.slots.values()):
+            if slot.key not in found:
+                raise ConfigError(f"{folder}: holds no tensor {slot.key!r}; {fix}, or the checkpoint is no policy")
+            if (dtype := self.reader.dtypes[slot.key]) not in CODES:
+                raise ConfigError(f"{folder}: {slot.key!r} is of type {dtype}; save it as fp32, bf16 or fp16")
+            shape, wanted = found[slot.key], self._total_shape(slot)
+            padded = kind_of(slot.name) == "vocab" and 0 < shape[0] - wanted[0] < MOST_PADDING
             if shape != wanted and not (padded and shape[1:] == wanted[1:]):
-                raise ConfigError(f"{folder}: {place.key!r} has shape {shape} instead of {wanted}; {fix}")
-        known = {place.key for place in self.places.values()}
+                raise ConfigError(f"{folder}: {slot.key!r} has shape {shape} instead of {wanted}; {fix}")
+        known = {slot.key for slot in self.slots.values()}
         model = ("embedding.", "decoder.", "output_layer.")
         if unexpected := sorted(key for key in found if key.startswith(model) and key not in known):
             raise ConfigError(f"{folder}: unexpected tensor {unexpected[0]!r}; {fix}")
 
-    def _whole_shape(self, place: Place) -> tuple[int, ...]:
-        return joined_shape([self.shapes[name] for name in place.hf])
+    def _whole_shape(self, slot: CheckpointSlot) -> tuple[int, ...]:
+        return joined_shape([self.shapes[name] for name in slot.hf])
 
-    def _total_shape(self, place: Place) -> tuple[int, ...]:
-        return (*(() if place.layer is None else (self.arch.layers,)), *self._whole_shape(place))
+    def _total_shape(self, slot: CheckpointSlot) -> tuple[int, ...]:
+        return (*(() if slot.layer is None else (self.arch.layers,)), *self._whole_shape(slot))
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.reader.dtypes[self.places[name].key]
+        return self.reader.dtypes[self.slots[name].key]
 
     def bytes(self, name: str) -> int:
         return self.dtype(name).itemsize * torch.Size(self.shapes[name]).numel()
@@ -76,27 +76,27 @@ class MegatronTensors:
 
     def read(self, name: str, done: Any = lambda size: None) -> Tensor:
         """The tensor under its Hugging Face name."""
-        place = self.places[name]
+        slot = self.slots[name]
         done(self.bytes(name))
-        if kind_of(place.name) == "gate_up":  # each is a rectangle of its own
+        if kind_of(slot.name) == "gate_up":  # each is a rectangle of its own
             shape = self.shapes[name]
-            return self._rectangle(place, (place.hf.index(name) * shape[0], 0), shape)
-        if self._last is None or self._last[0] != place:
+            return self._rectangle(slot, (slot.hf.index(name) * shape[0], 0), shape)
+        if self._last is None or self._last[0] != slot:
             self._last = None  # let go of before the next is read
-            shape = self._whole_shape(place)
-            whole = self._rectangle(place, (0,) * len(shape), shape)
-            self._last = (place, to_named(place.name, whole, self.arch))
-        return self._last[1][place.hf.index(name) if name in place.hf else 0]
+            shape = self._whole_shape(slot)
+            whole = self._rectangle(slot, (0,) * len(shape), shape)
+            self._last = (slot, to_named(slot.name, whole, self.arch))
+        return self._last[1][slot.hf.index(name) if name in slot.hf else 0]
 
-    def _rectangle(self, place: Place, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """Of the whole tensor at `place`."""
-        if place.layer is None:
-            return self.reader.read(place.key, offset, shape)
-        return self.reader.read(place.key, (place.layer, *offset), (1, *shape))[0]
+    def _rectangle(self, slot: CheckpointSlot, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """The rectangle of this shape at `offset` of the `whole` tensor in `slot`."""
+        if slot.layer is None:
+            return self.reader.read(slot.key, offset, shape)
+        return self.reader.read(slot.key, (slot.layer, *offset), (1, *shape))[0]
 
 
 def read_side_files(model: str | Path) -> dict[str, bytes]:
-    """What goes with the weights of a model folder (or of a checkpoint), by file name: read once, as it may go away."""
+    """The files beside the weights of a model folder (or checkpoint), by name: read early, as they may go away."""
     path = Path(model)
     files = {file.name: file.read_bytes() for file in side_files(path)}
     if (path / WEIGHT_MAP).is_file():

@@ -46,7 +46,7 @@ class ByteProgress:
 
 @contextmanager
 def progress(label: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """What is to hear of every byte: rank 0's display, where one is wanted."""
+    """Callback that receives the number of bytes done; rank 0 displays them, where `show`."""
     if not show or rank():
         yield lambda size: None
         return

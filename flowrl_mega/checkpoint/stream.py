@@ -82,8 +82,8 @@ class _Planner(dcp.DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         items = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self.objects]
         for index, chunk in self.chunks.items():
-            place = ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.shape))
-            data = TensorWriteData(place, TensorProperties(chunk.dtype), torch.Size(chunk.total_shape))
+            rectangle = ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.shape))
+            data = TensorWriteData(rectangle, TensorProperties(chunk.dtype), torch.Size(chunk.total_shape))
             items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
         self.plan = SavePlan(items)
         return self.plan

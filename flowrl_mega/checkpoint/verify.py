@@ -62,7 +62,7 @@ def compare_tensors(hf: Path, ckpt: Path) -> tuple[int, Difference]:
     """
     found = MegatronTensors(ckpt, read_architecture(ckpt, "--ckpt"))
     folder = HfFolder(hf)
-    names = [name for name in found.places if name in folder.tensors]  # not a tied head that is stored once
+    names = [name for name in found.slots if name in folder.tensors]  # not a tied head that is stored once
     worst, share = Difference(0.0, ""), -(-len(names) // dist.get_world_size())
     for name in names[dist.get_rank() * share :][:share]:
         ours, theirs = found.read(name), folder.read(name).to(found.dtype(name))

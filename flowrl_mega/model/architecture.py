@@ -1,4 +1,4 @@
-"""What a Hugging Face config.json says of a model, checked, and as Megatron's TransformerConfig."""
+"""A model's architecture: read from a Hugging Face config.json and checked, and as Megatron's TransformerConfig."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ class ValueHead(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.zeros(1, hidden)), nn.Parameter(torch.zeros(1))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [...] fp32, also where the weights are bf16: values are regressed on, and bf16 is coarse."""
+        """Hidden states [..., H] -> values [...] fp32, also where the weights are bf16, which is too coarse to regress
+        on."""
         return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())[..., 0]
 
 
@@ -37,7 +38,7 @@ class CriticStage(Stage):
             self.value_head = ValueHead(arch.hidden).to(device=layout.device, dtype=self.config.params_dtype)
 
     def outputs(self, hidden: Tensor, head: Tensor | None, batch: PackedBatch, temperature: float) -> Tensor:
-        """[R] fp32: the row that predicts y_t has seen x and y_<t, no more."""
+        """Values V(x, y_<t) of the R response tokens, [R] fp32: the row that predicts y_t has seen x and y_<t alone."""
         assert self.value_head is not None
         rows = self.computed_by_all(hidden)[batch.response_rows]
         return whole_response(self.value_head(rows), batch, self.layout.cp_group)

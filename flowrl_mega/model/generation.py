@@ -30,7 +30,7 @@ class Sampling:
 
 @dataclass
 class Generated:
-    """Of N answers: `tokens` and `logp` are [N, max_tokens], valid up to `lengths` [N]; `stopped` [N] by a stop id."""
+    """N answers: `tokens` and `logp` [N, max_tokens], valid up to `lengths` [N]; `stopped` [N]: by a stop id."""
 
     tokens: Tensor
     logp: Tensor

@@ -70,7 +70,7 @@ def hf_names(name: str, arch: Architecture) -> tuple[str, ...]:
 
 
 def local_name(name: str) -> str:
-    """What Megatron's local layer spec calls the parameter `name`."""
+    """The name under Megatron's local layer spec of the parameter `name`."""
     layer = _LAYER.fullmatch(name)
     return f"decoder.layers.{layer[1]}.{_LOCAL[layer[2]]}" if layer and layer[2] in _LOCAL else name
 
@@ -81,8 +81,8 @@ def kind_of(name: str) -> Kind:
     return _KINDS.get(layer[2] if layer else name, "copy")
 
 
-class Place(NamedTuple):
-    """A Megatron parameter's place in a distributed checkpoint, where all layers lie in one tensor."""
+class CheckpointSlot(NamedTuple):
+    """Where a distributed checkpoint holds a Megatron parameter: all layers' lie in one tensor [layers, ...]."""
 
     key: str
     layer: int | None  # the index along that tensor's first axis; None outside the layers
@@ -90,16 +90,16 @@ class Place(NamedTuple):
     hf: tuple[str, ...]
 
 
-def places(arch: Architecture) -> Iterator[Place]:
+def checkpoint_slots(arch: Architecture) -> Iterator[CheckpointSlot]:
     """All parameters of the model, in the order in which files usually hold them."""
     head = [r for r in TOP if not (arch.tied and r.local == "output_layer.weight")]
-    yield Place(head[0].key, None, head[0].local, head[0].hf)
+    yield CheckpointSlot(head[0].key, None, head[0].local, head[0].hf)
     for layer in range(arch.layers):
         for row in LAYERS[arch.model_type]:
             name = f"decoder.layers.{layer}.{row.local}"
-            yield Place(f"decoder.layers.{row.key}", layer, name, hf_names(name, arch))
+            yield CheckpointSlot(f"decoder.layers.{row.key}", layer, name, hf_names(name, arch))
     for row in head[1:]:
-        yield Place(row.key, None, row.local, row.hf)
+        yield CheckpointSlot(row.key, None, row.local, row.hf)
 
 
 def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
@@ -121,17 +121,21 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
         "up_proj.weight": (arch.ffn, hidden),
         "down_proj.weight": (hidden, arch.ffn),
     }
-    names = [name for place in places(arch) for name in place.hf]
+    names = [name for slot in checkpoint_slots(arch) for name in slot.hf]
     return {name: sizes.get(".".join(name.split(".")[-2:]), (hidden,)) for name in names}
 
 
 def joined_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of what `to_whole` makes of tensors of these shapes."""
+    """The shape of the tensor that `to_whole` makes of tensors of these shapes, which differ along axis 0 only."""
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def to_whole(name: str, parts: list[Tensor], arch: Architecture) -> Tensor:
-    """The Megatron tensor of these Hugging Face tensors, given in the order of `hf_names`."""
+    """The `whole` Megatron tensor of these Hugging Face tensors, given in the order of `hf_names`.
+
+    q [heads * d, H], k and v [kv_heads * d, H] -> qkv [(heads + 2 * kv_heads) * d, H], each query group's q, k and v
+    side by side (biases alike, without H); gate and up [F, H] each -> fc1 [2 F, H]; a single tensor stays as it is.
+    """
     if kind_of(name) != "qkv":
         return torch.cat(parts) if len(parts) > 1 else parts[0]
     groups, tail = arch.kv_heads, parts[0].shape[1:]
@@ -139,7 +143,8 @@ def to_whole(name: str, parts: list[Tensor], arch: Architecture) -> Tensor:
 
 
 def to_named(name: str, whole: Tensor, arch: Architecture) -> list[Tensor]:
-    """The inverse of `to_whole`, without padded rows of the vocabulary."""
+    """The Hugging Face tensors of a `whole` one, in the order of `hf_names`: the inverse of `to_whole`. A vocabulary
+    [V', H] that is padded to V' rows comes back as [V, H]."""
     match kind_of(name):
         case "vocab":
             return [whole[: arch.vocab]]
@@ -154,7 +159,9 @@ def to_named(name: str, whole: Tensor, arch: Architecture) -> list[Tensor]:
 
 
 def to_shard(name: str, whole: Tensor, tp: int, rank: int) -> Tensor:
-    """The slice of `whole` that tensor-parallel rank `rank` of `tp` holds; the vocabulary is padded with zeros."""
+    """The shard of `whole` that tensor-parallel rank `rank` of `tp` holds: 1 / tp of axis 0 (vocab, qkv, and of each
+    half of gate_up) or of axis 1 (columns), or all of it (copy). The vocabulary is padded with rows of zeros first, to
+    a multiple of tp."""
     match kind_of(name):
         case "columns":
             return whole.chunk(tp, dim=1)[rank]
@@ -172,7 +179,8 @@ def to_shard(name: str, whole: Tensor, tp: int, rank: int) -> Tensor:
 
 
 def from_shards(name: str, shards: list[Tensor]) -> Tensor:
-    """The inverse of `to_shard`, but that padded vocabulary rows stay."""
+    """The `whole` tensor of all tensor-parallel ranks' shards, given by rank: the inverse of `to_shard`, except that
+    the vocabulary's padding stays."""
     kind = kind_of(name)
     if len(shards) == 1 or kind == "copy":
         return shards[0]

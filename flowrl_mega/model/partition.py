@@ -41,13 +41,13 @@ class PartitionMLP(nn.Module):
         return _in_fp32(self.layers[6:], hidden)[:, 0]
 
     def _mask(self, batch: PackedBatch, hidden: Tensor, block: int) -> Tensor:
-        """[B, H], 0 or 1 / (1 - dropout). Of a sequence's place in its step alone: the same on every rank that
-        computes it, in every layout, and after a resumption."""
+        """[B, H], 0 or 1 / (1 - dropout). Depends on a sequence's position in its step alone: the same on every
+        rank that computes it, in every layout, and after a resumption."""
         drawn = [
-            np.random.Generator(np.random.Philox(key=[self.seed, batch.step], counter=[0, block, place, 0])).random(
+            np.random.Generator(np.random.Philox(key=[self.seed, batch.step], counter=[0, block, position, 0])).random(
                 hidden.shape[1], dtype=np.float32
             )
-            for place in batch.index.tolist()
+            for position in batch.index.tolist()
         ]
         kept = torch.from_numpy(np.stack(drawn)).to(hidden.device) >= self.dropout
         return kept / (1 - self.dropout)

@@ -19,7 +19,8 @@ from flowrl_mega.parallel.packing import PackedBatch
 
 
 class PolicyOutput(NamedTuple):
-    """Of one packed batch of B sequences with R response tokens; sums over a response are the objective's affair."""
+    """What the policy computes of one packed batch of B sequences with R response tokens. Summing over a response is
+    left to the objective."""
 
     logp: Tensor  # [R] fp32: log pi(y_t | x, y_<t) at the rollout's temperature
     entropy: Tensor  # [R] fp32, no gradient

@@ -70,7 +70,7 @@ def reference_settings(model: ModelSettings) -> ModelSettings:
 
 
 def row_alignment(model: ModelSettings) -> int:
-    """What a rank's rows of a micro-batch are padded up to a multiple of, where policy or reference compute in FP8."""
+    """A rank's rows of a micro-batch are padded to a multiple of this: 16 where policy or reference compute in FP8."""
     return ALIGNMENT if model.fp8 != "off" or model.reference_fp8 != "off" else 1
 
 

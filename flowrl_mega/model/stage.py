@@ -105,13 +105,14 @@ class Stage(MegatronModule):
         return scale_grad(hidden, 1 / self.layout.tp) if self.layout.sequence_parallel else hidden
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Under the keys of a bare GPTModel, so that whatever reads its checkpoints reads a policy's."""
+        """Megatron's sharded tensors without the prefix "gpt.", so that checkpoints load as a stock GPTModel's."""
         state = super().sharded_state_dict(*args, **kwargs)
         apply_prefix_mapping(state, {"gpt.": ""})
         return state
 
     def shared_embedding_or_output_weight(self) -> Tensor:
-        """What first and last stage both hold of a tied model: Megatron adds up the two gradients."""
+        """The rank's shard [V', H] of a tied embedding, which first and last stage both hold: Megatron adds up the two
+        gradients."""
         return self.gpt.shared_embedding_or_output_weight()
 
     def set_input_tensor(self, input_tensor: Any) -> None:
@@ -128,7 +129,7 @@ class Headless(GPTModel):
             self.output_layer = None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """Past LanguageModule's own, which cares for the lm-head alone."""
+        """Skips LanguageModule's own, which looks after the lm-head alone."""
         return super(LanguageModule, self).sharded_state_dict(
             prefix, sharded_offsets, ensure_metadata_has_dp_cp_group(metadata)
         )
@@ -166,7 +167,7 @@ class Model:
         return forward_only(self.stages, batches, lambda stage, batch: stage(batch, temperature))
 
     def sharded_state_dict(self) -> dict[str, Any]:
-        """What Megatron's checkpoints hold of this rank, by stage."""
+        """This rank's sharded tensors for Megatron's checkpoints, by virtual stage."""
         return {str(vp_stage): stage.sharded_state_dict() for vp_stage, stage in enumerate(self.stages)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

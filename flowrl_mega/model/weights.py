@@ -14,12 +14,14 @@ from torch import Tensor
 from flowrl_mega.model.hf_folder import HfFolder
 from flowrl_mega.model.names import from_shards, hf_names, to_named, to_shard, to_whole
 from flowrl_mega.model.stage import Model
+from flowrl_mega.parallel.layout import Layout
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def fill(parameter: Tensor, values: Tensor) -> None:
-    """Copy. Beside a weight kept in FP8 lies its exact value until the optimizer makes its fp32 weight of it: both."""
+    """Copy `values` into the parameter of the same shape and, where that is kept in FP8, also into the exact initial
+    value that Transformer Engine keeps beside it, from which the optimizer makes its fp32 weight."""
     parameter.copy_(values)
     exact = getattr(parameter, "_high_precision_init_val", None)  # Transformer Engine's name
     if exact is not None:
@@ -27,7 +29,7 @@ def fill(parameter: Tensor, values: Tensor) -> None:
 
 
 def _plain(parameter: Tensor) -> Tensor:
-    """The weight as torch knows it, also where it is kept in FP8."""
+    """The weight as a plain tensor of its shape; a weight kept in FP8 is dequantized."""
     parameter = parameter.detach()
     return dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter
 
@@ -49,7 +51,7 @@ class ParamInfo(NamedTuple):
 
     name: str  # GPTModel's, layers counted over the whole model
     stage: int
-    shape: torch.Size  # of a shard
+    shape: torch.Size  # of one tensor-parallel rank's shard
     dtype: torch.dtype
 
 
@@ -136,8 +138,13 @@ def _cut(
 def _gather(
     policy: Model, bucket: list[ParamInfo], dtype: torch.dtype | None, to_all: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors of these parameters of one stage and type, in one flat collective; `to_all`: not on the first rank
-    only."""
+    """Names and `whole` tensors of a bucket, whose parameters are of one stage and one type; on the replica's first
+    rank, or `to_all`. Collective, and a generator: nothing is sent before a rank asks for the first item.
+
+    1. The stage's ranks gather their shards, each as one flat tensor: on the first of them, or on all.
+    2. They travel from this stage to the first one, or to all.
+    3. Each parameter is cut out of the flat tensors and joined.
+    """
     layout, stage = policy.layout, bucket[0].stage
     dtype = dtype or bucket[0].dtype
     parameters = policy.gpt_parameters() if layout.pp_rank == stage else {}
@@ -145,24 +152,37 @@ def _gather(
         yield from ((info.name, _plain(parameters[info.name]).to(dtype)) for info in bucket)
         return
     sizes = [info.shape.numel() for info in bucket]
-    everyone: list[Tensor] | None = None
+    flat_shards: list[Tensor] | None = None  # by tensor-parallel rank; None where this rank gets none
     if to_all or (layout.tp_rank == 0 and layout.pp_rank in (0, stage)):
-        everyone = [torch.empty(sum(sizes), dtype=dtype, device=layout.device) for _ in range(layout.tp)]
+        flat_shards = [torch.empty(sum(sizes), dtype=dtype, device=layout.device) for _ in range(layout.tp)]
     if layout.pp_rank == stage:
-        flat = torch.cat([_plain(parameters[info.name]).reshape(-1).to(dtype) for info in bucket])
-        if to_all:
-            dist.all_gather(everyone, flat, group=layout.tp_group)
-        else:
-            dist.gather(flat, everyone, group=layout.tp_group, group_dst=0)
-        del flat
-    for shards in everyone or () if layout.pp > 1 else ():
-        if to_all:
-            dist.broadcast(shards, group=layout.pp_group, group_src=stage)
-        elif stage and layout.pp_rank == stage:
-            dist.send(shards, group=layout.pp_group, group_dst=0)
-        elif stage:
-            dist.recv(shards, group=layout.pp_group, group_src=stage)
-    if everyone is None or not (to_all or layout.pp_rank == 0):
+        own = torch.cat([_plain(parameters[info.name]).reshape(-1).to(dtype) for info in bucket])
+        _gather_shards(own, flat_shards, layout, to_all)
+        del own  # the caller keeps this generator while it works with what it yields
+    if flat_shards is None:
         return
-    for info, parts in zip(bucket, zip(*(rank.split(sizes) for rank in everyone), strict=True), strict=True):
-        yield info.name, from_shards(info.name, [part.view(info.shape) for part in parts])
+    if layout.pp > 1:
+        _send_between_stages(flat_shards, layout, stage, to_all)
+    if to_all or layout.pp_rank == 0:
+        by_parameter = zip(*(flat.split(sizes) for flat in flat_shards), strict=True)
+        for info, parts in zip(bucket, by_parameter, strict=True):
+            yield info.name, from_shards(info.name, [part.view(info.shape) for part in parts])
+
+
+def _gather_shards(own: Tensor, flat_shards: list[Tensor] | None, layout: Layout, to_all: bool) -> None:
+    """Step 1, by the tensor-parallel ranks of one stage: every rank's `own` into `flat_shards`."""
+    if to_all:
+        dist.all_gather(flat_shards, own, group=layout.tp_group)
+    else:
+        dist.gather(own, flat_shards, group=layout.tp_group, group_dst=0)
+
+
+def _send_between_stages(flat_shards: list[Tensor], layout: Layout, stage: int, to_all: bool) -> None:
+    """Step 2, by ranks of equal tensor-parallel rank: from `stage` to every other one, or to the first one."""
+    for flat in flat_shards:
+        if to_all:
+            dist.broadcast(flat, group=layout.pp_group, group_src=stage)
+        elif stage != 0 and layout.pp_rank == stage:
+            dist.send(flat, group=layout.pp_group, group_dst=0)
+        elif stage != 0:
+            dist.recv(flat, group=layout.pp_group, group_src=stage)

@@ -169,7 +169,7 @@ def _fits(path: Path, kind: Kind, csrc: Path) -> bool:
 
 
 def _files(kind: Kind, csrc: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Of csrc/<kind>, in the order of linking."""
+    """Source files of csrc/<kind>, in the order of linking."""
     order = ["", *SIMD_FLAGS]
     found = [path for path in (csrc / kind).glob("*") if path.suffix in suffixes]
     if not found:
@@ -195,7 +195,7 @@ def find_torch() -> Torch:
 
 
 def find_tools(kind: Kind) -> Tools:
-    """What compiles this kind; ToolMissing says which were tried."""
+    """The compiler of this kind; ToolMissing names those that were tried."""
     torch = find_torch()
     if kind == "cuda" and torch.cuda is None:
         raise ToolMissing(f"torch {torch.version} is a CPU build, for which there is no CUDA library")

@@ -58,9 +58,9 @@ def target(x: Tensor, rows: int, vocab: int | None, device: torch.device, ignore
     if ignore_index is not None:
         wrong &= x != ignore_index
     if _flagged(wrong):
-        place = int(wrong.nonzero()[0])
+        first = int(wrong.nonzero()[0])
         ignored = "" if ignore_index is None else f" or {ignore_index} (ignored)"
-        raise ValueError(f"target[{place}] = {int(x[place])}: an id in 0..{vocab - 1}{ignored} is wanted")
+        raise ValueError(f"target[{first}] = {int(x[first])}: an id in 0..{vocab - 1}{ignored} is wanted")
     return x.contiguous()
 
 
@@ -85,8 +85,8 @@ def inv_temperature(temperature: float | Tensor, rows: int, like: Tensor) -> Ten
         if temperature.shape != (rows,):
             raise ValueError(f"temperature has shape {list(temperature.shape)}; a number or [{rows}] is wanted")
         if _flagged(wrong := ~(temperature > 0)):
-            place = int(wrong.nonzero()[0])
-            raise ValueError(f"temperature[{place}] = {float(temperature[place])}: must be above 0")
+            first = int(wrong.nonzero()[0])
+            raise ValueError(f"temperature[{first}] = {float(temperature[first])}: must be above 0")
         return (1.0 / temperature.to(like.device, torch.float64)).to(dtype)
     if not temperature > 0:
         raise ValueError(f"temperature = {temperature}: must be above 0")

@@ -35,7 +35,7 @@ class Shard(NamedTuple):
 
 
 class HeadOutput(NamedTuple):
-    """Of R rows in B sequences."""
+    """Log-probs and entropies of R rows, and their sums over B sequences."""
 
     logp: Tensor  # [R] fp32, with gradient
     entropy: Tensor  # [R] fp32, in nats, without
@@ -75,8 +75,8 @@ def lm_head_logprob(
     cu_seqlens = checks.cu_seqlens(cu_seqlens, hidden.shape[0], hidden.device)
     group = group if group is not None and group.size() > 1 else None
     if backend == "liger":
-        place = (temperature, shard.valid, shard.vocab, IGNORE, group, reduce_gradient)
-        return HeadOutput(*liger_logprob(hidden, weight, target, cu_seqlens, *place))
+        rest = (temperature, shard.valid, shard.vocab, IGNORE, group, reduce_gradient)
+        return HeadOutput(*liger_logprob(hidden, weight, target, cu_seqlens, *rest))
     has_backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)  # forward cannot ask
     call = _Call(
         shard=shard,
@@ -90,7 +90,7 @@ def lm_head_logprob(
 
 
 class _Call(NamedTuple):
-    """What is the same in forward and backward."""
+    """Arguments that forward and backward share."""
 
     shard: Shard
     group: dist.ProcessGroup | None
@@ -105,7 +105,7 @@ class _Call(NamedTuple):
         valid = self.shard.valid
         return [slice(first, min(first + width, valid)) for first in range(0, valid, width)] or [slice(0, 0)]
 
-    def place(self, columns: slice) -> tuple[int, int, int]:
+    def vocab_range(self, columns: slice) -> tuple[int, int, int]:
         """vocab_start, vocab_valid and ignore_index of a chunk."""
         return self.shard.start + columns.start, columns.stop - columns.start, IGNORE
 
@@ -125,7 +125,7 @@ class _LmHead(torch.autograd.Function):
         parts, kept = [], []
         for columns in call.chunks(hidden):
             logits = _logits(hidden, weight[columns])
-            parts.append(k.logprob_stats(logits, target, inv_temperature, *call.place(columns), True))
+            parts.append(k.logprob_stats(logits, target, inv_temperature, *call.vocab_range(columns), True))
             budget -= logits.numel() * logits.element_size()
             kept.append(logits if budget >= 0 else None)
             del logits  # one chunk that is not kept, not two
@@ -153,11 +153,11 @@ class _LmHead(torch.autograd.Function):
             d_weight = ctx.main_grad
             if d_weight is None:
                 d_weight = torch.zeros_like(weight, dtype=stats_dtype(weight.dtype))
-        for place, columns in enumerate(call.chunks(hidden)):
-            logits, kept[place] = kept[place], None  # overwritten below; a second backward makes it again
+        for i, columns in enumerate(call.chunks(hidden)):
+            logits, kept[i] = kept[i], None  # overwritten below; a second backward makes it again
             if logits is None:
                 logits = _logits(hidden, weight[columns])
-            d_logits = _d_logits(call.kernels, logits, rows, call.place(columns), weight)
+            d_logits = _d_logits(call.kernels, logits, rows, call.vocab_range(columns), weight)
             del logits
             if d_hidden is not None:
                 _add_product(d_hidden, d_logits, weight[columns])
@@ -182,11 +182,13 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden.float() @ weight.t().float()
 
 
-def _d_logits(k: Kernels, logits: Tensor, rows: tuple[Tensor, ...], place: tuple[int, int, int], weight: Tensor) -> Any:
+def _d_logits(
+    k: Kernels, logits: Tensor, rows: tuple[Tensor, ...], vocab_range: tuple[int, int, int], weight: Tensor
+) -> Any:
     """The gradient of the logits: in their place, or on a GPU in the type of its fast GEMM."""
     if weight.is_cuda and weight.dtype != logits.dtype:
-        return k.logprob_backward(logits, *rows, *place, weight.dtype)
-    k.logprob_backward_(logits, *rows, *place)
+        return k.logprob_backward(logits, *rows, *vocab_range, weight.dtype)
+    k.logprob_backward_(logits, *rows, *vocab_range)
     return logits
 
 

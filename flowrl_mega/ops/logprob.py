@@ -14,7 +14,7 @@ from flowrl_mega.ops.torch_ops import stats_dtype
 
 
 class LogProb(NamedTuple):
-    """Of T rows in B sequences."""
+    """Log-probs and entropies of T rows, and their sums over B sequences."""
 
     logp: Tensor  # [T], with gradient
     entropy: Tensor  # [T], in nats, without
