@@ -99,7 +99,7 @@ def test_dropout_is_that_of_its_place_in_the_step():
     head, p = PartitionMLP(64, seed=0, dropout=0.3), 0.3
     masks = {}
     for draw in (1, 2):
-        batch = SimpleNamespace(index=torch.arange(40), draw=draw)
+        batch = SimpleNamespace(index=torch.arange(40), step=draw)
         masks[draw] = [head._mask(batch, torch.ones(40, 64), block) for block in (0, 1)]
     for mask in (masks[1][0], masks[1][1], masks[2][0]):
         assert mask.unique().tolist() == pytest.approx([0, 1 / (1 - p)])
@@ -108,7 +108,7 @@ def test_dropout_is_that_of_its_place_in_the_step():
         # 2560 draws: five standard deviations of their mean
         assert abs((mask == 0).double().mean().item() - p) < 5 * (p * (1 - p) / mask.numel()) ** 0.5
     assert not torch.equal(masks[1][0], masks[1][1]) and not torch.equal(masks[1][0], masks[2][0])
-    part = head._mask(SimpleNamespace(index=torch.tensor([7, 3]), draw=1), torch.ones(2, 64), 0)
+    part = head._mask(SimpleNamespace(index=torch.tensor([7, 3]), step=1), torch.ones(2, 64), 0)
     assert torch.equal(part, masks[1][0][[7, 3]])
 
 
