@@ -14,7 +14,7 @@ from torch import Tensor
 from flowrl_mega.config import Config, ConfigError
 from flowrl_mega.learner import Models
 from flowrl_mega.model.policy import PolicyOutput
-from flowrl_mega.objectives import Objective, Sequences
+from flowrl_mega.objectives import LossInputs, Objective
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.parallel.packing import PackedBatch, Sequence, efficiency, plan
 from flowrl_mega.rewards.load import Score
@@ -54,11 +54,11 @@ class Experience:
     def metrics(self) -> dict[str, float]:
         rollouts, scores = self.rollouts, self.scores
         return {
-            "reward": sum(score.reward for score in scores) / len(scores),
-            "reward_failed": sum(score.failed for score in scores),
+            "reward/mean": sum(score.reward for score in scores) / len(scores),
+            "reward/failed": sum(score.failed for score in scores),
             **verdicts(scores),
-            "response_length": self.generated_tokens / len(rollouts),
-            "stopped": sum(r.finish_reason == "stop" for r in rollouts) / len(rollouts),
+            "rollout/response_length": self.generated_tokens / len(rollouts),
+            "rollout/stopped": sum(r.finish_reason == "stop" for r in rollouts) / len(rollouts),
         }
 
 
@@ -80,7 +80,7 @@ class MicroBatch:
     value: Tensor | None = None  # [R] the critic's V(x, y_<t); None without a critic
     prepared: Mapping[str, Tensor] = field(default_factory=dict)  # what `Objective.prepare` made of the whole step
 
-    def loss_inputs(self, output: PolicyOutput | None = None) -> Sequences:
+    def loss_inputs(self, output: PolicyOutput | None = None) -> LossInputs:
         """The micro-batch as objectives read it: with the policy's outputs in an update, without before it."""
         if output:
             logp, old_logp = output.logp, self.old_logp
@@ -89,7 +89,7 @@ class MicroBatch:
             # What is not scored must not be read: NaN makes of such a mistake a refused update.
             unknown = torch.full((int(self.packed.response_cu_seqlens[-1]),), math.nan, device=self.credit.device)
             logp = old_logp = unknown if self.old_logp is None else self.old_logp
-        return Sequences(
+        return LossInputs(
             logp=logp,
             old_logp=old_logp,
             ref_logp=self.ref_logp,

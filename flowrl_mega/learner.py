@@ -10,6 +10,7 @@ from typing import Any
 from flowrl_mega import ops
 from flowrl_mega.checkpoint import load_model
 from flowrl_mega.config import Config, OptimizerSettings
+from flowrl_mega.metrics import Max, Mean
 from flowrl_mega.model.architecture import Architecture, read_architecture
 from flowrl_mega.model.critic import Critic
 from flowrl_mega.model.fp8_gate import Fp8Gate
@@ -27,7 +28,8 @@ class Learner:
     """A model's gradient buffers (Megatron's DDP) and optimizer; one optimizer step per `update`.
 
     `total_updates`: after how many a decay of the learning rate ends. `rates`: learning rates by pattern of the
-    parameter's name, where they are not `settings.lr`. All methods are collective.
+    parameter's name, where they are not `settings.lr`. `name` is the group of its metrics, and `update` expects
+    the loss to be among what `loss` reports, as loss/`name`. All methods are collective.
     """
 
     def __init__(
@@ -37,12 +39,13 @@ class Learner:
         bf16: bool,
         total_updates: int,
         rates: dict[str, float] | None = None,
+        name: str = "policy",
     ) -> None:
-        self.model = model
+        self.model, self.name = model, name
         self.stages = wrap(model.stages, settings.distributed)
         self.optimizer = Optimizer(self.stages, settings, bf16, total_updates, rates)
 
-    def update(self, mini_batch: list[B], forward: Forward[B], loss: LossFunction[B]) -> dict[str, float]:
+    def update(self, mini_batch: list[B], forward: Forward[B], loss: LossFunction[B]) -> dict[str, Mean | Max]:
         """One optimizer step on the mean loss over the micro-batches; returns its metrics, on every rank."""
         layout = self.model.layout
         self.optimizer.zero_grad()
@@ -50,7 +53,8 @@ class Learner:
         # Losses are the last pipeline stage's, and all stages must take or refuse the update together.
         metrics = layout.from_last_stage(reports and reduce_reports(reports, layout.dp_group))
         ops.raise_if_flagged()  # the metrics have waited for the device already
-        return metrics | self.optimizer.step(loss_is_finite=math.isfinite(metrics["loss"]))
+        stepped = self.optimizer.step(loss_is_finite=math.isfinite(metrics[f"loss/{self.name}"].values))
+        return metrics | {f"{self.name}/{name}": metric for name, metric in stepped.items()}
 
 
 @dataclass
@@ -91,7 +95,7 @@ def build_models(arch: Architecture, objective: Objective, config: Config, layou
     if critic and not shares_trunk:
         path = critic.path or config.model.path
         own_critic = _loaded(Critic(read_architecture(path), config, layout), path)
-        critic_learner = Learner(own_critic, critic.optimizer, bf16, total_updates)
+        critic_learner = Learner(own_critic, critic.optimizer, bf16, total_updates, name="critic")
     if objective.needs_reference:
         reference = _loaded(build_reference(arch, config, layout), config.model.path)
         offload = reference.offload() if config.model.reference_offload else None

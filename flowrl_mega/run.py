@@ -124,7 +124,7 @@ class Run:
     def _mismatch(self, metrics: dict[str, float]) -> str | None:
         """The message that ends the run where the engine's log-probs are too far from the trainer's; or warns."""
         settings = self.config.rollout.mismatch
-        message = beyond_budget(metrics.get("mismatch_abs_logp"), settings, self.trainer.step_done)
+        message = beyond_budget(metrics.get("mismatch/abs_logp_diff"), settings, self.trainer.step_done)
         if message and settings.action == "stop":
             return (
                 f"{message}; the run ends with a checkpoint of this step. Look for a server of another precision or "

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import truediv
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from flowrl_mega.config import Config
 from flowrl_mega.experience import Experience, MicroBatch, micro_batches, packing_efficiency
 from flowrl_mega.grading import Grader
 from flowrl_mega.learner import Models
+from flowrl_mega.metrics import FromMeans, Max, Mean, Report, Update
 from flowrl_mega.model.policy import PolicyOutput
 from flowrl_mega.monitor.step_metrics import cost_metrics, merge_updates
-from flowrl_mega.objectives import LossOutput, Objective
+from flowrl_mega.objectives import Objective
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.rollout import Engine
 from flowrl_mega.rollout.group_queue import Group, GroupQueue
@@ -53,8 +55,8 @@ class Trainer:
         with self.timed("score"):
             mini_batches = self.micro_batches(experience)
         with self.timed("update"):
-            updates = [self.update(mini_batch) for mini_batch in mini_batches]
-            if "loss" in updates[0]:  # the policy has learnt, not the critic alone
+            updates: list[Update] = [self.update(mini_batch) for mini_batch in mini_batches]
+            if "loss/policy" in updates[0]:  # the policy has learnt, not the critic alone
                 self.objective = self.objective.adapted(merge_updates(updates), len(experience.sequences))
             counts |= self.models.gate.after_step(step, mini_batches[0][0].packed, self.config.rollout.temperature)
         with self.timed("sync"):
@@ -81,12 +83,11 @@ class Trainer:
         """This rank's micro-batches of every update in the next step, with all that the losses read."""
         return micro_batches(experience, self.models, self.objective, self.config, self.layout, step=self.step_done + 1)
 
-    def update(self, mini_batch: list[MicroBatch]) -> dict[str, float]:
+    def update(self, mini_batch: list[MicroBatch]) -> dict[str, Mean | Max]:
         """One optimizer step on the mean loss over the mini-batch, and one of a critic with a trunk of its own."""
-        metrics: dict[str, float] = {}
+        metrics: dict[str, Mean | Max] = {}
         if self.models.critic_learner:
-            found = self.models.critic_learner.update(mini_batch, lambda stage, b: stage(b.packed), self.value_loss)
-            metrics |= {f"critic/{name}": value for name, value in found.items()}
+            metrics |= self.models.critic_learner.update(mini_batch, lambda stage, b: stage(b.packed), self.value_loss)
         if self.config.critic is None or self.step_done >= self.config.critic.warmup_steps:
             metrics |= self.models.learner.update(mini_batch, self.forward, self.loss)
         return metrics
@@ -95,29 +96,30 @@ class Trainer:
         """One pipeline stage's forward of a micro-batch: hidden states [T, 1, H], or the last stage's outputs."""
         return stage(batch.packed, self.config.rollout.temperature)
 
-    def loss(self, output: PolicyOutput, batch: MicroBatch) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
+    def loss(self, output: PolicyOutput, batch: MicroBatch) -> tuple[torch.Tensor, int, Report]:
         """The objective on one micro-batch: a sum of losses, the count to divide it by, and what to report."""
         inputs = batch.loss_inputs(output)
         result = self.objective.loss(inputs)
-        loss_sum, report = result.loss_sum, {**result.metrics, "entropy": inputs.mean(output.entropy)}
+        loss_sum, report = result.loss_sum, {**result.metrics, "policy/entropy": Mean(inputs.mean(output.entropy))}
         if output.value is not None:
             assert self.config.critic is not None
             values = self.objective.value_loss(output.value, inputs)
             loss_sum = loss_sum + self.config.critic.value_coef * values.loss_sum
             report |= values.metrics
-        return loss_sum, result.count, report | _counts(loss_sum, result, batch)
+        return loss_sum, result.count, {**report, "loss/policy": mean_loss(loss_sum, result.count, batch)}
 
-    def value_loss(self, value: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
+    def value_loss(self, value: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, int, Report]:
         """The critic's loss on one micro-batch, from its values [R]; as `loss`."""
         result = self.objective.value_loss(value, batch.loss_inputs())
-        return result.loss_sum, result.count, result.metrics | _counts(result.loss_sum, result, batch)
+        report = {**result.metrics, "loss/critic": mean_loss(result.loss_sum, result.count, batch)}
+        return result.loss_sum, result.count, report
 
-    def metrics(self, experience: Experience, updates: list[dict[str, float]]) -> dict[str, float]:
+    def metrics(self, experience: Experience, updates: list[Update]) -> dict[str, float]:
         """The step's line of metrics.jsonl."""
         return {
             **experience.metrics(),
             **merge_updates(updates),
-            "packing_efficiency": packing_efficiency(experience, self.config, self.layout),
+            "perf/packing_efficiency": packing_efficiency(experience, self.config, self.layout),
             **cost_metrics(self.seconds, experience.tokens, experience.generated_tokens),
         }
 
@@ -131,7 +133,8 @@ class Trainer:
         self.seconds[phase] += time.perf_counter() - start
 
 
-def _counts(loss_sum: torch.Tensor, result: LossOutput, batch: MicroBatch) -> dict[str, torch.Tensor]:
-    """What turns a micro-batch's sums into an update's means (`reduce_reports`)."""
-    counts = torch.tensor([result.count, batch.packed.size], device=loss_sum.device)
-    return {"loss": loss_sum.detach()[None], "loss_count": counts[:1], "count": counts[1:]}
+def mean_loss(loss_sum: torch.Tensor, count: int, batch: MicroBatch) -> FromMeans:
+    """The loss as a metric: an update's sum of losses by its count, which is one of sequences or of tokens."""
+    sequences = batch.packed.size
+    counts = torch.tensor(count, device=loss_sum.device)
+    return FromMeans(truediv, Mean(loss_sum, sequences), Mean(counts, sequences))

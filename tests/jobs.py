@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from rank_pool import FORKSERVER
 
+from flowrl_mega.monitor.metric_names import is_measured
 from flowrl_mega.parallel.launch import free_port, rank_environment
 
 
@@ -99,8 +100,4 @@ def _rank(arguments: list[str], environment: dict[str, str], log: Path, before: 
 def records(run_dir: Path, name: str) -> list[dict[str, Any]]:
     """One of the run folder's files without times, rates and memory: all that a run must reproduce to the bit."""
     rows = [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not _varies(key)} for row in rows]
-
-
-def _varies(key: str) -> bool:
-    return key.startswith("seconds/") or key.endswith("tokens_per_second") or key == "memory_gb"
+    return [{key: value for key, value in row.items() if not is_measured(key)} for row in rows]

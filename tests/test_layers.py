@@ -27,7 +27,7 @@ LEVELS = (
     {"config_file"},
     {"config_moves", "config_rules", "imports", "file_lock"},
     {"config"},
-    {"settings"},
+    {"settings", "metrics"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

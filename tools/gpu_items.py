@@ -51,10 +51,10 @@ def tests(name: str, output: str, results: Path) -> list[Row]:
 def short_run(name: str, output: str, results: Path) -> list[Row]:
     """tools/gpu_run.py prints the metrics of all steps."""
     steps = json.loads(output.strip().splitlines()[-1])
-    losses = [step["loss"] for step in steps]
-    good = len(steps) == 4 and all(map(math.isfinite, losses)) and not steps[-1]["skipped_updates"]
+    losses = [step["loss/policy"] for step in steps]
+    good = len(steps) == 4 and all(map(math.isfinite, losses)) and not steps[-1]["policy/skipped_updates"]
     said = f"loss {losses[0]:.4g} -> {losses[-1]:.4g}"
-    gate = [step["fp8_delta_diff"] for step in steps if "fp8_delta_diff" in step]
+    gate = [step["fp8/residual_diff"] for step in steps if "fp8/residual_diff" in step]
     said += f", FP8 - bf16 {max(gate):.2g} nats a token" if gate else ""
     return [Row(name, said, "4 finite updates", judged(good))]
 

@@ -34,6 +34,12 @@ FOLDER, TASK = Path("runs/exact"), Path("runs/exact/task")
 RESULTS, PICTURE = Path("tools/benchmarks/results/exact.json"), Path("docs/images/log_z.png")
 WATCH = 10  # steps between looks at the policy
 PICTURED = {"plain-mlp": "without length normalisation", "norm-mlp": "with 1/|y|"}
+# Figures in the results that are means of metrics over the last steps.
+LOGGED = {
+    "clip_fraction": "policy/clip_fraction",
+    "max_abs_sum_d": "policy/max_abs_log_ratio",
+    "log_z": "loss/log_z",
+}
 CURVES = ("step", "logged", "group", "watched", "best", "limit")
 
 
@@ -126,8 +132,8 @@ def figures(row: Row, trained: Trained, ref_logp: Tensor) -> dict[str, float]:
     found = targets.figures(trained.logp, ref_logp)
     found["kl"] = float(targets.kl(trained.logp, log_p).mean())
     found["beta"] = float(targets.inverse_temperature(trained.logp, ref_logp, row.length_norm).mean())
-    for name in ("clip_fraction", "max_abs_sum_d", "log_z"):
-        value = trained.logged(name)
+    for name, metric in LOGGED.items():
+        value = trained.logged(metric)
         if value is not None:
             found[name] = value
     return found
@@ -146,8 +152,8 @@ def log_z_curves(row: Row, trained: Trained, ref_logp: Tensor) -> dict[str, Any]
     best = {n: targets.best_log_z(logp, ref_logp, beta, row.length_norm).mean() for n, logp in trained.watched.items()}
     return {
         "step": list(range(1, len(lines) + 1)),
-        "logged": [line["log_z"] for line in lines],
-        "group": [line["log_z"] - line["residual"] for line in lines],
+        "logged": [line["loss/log_z"] for line in lines],
+        "group": [line["loss/log_z"] - line["loss/residual"] for line in lines],
         "watched": list(best),
         "best": [float(value) for value in best.values()],
         "limit": float(log_z.mean()) if log_z is not None else None,

@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     run_dir = Path(load_config(CONFIG, overrides).run_dir)
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     print(f"samples: {run_dir / 'samples.jsonl'}")
-    print(verdict([json.loads(line)["reward"] for line in lines]))
+    print(verdict([json.loads(line)["reward/mean"] for line in lines]))
     return 0
 
 

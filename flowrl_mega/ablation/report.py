@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 Records = Sequence[Mapping[str, Any]]
-TRAINING = ("reward", "entropy", "response_length")
+TRAINING = {"reward": "reward/mean", "entropy": "policy/entropy", "response_length": "rollout/response_length"}
 HELD_OUT = "held_out_"
 EXPLAINED = (
     "reward, entropy (nats a token) and response length are means over the last tenth of the steps, "
@@ -59,14 +59,14 @@ def figures(metrics: Records, evaluation: Records) -> dict[str, float]:
     """
     last_tenth = metrics[-math.ceil(len(metrics) / 10) :]
     found: dict[str, float] = {}
-    for name in TRAINING:
-        values = [record[name] for record in last_tenth if record.get(name) is not None]
+    for name, metric in TRAINING.items():
+        values = [record[metric] for record in last_tenth if record.get(metric) is not None]
         if values:
             found[name] = statistics.fmean(values)
     for name, value in (evaluation[-1] if evaluation else {}).items():
         if name != "step" and value is not None:
             found[HELD_OUT + name] = value
-    return found | {"seconds": math.fsum(record["seconds/step"] for record in metrics)}
+    return found | {"seconds": math.fsum(record["perf/step_seconds"] for record in metrics)}
 
 
 def summarise(runs: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:

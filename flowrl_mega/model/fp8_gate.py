@@ -25,7 +25,7 @@ from flowrl_mega.model.policy import Policy, PolicyOutput
 from flowrl_mega.parallel.packing import PackedBatch
 from flowrl_mega.parallel.schedule import forward_only
 
-METRICS = ("fp8_sum_logp_diff", "fp8_delta_diff", "fp8_log_z_diff")  # means over sequences of |FP8 - bf16|, in nats
+METRICS = ("fp8/sum_logp_diff", "fp8/residual_diff", "fp8/log_z_diff")  # means over sequences of |FP8 - bf16|, in nats
 
 
 def differences(bf16: PolicyOutput, fp8: PolicyOutput, cu_seqlens: Tensor, length_norm: bool = True) -> Tensor:
@@ -102,7 +102,7 @@ class Fp8Gate:
             sums = differences(ours, theirs, batch.response_cu_seqlens, self.length_norm)
         dist.all_reduce(sums)  # over all ranks: the copies that tensor-parallel ranks have count alike
         self.figures = dict(zip(METRICS, (sums[:3] / sums[3]).tolist(), strict=True))
-        self._judge(step, self.figures["fp8_delta_diff"])
+        self._judge(step, self.figures["fp8/residual_diff"])
 
     def _judge(self, step: int, found: float) -> None:
         settings = self.settings

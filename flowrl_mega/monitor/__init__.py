@@ -1,4 +1,4 @@
-"""What a run tells the world: the run folder, the console and wandb, behind one `Monitor`."""
+"""A run's outputs (run folder, console, wandb) behind one `Monitor`. Metrics are named as in metric_names.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Monitor", "RunFolder", "check_wandb"]
 
 
 class Sink(Protocol):
-    """Something that takes a run's numbers."""
+    """Receives a run's metrics."""
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None: ...
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None: ...
@@ -24,9 +24,8 @@ class Sink(Protocol):
 class Monitor:
     """Sends each step's numbers to the run folder, the console and wandb. Made on rank 0 only.
 
-    Steps count from 1; `resume_step` is the last step that is already done (0: a fresh run), and whatever an
-    interrupted run wrote after it is dropped. The console shows the metrics "reward", "tokens_per_second" and
-    "memory_gb" if they are given.
+    Steps count from 1; `resume_step` is the last step that is already done (0: a fresh run). Whatever an interrupted
+    run wrote after it is dropped, and metrics that it wrote under old names get the new ones (metric_names.py).
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class Monitor:
             sink.log(step, metrics)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Some of the step's prompts, responses and rewards, to be read by people."""
+        """Some of the step's prompts, responses and rewards, for people to read."""
         self.folder.samples(step, rows)
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:

@@ -9,7 +9,11 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-SHOWN = {"reward": "reward {:.3f}", "tokens_per_second": "{:,.0f} tok/s", "memory_gb": "{:.2f} GB"}
+SHOWN = {
+    "reward/mean": "reward {:.3f}",
+    "perf/tokens_per_second": "{:,.0f} tok/s",
+    "perf/memory_gb": "{:.2f} GB",
+}
 
 
 class Console:

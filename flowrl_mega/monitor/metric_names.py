@@ -1,10 +1,12 @@
 """Metric names of metrics.jsonl, in groups, and the flat names that earlier versions wrote in their place.
 
 The part before the slash is the group, by which wandb arranges its panels:
-    loss/      what is minimised, and its terms            policy/, critic/   the model that learns, and its optimizer
-    reward/    scores of the step's answers; verdict/ counts them by kind
-    rollout/   how answers were generated                  mismatch/          engine against trainer; fp8/ FP8 against bf16
-    perf/      seconds, rates, memory and traffic
+    loss/               what is minimised, and its terms
+    policy/, critic/    the model that learns, and its optimizer
+    reward/, verdict/   scores of the step's answers, and their number by kind
+    rollout/            how answers were generated
+    mismatch/, fp8/     engine against trainer, and FP8 against bf16
+    perf/               seconds, rates, memory and traffic
 """
 
 from __future__ import annotations
@@ -51,14 +53,19 @@ RENAMED = {
     "fp8_sum_logp_diff": "fp8/sum_logp_diff",
     "fp8_delta_diff": "fp8/residual_diff",
     "fp8_log_z_diff": "fp8/log_z_diff",
-    **{f"seconds/{phase}": f"perf/{phase}_seconds" for phase in ("generate", "reward", "score", "update", "sync", "step")},
+    "seconds/generate": "perf/generate_seconds",
+    "seconds/reward": "perf/reward_seconds",
+    "seconds/score": "perf/score_seconds",
+    "seconds/update": "perf/update_seconds",
+    "seconds/sync": "perf/sync_seconds",
+    "seconds/step": "perf/step_seconds",
     "tokens_per_second": "perf/tokens_per_second",
     "generated_tokens_per_second": "perf/generated_tokens_per_second",
     "memory_gb": "perf/memory_gb",
     "packing_efficiency": "perf/packing_efficiency",
     "sync_seconds": "perf/push_seconds",  # of the weights to servers, a part of the phase perf/sync_seconds
     "sync_gb": "perf/push_gb",
-}  # fmt: skip
+}
 
 
 def renamed(record: Mapping[str, Any]) -> dict[str, Any]:

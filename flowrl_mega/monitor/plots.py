@@ -37,31 +37,11 @@ LABELS = {
     "reinforce_pp": "REINFORCE++",
     "pass_rate": "pass rate",
     "distinct": "distinct right answers",
-    "kl": "KL to the reference",
-    "log_z": "log Z",
-    "grad_norm": "gradient norm",
-    "tokens_per_second": "tokens / s",
 }
 BEHIND_NUMBERS = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # the start line may pass there
 LINE_STYLES = ("-", "--", ":", "-.")
-CURVES = ("reward", "entropy", "kl", "loss", "log_z", "grad_norm", "response_length", "tokens_per_second")
-
-
-def training_curves(curves: Curves, path: str | Path, names: Sequence[str] = CURVES) -> None:
-    """One panel for each of `names` that any method logged, a line a method; thin: each step, thick: running mean."""
-    present = [name for name in names if any(_points(rows, name)[0] for rows in curves.values())]
-    if not present:
-        raise ValueError(f"nothing to plot: no row has any of {', '.join(names)}")
-    columns = min(len(present), 3)
-    lines = math.ceil(len(present) / columns)
-    figure = _figure(4.0 * columns, 2.7 * lines + 0.5)
-    for place, name in enumerate(present, start=1):
-        axes = _plain(figure.add_subplot(lines, columns, place), LABELS.get(name, name.replace("_", " ")))
-        axes.set_xlabel("step")
-        for method, rows in curves.items():
-            _curve(axes, rows, name, method, _colours(curves)[_family(method)])
-    _legend_above(figure, figure.axes[0], len(curves))
-    _save(figure, path)
+# The curves of an ablation that are drawn from metrics.jsonl: title -> metric.
+TRAINING = {"reward": "reward/mean", "entropy": "policy/entropy"}
 
 
 def reward_against_diversity(table: Table, path: str | Path) -> None:
@@ -146,20 +126,21 @@ def ablation_figure(cells: Mapping[str, Sequence[tuple[Records, Records]]], path
     `cells` is cell -> for each seed its records of steps and those of evaluations.
     """
     held_out = dict.fromkeys(n for seeds in cells.values() for _, rows in seeds for row in rows for n in row)
-    panels = [(0, name) for name in ("reward", "entropy")] + [(1, name) for name in held_out if name != "step"]
+    panels = [(0, name, metric) for name, metric in TRAINING.items()]
+    panels += [(1, name, name) for name in held_out if name != "step"]
     columns = min(len(panels), 3)
     lines = math.ceil(len(panels) / columns)
     name_width = (max(map(len, cells)) + 6) / 12  # inches, with the line before it
     width = max(4.0 * columns, name_width)
     legend_columns = min(len(cells), int(width / name_width), 6)
     figure = _figure(width, 2.7 * lines + 0.25 + 0.21 * math.ceil(len(cells) / legend_columns))
-    for place, (kind, name) in enumerate(panels, start=1):
+    for place, (kind, name, key) in enumerate(panels, start=1):
         title = LABELS.get(name, name.replace("_", " "))
         axes = _plain(figure.add_subplot(lines, columns, place), f"held-out {title}" if kind else title)
         axes.set_xlabel("step")
         for number, (cell, seeds) in enumerate(cells.items()):
             style = LINE_STYLES[number // len(PALETTE) % len(LINE_STYLES)]
-            curves = [_points(records[kind], name) for records in seeds]
+            curves = [_points(records[kind], key) for records in seeds]
             _band(axes, curves, cell, PALETTE[number % len(PALETTE)], style)
     _legend_above(figure, figure.axes[0], legend_columns)
     _save(figure, path)
@@ -199,12 +180,6 @@ def _bars(axes: Axes, table: Table, name: str) -> None:
 
 def _has_std(table: Table, name: str) -> bool:
     return any(f"{name}_std" in row for row in table.values())
-
-
-def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, method: str, colour: str) -> None:
-    steps, values = _points(rows, name)
-    axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
-    axes.plot(steps, _running_mean(values, len(values) // 40), color=colour, linewidth=2, label=label(method))
 
 
 def _points(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from flowrl_mega.config import ConfigError
+from flowrl_mega.monitor.metric_names import renamed
 
 CONFIG, METRICS, EVALUATION, SAMPLES = "config.yaml", "metrics.jsonl", "evaluation.jsonl", "samples.jsonl"
 
@@ -48,12 +49,19 @@ class RunFolder:
         """Nothing is held open between steps."""
 
     def read(self, name: str) -> list[dict[str, Any]]:
-        """The complete records of one file, in order; none if it does not exist yet."""
+        """The complete records of one file, in order; none if it does not exist yet.
+
+        Metrics that an earlier version wrote under old names come under the new ones (metric_names.py).
+        """
         path = self.path / name
-        return _parse(path, path.read_text(encoding="utf-8")) if path.exists() else []
+        records = _parse(path, path.read_text(encoding="utf-8")) if path.exists() else []
+        return [renamed(record) for record in records] if name == METRICS else records
 
     def truncate(self, step: int) -> None:
-        """Drops every record of a later step, and a last line that a killed run left half-written."""
+        """Drops every record of a later step, and a last line that a killed run left half-written.
+
+        Old names of metrics are replaced, so that in a run that goes on each metric has one name.
+        """
         for name in (METRICS, EVALUATION, SAMPLES):
             kept = [record for record in self.read(name) if record["step"] <= step]
             if (self.path / name).exists():

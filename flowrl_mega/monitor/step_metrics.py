@@ -3,79 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flowrl_mega.metrics import Max, Mean, Report, Update
 
-def reduce_reports(reports: Sequence[Mapping[str, Tensor]], group: dist.ProcessGroup) -> dict[str, float]:
-    """Means over all sequences of an update, the same on every rank of the data-parallel group.
 
-    A report holds, for one micro-batch, a vector a metric and its number of sequences under "count"; each metric is
-    summed and divided by the number of sequences ("max_..." metrics: their maximum). "loss" is divided by "loss_count",
-    which may count tokens. Of moments one figure is made: of "is_weight" and its square "effective_sample_size", of the
-    critic's "return" and "value_error" and their squares "explained_variance".
+def reduce_reports(reports: Sequence[Report], group: dist.ProcessGroup) -> dict[str, Mean | Max]:
+    """An update's metrics from the reports of this rank's micro-batches, the same on every rank of `group`.
+
+    Every report, on every rank, has the same names with the same types. One all-reduce for maxima and one for sums.
     """
-    names = sorted(reports[0])
-    sums = torch.stack([torch.cat([r[name] for r in reports]).double().sum() for name in names])
-    largest = torch.stack([torch.cat([r[name] for r in reports]).double().max() for name in names])
+    columns = {name: [report[name] for report in reports] for name in sorted(reports[0])}
+    maxima = {name: column for name, column in columns.items() if isinstance(column[0], Max)}
+    means = {name: column for name, column in columns.items() if name not in maxima}
+    return {**_reduced_maxima(maxima, group), **_reduced_means(means, group)}
+
+
+def _reduced_maxima(columns: Mapping[str, Sequence[Any]], group: dist.ProcessGroup) -> dict[str, Max]:
+    """columns: for each name its `Max` of every micro-batch."""
+    largest = _all_reduced([_joined(column).max() for column in columns.values()], dist.ReduceOp.MAX, group)
+    return {name: Max(value) for name, value in zip(columns, largest, strict=True)}
+
+
+def _reduced_means(columns: Mapping[str, Sequence[Any]], group: dist.ProcessGroup) -> dict[str, Mean]:
+    """columns: for each name its `Mean` or `FromMeans` of every micro-batch."""
+    # For each name the means that its figure is made of; each mean a tuple over the micro-batches.
+    parts = {name: [*zip(*(metric.means for metric in column), strict=True)] for name, column in columns.items()}
+    flat = [part for own in parts.values() for part in own]
+    sums = [_joined(part).sum() for part in flat]
+    counts = sums[0].new_tensor([sum(mean.count for mean in part) for part in flat])
+    totals = _all_reduced([*sums, *counts], dist.ReduceOp.SUM, group)
+    means = (total / count for total, count in zip(totals[: len(flat)], totals[len(flat) :], strict=True))
+    return {name: Mean(columns[name][0].figure(*islice(means, len(own)))) for name, own in parts.items()}
+
+
+def _joined(metrics: Sequence[Mean | Max]) -> Tensor:
+    return torch.cat([metric.values.reshape(-1) for metric in metrics]).double()
+
+
+def _all_reduced(numbers: list[Tensor], op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> list[float]:
+    if not numbers:
+        return []
+    stacked = torch.stack(numbers)
     if group.size() > 1:
-        dist.all_reduce(sums, group=group)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    count = float(sums[names.index("count")])
-    pairs = zip(names, sums.tolist(), largest.tolist(), strict=True)
-    metrics = {n: top if n.startswith("max_") else total / count for n, total, top in pairs if n != "count"}
-    if "loss_count" in metrics:
-        metrics["loss"] /= metrics.pop("loss_count")
-    if "is_weight" in metrics:
-        mean, mean_square = metrics.pop("is_weight"), metrics.pop("is_weight_sq")
-        metrics["effective_sample_size"] = effective_sample_size(mean, mean_square)
-    if "value_error" in metrics:
-        error, error_square = metrics.pop("value_error"), metrics.pop("value_error_sq")
-        variance = metrics.pop("return_sq") - metrics["return"] ** 2
-        metrics["explained_variance"] = explained_variance(variance, error_square - error**2)
-    return metrics
+        dist.all_reduce(stacked, op=op, group=group)
+    return stacked.tolist()
 
 
-def explained_variance(of_returns: float, of_errors: float) -> float:
-    """How much of the returns' variance the critic knows: 1 all, 0 no more than their mean, below 0 less than that."""
-    return 1 - of_errors / of_returns if of_returns > 1e-12 else 0.0
-
-
-def effective_sample_size(mean: float, mean_square: float) -> float:
-    """Of sequences with importance weights of this mean and mean square, the share, in (0, 1], that equal weights would
-    need for estimates as certain: 1 where all weigh the same, 1/n where one of n outweighs the others. (Kish, 1965.)
-
-    It needs the sums over all sequences: the mean of the micro-batches' own sizes is nearer to 1.
-    """
-    return mean * mean / mean_square
-
-
-def merge_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """One value of a step's updates: their mean; of counters and maxima the largest."""
-    names = dict.fromkeys(name for update in updates for name in update)
+def merge_updates(updates: Sequence[Update]) -> dict[str, float]:
+    """One number for each metric of a step's updates; a metric that only some updates have is theirs alone."""
     merged = {}
-    for name in names:
-        values = [update[name] for update in updates if name in update]
-        largest = name.startswith("max_") or name.endswith("skipped_updates")
-        merged[name] = max(values) if largest else sum(values) / len(values)
+    for name in dict.fromkeys(name for update in updates for name in update):
+        found = [update[name] for update in updates if name in update]
+        values = [float(metric.values) for metric in found]
+        merged[name] = max(values) if isinstance(found[0], Max) else sum(values) / len(values)
     return merged
 
 
 def cost_metrics(seconds: Mapping[str, float], tokens: int, generated: int) -> dict[str, float]:
-    """What a step took: the only metrics that differ between two runs of the same settings.
+    """The time and memory that a step took: the only metrics that differ between two runs of the same settings.
 
-    `tokens`: prompt and response tokens trained on; `generated`: response tokens. Memory is this rank's, in GB.
+    seconds: by phase; they must add up to the step. tokens: prompt and response tokens trained on. generated: response
+    tokens. Memory is this rank's, in GB: the peak on a GPU, else what the process holds now.
     """
     total = sum(seconds.values())
     on_gpu = torch.cuda.is_available()
     memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
     return {
-        **{f"seconds/{phase}": value for phase, value in seconds.items()},
-        "seconds/step": total,
-        "tokens_per_second": tokens / total,
-        "generated_tokens_per_second": generated / seconds["generate"],
-        "memory_gb": memory / 1e9,
+        **{f"perf/{phase}_seconds": value for phase, value in seconds.items()},
+        "perf/step_seconds": total,
+        "perf/tokens_per_second": tokens / total,
+        "perf/generated_tokens_per_second": generated / seconds["generate"],
+        "perf/memory_gb": memory / 1e9,
     }

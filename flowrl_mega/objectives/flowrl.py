@@ -16,7 +16,9 @@ from pydantic import Field
 from torch import Tensor
 
 from flowrl_mega.config import LogZ
-from flowrl_mega.objectives.common import LossOutput, Objective, Sequences, Total, group_normalise, mismatch_metrics
+from flowrl_mega.metrics import Max, Mean, Metric
+from flowrl_mega.objectives.base import LossOutput, Objective, SumOverReplicas, group_normalise, mismatch_metrics
+from flowrl_mega.objectives.inputs import LossInputs
 from flowrl_mega.settings import Needs
 
 Weight = Literal["paper", "released", "max10", "asym", "gspo", "none"]
@@ -133,18 +135,20 @@ class FlowRL(Objective):
         return group_normalise(rewards, group) if self.reward_norm == "group" else rewards.double()
 
     @torch.no_grad()
-    def prepare(self, batches: list[Sequences], total: Total, groups: int) -> list[dict[str, Tensor]]:
+    def prepare(
+        self, batches: list[LossInputs], sum_over_replicas: SumOverReplicas, groups: int
+    ) -> list[dict[str, Tensor]]:
         """With z: group, "log_z" [B]: the mean over the prompt's answers of beta credit - mean_logp + mean_ref_logp,
         the log Z that makes their residuals 0 on average, from pi_old."""
         if self.z != "group":
-            return super().prepare(batches, total, groups)
+            return super().prepare(batches, sum_over_replicas, groups)
         estimates = [self._own_estimate(s) for s in batches]
         sums = torch.zeros(2, groups, dtype=torch.float64, device=batches[0].credit.device)
         for s, own in zip(batches, estimates, strict=True):
             assert s.group is not None, "z: group needs to know the prompts' groups"
             sums[0].index_add_(0, s.group, own)
             sums[1].index_add_(0, s.group, torch.ones_like(own))
-        sums = total(sums)
+        sums = sum_over_replicas(sums)
         prepared = []
         for s, own in zip(batches, estimates, strict=True):
             summed, count = sums[:, s.group]
@@ -153,20 +157,20 @@ class FlowRL(Objective):
             prepared.append({"log_z": summed / count})
         return prepared
 
-    def _own_estimate(self, s: Sequences) -> Tensor:
+    def _own_estimate(self, s: LossInputs) -> Tensor:
         """[B] the log Z that makes each residual 0."""
         assert s.ref_logp is not None, "FlowRL needs the reference's log-probs"
         log_ratio = s.sum(s.old_logp) - s.sum(s.ref_logp)
         return self.beta * s.credit.double() - log_ratio / (s.length if self.length_norm else 1)
 
-    def _log_z_of(self, s: Sequences) -> Tensor:
+    def _log_z_of(self, s: LossInputs) -> Tensor:
         """[B] float64."""
         assert (s.log_z is not None) == self.log_z.learned, f"z={self.z}, but log_z is {s.log_z}"
         if s.log_z is not None:
             return s.log_z.double()
         return s.prepared["log_z"] if self.z == "group" else torch.zeros_like(s.credit, dtype=torch.float64)
 
-    def loss(self, s: Sequences) -> LossOutput:
+    def loss(self, s: LossInputs) -> LossOutput:
         assert s.ref_logp is not None, "FlowRL needs the reference's log-probs"
         log_z = self._log_z_of(s)
         sum_logp, sum_ref_logp, sum_d = s.sum(s.logp), s.sum(s.ref_logp), s.sum(s.log_ratio())
@@ -184,21 +188,21 @@ class FlowRL(Objective):
             length_norm=self.length_norm,
         )
         tis_weight, tis_metrics = self.tis_weight(s)
-        metrics = {
-            "residual": terms.delta,
-            "delta_sq": terms.delta.square(),
-            "weight": terms.weight,
-            "clip_fraction": terms.clipped,
-            "log_z": log_z,
-            "mean_logp": sum_logp / s.length,
-            "mean_logratio": (sum_logp - sum_ref_logp) / s.length,
-            "max_abs_sum_d": sum_d.abs(),
+        metrics: dict[str, Metric] = {
+            "loss/residual": Mean(terms.delta),
+            "loss/residual_sq": Mean(terms.delta.square()),
+            "loss/flow_weight": Mean(terms.weight),
+            "loss/log_z": Mean(log_z),
+            "policy/clip_fraction": Mean(terms.clipped),
+            "policy/mean_logp": Mean(sum_logp / s.length),
+            "policy/mean_log_ratio_to_ref": Mean((sum_logp - sum_ref_logp) / s.length),
+            "policy/max_abs_log_ratio": Max(sum_d.abs()),
             **tis_metrics,
             **mismatch_metrics(s),
         }
         if s.rollout_logp is not None:
-            # delta with the engine's log-probs is delta - shift: what its drift alone does to the squared residual.
+            # The residual with the engine's log-probs is delta - shift: the change is (delta - shift)^2 - delta^2.
             shift = s.sum(s.mismatch()) / (s.length if self.length_norm else 1)
-            metrics["mismatch_delta_sq"] = shift * (shift - 2 * terms.delta)
+            metrics["mismatch/residual_sq_change"] = Mean(shift * (shift - 2 * terms.delta))
         loss = tis_weight * terms.loss
-        return LossOutput(loss.sum(), len(s.credit), {k: v.detach() for k, v in metrics.items()})
+        return LossOutput(loss.sum(), len(s.credit), metrics)

@@ -1,4 +1,4 @@
-"""Advantages of tokens from rewards and values of tokens, over packed sequences."""
+"""Per-token advantages from per-token rewards and values, over packed sequences."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ def gae(reward: Tensor, value: Tensor, cu_seqlens: Tensor, gamma: float, lam: fl
     tokens = torch.arange(value.numel(), device=value.device)
     after = cu_seqlens[1:].repeat_interleave(lengths, output_size=value.numel()) - tokens - 1  # tokens to the end
     advantage = reward + gamma * value.roll(-1).masked_fill(after < 1, 0.0) - value
-    # A_t is a sum of (gamma lam)^l delta_{t + l}. Each round doubles how many l are in it, so that answers of thousands
-    # of tokens take a dozen rounds.
+    # A_t = sum_l (gamma lam)^l delta_{t + l}, by a log-step scan: a round adds to each token the sum that is `reach`
+    # tokens ahead (a roll, masked at the answer's end) and so doubles the terms in it. Answers of thousands of tokens
+    # take a dozen rounds, where the recursion would take as many steps as there are tokens.
     reach, longest = 1, int(lengths.max())
     while reach < longest:
         advantage = advantage + (gamma * lam) ** reach * advantage.roll(-reach).masked_fill(after < reach, 0.0)

@@ -17,7 +17,8 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from flowrl_mega.objectives.common import LossOutput, Sequences, group_normalise
+from flowrl_mega.objectives.base import LossOutput, group_normalise
+from flowrl_mega.objectives.inputs import LossInputs
 from flowrl_mega.objectives.policy_gradient import PolicyGradient
 
 
@@ -31,5 +32,5 @@ class GRPO(PolicyGradient):
         """The advantage A [N]."""
         return group_normalise(rewards, group, divide=self.std)
 
-    def loss(self, s: Sequences) -> LossOutput:
+    def loss(self, s: LossInputs) -> LossOutput:
         return self.surrogate_loss(s, s.per_token(s.credit.double()), kl_in_loss=True)

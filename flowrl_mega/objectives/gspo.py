@@ -1,4 +1,4 @@
-"""GSPO: the clipped policy gradient with one ratio an answer, that of its mean token.
+"""GSPO: the clipped policy gradient with one ratio per answer, that of its mean token.
 
 Source: "Group Sequence Policy Optimization", arXiv 2507.18071, Eq. 5-7:
 
@@ -13,7 +13,9 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from flowrl_mega.objectives.common import LossOutput, Objective, Sequences, group_normalise, mismatch_metrics
+from flowrl_mega.metrics import Max, Mean
+from flowrl_mega.objectives.base import LossOutput, Objective, group_normalise, mismatch_metrics
+from flowrl_mega.objectives.inputs import LossInputs
 from flowrl_mega.objectives.policy_gradient import clipped_surrogate
 
 
@@ -32,18 +34,18 @@ class GSPO(Objective):
         """The advantage A [N]."""
         return group_normalise(rewards, group, divide=self.std)
 
-    def loss(self, s: Sequences) -> LossOutput:
+    def loss(self, s: LossInputs) -> LossOutput:
         advantage, log_ratio = s.credit.double(), s.log_ratio()
         terms = clipped_surrogate(s.mean(log_ratio), advantage, self.clip_eps, self.clip_eps_high)
         tis_weight, tis_metrics = self.tis_weight(s)
         metrics = {
-            "advantage": advantage,
-            "ratio": terms.ratio,
-            "clip_fraction": terms.clipped,
-            "mean_logp": s.mean(s.logp),
-            "max_abs_sum_d": s.sum(log_ratio).abs(),
+            "loss/advantage": Mean(advantage),
+            "policy/ratio": Mean(terms.ratio),
+            "policy/clip_fraction": Mean(terms.clipped),
+            "policy/mean_logp": Mean(s.mean(s.logp)),
+            "policy/max_abs_log_ratio": Max(s.sum(log_ratio).abs()),
             **tis_metrics,
             **mismatch_metrics(s),
         }
         loss = tis_weight * terms.loss
-        return LossOutput(loss.sum(), len(advantage), {k: v.detach() for k, v in metrics.items()})
+        return LossOutput(loss.sum(), len(advantage), metrics)

@@ -1,4 +1,4 @@
-"""What the clipped policy gradients (PPO, GRPO, REINFORCE++) share: surrogate, KL term, importance weight, means."""
+"""Shared by the clipped policy gradients (PPO, GRPO, REINFORCE++): surrogate, KL term, importance weight, means."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flowrl_mega.objectives.common import LossOutput, Objective, Sequences, Total, k3, mismatch_metrics
+from flowrl_mega.metrics import Max, Mean, Metric
+from flowrl_mega.objectives.base import LossOutput, Objective, SumOverReplicas, k3, mismatch_metrics
+from flowrl_mega.objectives.inputs import LossInputs
 from flowrl_mega.settings import Needs
 
 KlEstimator = Literal["k1", "k2", "k3"]
@@ -36,7 +38,7 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip_eps: float, cli
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: KlEstimator) -> Tensor:
-    """KL(pi || pi_ref) of each token [T] float64, from one that pi has drawn.
+    """KL(pi || pi_ref) at each token, [T] float64, estimated from the token that pi has drawn.
 
     Source: Schulman, "Approximating KL divergence", 2020. k1: log(pi / pi_ref), unbiased, but its gradient says nothing
     of the KL.  k2: its square / 2, biased, but with the KL's gradient.  k3: unbiased and >= 0.
@@ -47,20 +49,22 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: KlEstimator) -> Tenso
     return log_ratio.square() / 2 if estimator == "k2" else k3(-log_ratio)
 
 
-def normalise_over_tokens(values: list[Tensor], total: Total) -> list[Tensor]:
-    """(v - mean) / sqrt(variance + 1e-8) over all tokens of the step, on all replicas; unbiased variance. By
-    micro-batch [T] -> [T] float64."""
+def normalise_over_tokens(values: list[Tensor], sum_over_replicas: SumOverReplicas) -> list[Tensor]:
+    """(v - mean) / sqrt(variance + 1e-8) over all tokens of the step, on all replicas; unbiased variance.
+
+    values: one tensor [T] per micro-batch; the result has the same shapes, in float64.
+    """
     device = values[0].device
     count = torch.tensor(float(sum(v.numel() for v in values)), dtype=torch.float64, device=device)
-    count, summed = total(torch.stack([count, torch.stack([v.double().sum() for v in values]).sum()]))
+    count, summed = sum_over_replicas(torch.stack([count, torch.stack([v.double().sum() for v in values]).sum()]))
     mean = summed / count
-    squares = total(torch.stack([(v.double() - mean).square().sum() for v in values]).sum())
+    squares = sum_over_replicas(torch.stack([(v.double() - mean).square().sum() for v in values]).sum())
     std = (squares / (count - 1).clamp(min=1) + VARIANCE_EPS).sqrt()
     return [(v.double() - mean) / std for v in values]
 
 
 class PolicyGradient(Objective):
-    """Settings and loss that these objectives have in common; each brings its own advantages."""
+    """Base of the clipped policy gradients: settings and loss; each subclass brings its own advantages."""
 
     NEEDS: ClassVar[tuple[Needs, ...]] = (
         *Objective.NEEDS,
@@ -80,13 +84,13 @@ class PolicyGradient(Objective):
     def needs_reference(self) -> bool:
         return self.kl_coef > 0
 
-    def mean_of(self, s: Sequences, values: Tensor) -> tuple[Tensor, int]:
-        """Values [T] as a sum and the count that it is to be divided by, as `loss_mean` says."""
+    def mean_of(self, s: LossInputs, values: Tensor) -> tuple[Tensor, int]:
+        """Values [T] as a sum and the count to divide it by, as `loss_mean` says."""
         if self.loss_mean == "token":
             return values.double().sum(), values.numel()
         return s.mean(values).sum(), len(s.credit)
 
-    def surrogate_loss(self, s: Sequences, advantage: Tensor, kl_in_loss: bool) -> LossOutput:
+    def surrogate_loss(self, s: LossInputs, advantage: Tensor, kl_in_loss: bool) -> LossOutput:
         """The clipped surrogate of the advantages [T], and the KL term where it is part of the loss."""
         high = self.clip_eps if self.clip_eps_high is None else self.clip_eps_high
         log_ratio = s.log_ratio()
@@ -94,12 +98,12 @@ class PolicyGradient(Objective):
         # tis weighs the surrogate alone: the KL term stays the pull to the reference that kl_coef names.
         tis_weight, tis_metrics = self.tis_weight(s)
         loss = terms.loss * (tis_weight if self.tis == "token" else s.per_token(tis_weight))
-        metrics = {
-            "advantage": s.mean(advantage),
-            "ratio": s.mean(terms.ratio),
-            "clip_fraction": s.mean(terms.clipped),
-            "mean_logp": s.mean(s.logp),
-            "max_abs_sum_d": s.sum(log_ratio).abs(),
+        metrics: dict[str, Metric] = {
+            "loss/advantage": Mean(s.mean(advantage)),
+            "policy/ratio": Mean(s.mean(terms.ratio)),
+            "policy/clip_fraction": Mean(s.mean(terms.clipped)),
+            "policy/mean_logp": Mean(s.mean(s.logp)),
+            "policy/max_abs_log_ratio": Max(s.sum(log_ratio).abs()),
             **tis_metrics,
             **mismatch_metrics(s),
         }
@@ -108,13 +112,13 @@ class PolicyGradient(Objective):
             kl = kl_estimate(s.logp, s.ref_logp, self.kl_estimator)
             if kl_in_loss:
                 loss = loss + self.kl_coef * kl
-            metrics["kl"] = s.mean(kl)
+            metrics["policy/kl_to_ref"] = Mean(s.mean(kl))
         loss_sum, count = self.mean_of(s, loss)
-        return LossOutput(loss_sum, count, {k: v.detach() for k, v in metrics.items()})
+        return LossOutput(loss_sum, count, metrics)
 
 
 class TokenPolicyGradient(PolicyGradient):
-    """Where each token has an advantage of its own, and the KL to the reference can count in its reward."""
+    """Base for objectives with per-token advantages and an optional KL-in-reward."""
 
     kl_estimator: KlEstimator = Field("k1", description="of a token's KL: log-ratio, half its square, or unbiased >= 0")
     loss_mean: Literal["sequence", "token"] = Field(
@@ -130,8 +134,9 @@ class TokenPolicyGradient(PolicyGradient):
     def needs_old_logp(self) -> bool:
         return self.kl_in_reward
 
-    def token_rewards(self, s: Sequences) -> Tensor:
-        """[T] float64: the answer's credit at its last token, less kl_coef KL at each, of pi_old, where it counts."""
+    def token_rewards(self, s: LossInputs) -> Tensor:
+        """Per-token rewards, [T] float64: each answer's credit at its last token; with `kl_in_reward`, every token's
+        has kl_coef KL(pi_old || pi_ref) taken off."""
         reward = torch.zeros(s.logp.numel(), dtype=torch.float64, device=s.logp.device)
         reward[s.cu_seqlens[1:] - 1] = s.credit.double()
         if not self.kl_in_reward:

@@ -18,8 +18,10 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from flowrl_mega.objectives.common import LossOutput, Sequences, Total
+from flowrl_mega.metrics import FromMeans, Mean, Metric
+from flowrl_mega.objectives.base import LossOutput, SumOverReplicas
 from flowrl_mega.objectives.gae import gae
+from flowrl_mega.objectives.inputs import LossInputs
 from flowrl_mega.objectives.policy_gradient import TokenPolicyGradient, normalise_over_tokens
 from flowrl_mega.settings import Needs
 
@@ -76,11 +78,13 @@ class PPO(TokenPolicyGradient):
         return self.kl_coef > 0 and self.kl_in == "reward"
 
     def credit(self, rewards: Tensor, group: Tensor) -> Tensor:
-        """The reward itself [N]: the baseline is the critic's."""
+        """The reward itself [N]: the critic is the baseline."""
         return rewards.double()
 
     @torch.no_grad()
-    def prepare(self, batches: list[Sequences], total: Total, groups: int) -> list[dict[str, Tensor]]:
+    def prepare(
+        self, batches: list[LossInputs], sum_over_replicas: SumOverReplicas, groups: int
+    ) -> list[dict[str, Tensor]]:
         """Advantages and returns, "advantage" and "returns" [T]."""
         advantages, returns = [], []
         for s in batches:
@@ -88,13 +92,13 @@ class PPO(TokenPolicyGradient):
             advantages.append(gae(self.token_rewards(s), s.value, s.cu_seqlens, self.gamma, self.lam))
             returns.append(advantages[-1] + s.value.double())
         if self.normalise:
-            advantages = normalise_over_tokens(advantages, total)
+            advantages = normalise_over_tokens(advantages, sum_over_replicas)
         return [{"advantage": a, "returns": r} for a, r in zip(advantages, returns, strict=True)]
 
-    def loss(self, s: Sequences) -> LossOutput:
+    def loss(self, s: LossInputs) -> LossOutput:
         return self.surrogate_loss(s, s.prepared["advantage"], kl_in_loss=self.kl_in == "loss")
 
-    def value_loss(self, value: Tensor, s: Sequences) -> LossOutput:
+    def value_loss(self, value: Tensor, s: LossInputs) -> LossOutput:
         assert s.value is not None, "PPO needs the critic's values"
         value, old, target = value.double(), s.value.double(), s.prepared["returns"]
         error = (value - target).square()
@@ -104,15 +108,15 @@ class PPO(TokenPolicyGradient):
             clipped = (bound > error).double()
             error = torch.maximum(error, bound)
         loss_sum, count = self.mean_of(s, error / 2)
-        metrics = {
-            "value": s.mean(value),
-            "return": s.mean(target),
-            "return_sq": s.mean(target.square()),
-            "value_error": s.mean(target - value),
-            "value_error_sq": s.mean((target - value).square()),
-            "value_clip_fraction": s.mean(clipped),
+        of_return = Mean(s.mean(target)), Mean(s.mean(target.square()))
+        of_error = Mean(s.mean(target - value)), Mean(s.mean((target - value).square()))
+        metrics: dict[str, Metric] = {
+            "critic/value": Mean(s.mean(value)),
+            "critic/return": of_return[0],
+            "critic/value_clip_fraction": Mean(s.mean(clipped)),
+            "critic/explained_variance": FromMeans(explained_variance, *of_return, *of_error),
         }
-        return LossOutput(loss_sum, count, {k: v.detach() for k, v in metrics.items()})
+        return LossOutput(loss_sum, count, metrics)
 
     @property
     def adapts(self) -> tuple[str, ...]:
@@ -121,10 +125,19 @@ class PPO(TokenPolicyGradient):
     def adapted(self, metrics: Mapping[str, float], sequences: int) -> Self:
         """kl_coef times 1 + clip(kl / kl_target - 1, -0.2, 0.2) sequences / kl_horizon.
 
-        Source: arXiv 1909.08593, section 2.2, with the KL a token, as verl has it. A step of more sequences than the
+        Source: arXiv 1909.08593, section 2.2, with the KL per token, as in verl. A step of more sequences than the
         horizon counts as the horizon: the coefficient must not turn negative.
         """
         if self.kl_target is None:
             return self
-        error = min(max(metrics["kl"] / self.kl_target - 1, -MOST_CHANGE), MOST_CHANGE)
+        error = min(max(metrics["policy/kl_to_ref"] / self.kl_target - 1, -MOST_CHANGE), MOST_CHANGE)
         return self.model_copy(update={"kl_coef": self.kl_coef * (1 + error * min(sequences / self.kl_horizon, 1))})
+
+
+def explained_variance(mean: float, mean_square: float, error_mean: float, error_mean_square: float) -> float:
+    """1 - variance of R - V / variance of R, from the moments of the returns R and of the critic's errors R - V.
+
+    It is 1 for a perfect critic, 0 for one that knows no more than the mean, and negative for a worse one.
+    """
+    variance = mean_square - mean**2
+    return 1 - (error_mean_square - error_mean**2) / variance if variance > 1e-12 else 0.0

@@ -16,8 +16,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flowrl_mega.objectives.common import LossOutput, Sequences, Total, group_normalise
+from flowrl_mega.objectives.base import LossOutput, SumOverReplicas, group_normalise
 from flowrl_mega.objectives.gae import gae
+from flowrl_mega.objectives.inputs import LossInputs
 from flowrl_mega.objectives.policy_gradient import TokenPolicyGradient, normalise_over_tokens
 
 
@@ -32,17 +33,19 @@ class ReinforcePP(TokenPolicyGradient):
         return self.kl_coef > 0
 
     def credit(self, rewards: Tensor, group: Tensor) -> Tensor:
-        """The reward [N], or what it is above its group's mean."""
+        """The reward [N], with `baseline: group` less its group's mean."""
         return group_normalise(rewards, group, divide=False) if self.baseline == "group" else rewards.double()
 
     @torch.no_grad()
-    def prepare(self, batches: list[Sequences], total: Total, groups: int) -> list[dict[str, Tensor]]:
+    def prepare(
+        self, batches: list[LossInputs], sum_over_replicas: SumOverReplicas, groups: int
+    ) -> list[dict[str, Tensor]]:
         """Advantages, "advantage" [T]."""
         to_go = []
         for s in batches:
             reward = self.token_rewards(s)
             to_go.append(gae(reward, torch.zeros_like(reward), s.cu_seqlens, gamma=1.0, lam=1.0))
-        return [{"advantage": advantage} for advantage in normalise_over_tokens(to_go, total)]
+        return [{"advantage": advantage} for advantage in normalise_over_tokens(to_go, sum_over_replicas)]
 
-    def loss(self, s: Sequences) -> LossOutput:
+    def loss(self, s: LossInputs) -> LossOutput:
         return self.surrogate_loss(s, s.prepared["advantage"], kl_in_loss=False)

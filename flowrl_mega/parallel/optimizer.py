@@ -16,6 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from flowrl_mega.config import ConfigError, OptimizerSettings
+from flowrl_mega.metrics import Max, Mean
 from flowrl_mega.parallel import backends
 from flowrl_mega.parallel.offload import Offload
 
@@ -140,20 +141,21 @@ class Optimizer:
             stage.zero_grad_buffer()
         self.inner.zero_grad()
 
-    def step(self, loss_is_finite: bool) -> dict[str, float]:
+    def step(self, loss_is_finite: bool) -> dict[str, Mean | Max]:
         """Clip and apply the gradients in the buffer, unless loss or gradient norm is not finite."""
         with self.on_device():
             return self._step(loss_is_finite)
 
-    def _step(self, loss_is_finite: bool) -> dict[str, float]:
+    def _step(self, loss_is_finite: bool) -> dict[str, Mean | Max]:
         found_inf = self.inner.prepare_grads()
         norm = float(self.inner.get_grad_norm())
         if found_inf or not loss_is_finite or not math.isfinite(norm):
             self.skipped += 1
-            return {"grad_norm": norm, "skipped_updates": float(self.skipped)}
+            return {"grad_norm": Mean(norm), "skipped_updates": Max(self.skipped)}
         if self.settings.clip_grad > 0:
             clip_grad_by_total_norm_fp32(self.inner.get_parameters(), self.settings.clip_grad, norm)
         self.schedule.step(increment=1)
         self.inner.step_with_ready_grads()
         self.updates += 1
-        return {"grad_norm": norm, "lr": self.inner.param_groups[0]["lr"], "skipped_updates": float(self.skipped)}
+        rate = self.inner.param_groups[0]["lr"]
+        return {"grad_norm": Mean(norm), "lr": Mean(rate), "skipped_updates": Max(self.skipped)}

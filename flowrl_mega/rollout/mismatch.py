@@ -11,7 +11,7 @@ def staleness(rollouts: list[Rollout], version: int) -> dict[str, float]:
     spans = [(version - made_by, n) for rollout in rollouts for made_by, n in rollout.versions]
     tokens = sum(n for _, n in spans)
     mean = sum(behind * n for behind, n in spans) / tokens
-    return {"staleness": mean, "max_staleness": float(max(behind for behind, _ in spans))}
+    return {"mismatch/staleness": mean, "mismatch/max_staleness": float(max(behind for behind, _ in spans))}
 
 
 def beyond_budget(found: float | None, settings: MismatchSettings, step: int) -> str | None:

@@ -12,10 +12,16 @@ def test_figures_of_a_run() -> None:
     """25 steps: the last tenth is three of them. A null, a number that was not finite, is in no mean."""
     rewards, entropies = np.linspace(0, 1, 25), np.geomspace(3, 0.1, 25)
     steps = [
-        {"step": i + 1, "reward": r, "entropy": e, "response_length": 10 * r, "seconds/step": 0.5, "loss": 1.0}
+        {
+            "step": i + 1,
+            "reward/mean": r,
+            "policy/entropy": e,
+            "rollout/response_length": 10 * r,
+            "perf/step_seconds": 0.5,
+        }
         for i, (r, e) in enumerate(zip(rewards.tolist(), entropies.tolist(), strict=True))
     ]
-    steps[23]["entropy"] = None
+    steps[23]["policy/entropy"] = None
     evaluation = [{"step": 0, "reward": 9.0}, {"step": 25, "reward": 0.25, "pass@4": 0.5, "coverage": None}]
     found = figures(steps, evaluation)
     assert found == pytest.approx(

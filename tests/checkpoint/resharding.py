@@ -13,6 +13,7 @@ from torch import Tensor
 from flowrl_mega.checkpoint import save_checkpoint
 from flowrl_mega.experience import Experience
 from flowrl_mega.model.names import from_shards, to_named
+from flowrl_mega.monitor.step_metrics import merge_updates
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.packing import Sequence
 from flowrl_mega.preflight import Inputs
@@ -62,7 +63,7 @@ def _update(job: Run, sequences: list[Sequence], rewards: list[float]) -> dict[s
     rollouts = [Rollout(s.response, [0.0] * n, "stop", [(0, n)]) for s, n in zip(sequences, sizes, strict=True)]
     scores = [Score(reward, "", failed=False) for reward in rewards]
     (batches,) = job.trainer.micro_batches(Experience(sequences, rollouts, scores))
-    return job.trainer.update(batches)
+    return merge_updates([job.trainer.update(batches)])
 
 
 def _adam(job: Run) -> Any:
@@ -81,7 +82,8 @@ def _state(job: Run, metrics: dict[str, float]) -> State:
     dist.all_gather_object(stages, tensors, group=job.layout.pp_group)
     tensors = {name: tensor for stage in stages for name, tensor in stage.items()}
     state = job.models.learner.optimizer
-    return State(tensors, state.updates, state.inner.param_groups[0]["lr"], metrics.get("loss"), metrics.get("log_z"))
+    loss, log_z = metrics.get("loss/policy"), metrics.get("loss/log_z")
+    return State(tensors, state.updates, state.inner.param_groups[0]["lr"], loss, log_z)
 
 
 def _whole(job: Run, name: str, part: Tensor) -> list[tuple[str, Tensor]]:

@@ -104,8 +104,8 @@ class Trains:
         folder.truncate(0)
         for step in range(1, config.steps + 1 if code == 0 else 2):
             reward = config.objective["beta"] + config.seed
-            numbers = {"reward": reward, "entropy": 1.0, "response_length": 5.0, "seconds/step": 2.0}
-            folder.log(step, numbers)
+            numbers = {"reward/mean": reward, "policy/entropy": 1.0, "rollout/response_length": 5.0}
+            folder.log(step, {**numbers, "perf/step_seconds": 2.0})
             if step == config.steps:
                 folder.evaluation(step, {"reward": reward, "pass@2": 0.5})
         return code
@@ -303,7 +303,7 @@ def test_a_real_grid_stopped_killed_and_gone_on_with(model: Path, tmp_path: Path
             for file in ("metrics", "samples", "evaluation"):
                 wanted = records(alone, file)
                 assert wanted and records(run_dir / name / f"seed_{seed}", file) == wanted, (name, seed, file)
-            assert summary[name]["runs"][str(seed)]["reward"] == records(alone, "metrics")[-1]["reward"]
+            assert summary[name]["runs"][str(seed)]["reward"] == records(alone, "metrics")[-1]["reward/mean"]
         rewards = [summary[name]["runs"][seed]["reward"] for seed in "01"]
         assert len(set(rewards)) == 2, "a spread to look at"
         assert summary[name]["std"]["reward"] == pytest.approx(np.std(rewards, ddof=1))

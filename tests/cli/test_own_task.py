@@ -44,7 +44,7 @@ def test_two_steps_of_training(folder: Path) -> None:
     run_dir = folder / "runs" / "digits"
     metrics = records(run_dir, "metrics")
     assert [row["step"] for row in metrics] == [1, 2]
-    assert all(row["reward_failed"] == 0 and row["skipped_updates"] == 0 for row in metrics)
+    assert all(row["reward/failed"] == 0 and row["policy/skipped_updates"] == 0 for row in metrics)
     samples = records(run_dir, "samples")
     assert len(samples) == 8
     for row in samples:

@@ -45,7 +45,7 @@ def test_a_run_leaves_its_records_and_its_newest_checkpoints(finished: Path) -> 
     run_dir = finished / "run"
     assert [row["step"] for row in records(run_dir, "metrics")] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in records(run_dir, "evaluation")] == [0, 2, 4, 6]
-    assert len({row["loss"] for row in records(run_dir, "metrics")}) == 6, "the run must change something"
+    assert len({row["loss/policy"] for row in records(run_dir, "metrics")}) == 6, "the run must change something"
     assert steps(run_dir) == ["step_4", "step_6"], "keep_last is 2"
     assert sorted(path.name for path in run_dir.iterdir()) == [
         "checkpoints", "config.yaml", "evaluation.jsonl", "metrics.jsonl", "samples.jsonl",
@@ -156,8 +156,8 @@ def test_fork_from_a_folder_at_another_layout(finished: Path, model: Path, tmp_p
     Job(arguments, tmp_path / "log", world=1).run()
     (found,), wanted = records(tmp_path / "run", "metrics"), records(finished / "run", "metrics")[4]
     assert found["step"] == 5 and steps(tmp_path / "run") == [], "neither at step 4 nor at the end is one due"
-    assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
-    assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+    assert found["loss/policy"] == pytest.approx(wanted["loss/policy"], rel=1e-4)
+    assert found["policy/grad_norm"] == pytest.approx(wanted["policy/grad_norm"], rel=1e-4)
 
 
 @pytest.mark.integration
@@ -187,7 +187,7 @@ def test_learning_rates_may_change_when_resuming(finished: Path, model: Path, tm
     changed = ["--optimizer.lr=5e-4", "--optimizer.log_z_lr=2e-3"]
     Job(["train", str(config), f"--resume={origin}", "--steps=5", *changed], tmp_path / "log").run()
     (found,), wanted = records(tmp_path / "run", "metrics"), records(finished / "run", "metrics")[4]
-    assert (found["lr"], wanted["lr"]) == (5e-4, 1e-3)
+    assert (found["policy/lr"], wanted["policy/lr"]) == (5e-4, 1e-3)
 
 
 @pytest.fixture

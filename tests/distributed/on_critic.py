@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flowrl_mega.checkpoint import load_model
 from flowrl_mega.experience import Experience
+from flowrl_mega.monitor.step_metrics import merge_updates
 from flowrl_mega.run import Run
 
 
@@ -69,10 +70,10 @@ def _learn(job: Run, answers: list[Experience], save: bool) -> Learnt:
             with ExitStack() as stack:
                 for name, (model, optimizer) in job.models.trained().items() if not gradients else ():
                     stack.enter_context(_gathered(model, optimizer, name, gradients))
-                updates.append(trainer.update(mini_batch))
+                updates.append(merge_updates([trainer.update(mini_batch)]))
         trainer.step_done += 1
-        if "kl" in updates[0]:
-            mean = {"kl": sum(update["kl"] for update in updates) / len(updates)}
+        if (kl := "policy/kl_to_ref") in updates[0]:
+            mean = {kl: sum(update[kl] for update in updates) / len(updates)}
             trainer.objective = trainer.objective.adapted(mean, len(step.sequences))
         metrics += updates
     if save:

@@ -15,6 +15,7 @@ from on_ranks import start, sums_left_out, whole_gradients
 from torch import Tensor
 
 from flowrl_mega.experience import Experience, MicroBatch
+from flowrl_mega.monitor.step_metrics import merge_updates
 from flowrl_mega.run import Run
 
 
@@ -55,10 +56,10 @@ def _train(path: Path, steps: list[Experience], case: dict[str, Any], left_out: 
         for mini_batch in mini_batches:
             if "gradients" not in first:
                 with without_sums(job, left_out), kept_gradients(job) as kept:
-                    metrics.append(job.trainer.update(mini_batch))
+                    metrics.append(merge_updates([job.trainer.update(mini_batch)]))
                 first |= kept
             else:
-                metrics.append(job.trainer.update(mini_batch))
+                metrics.append(merge_updates([job.trainer.update(mini_batch)]))
     job.close()
     return Trained(metrics=metrics, **first)
 

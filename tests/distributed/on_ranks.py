@@ -18,11 +18,13 @@ from torch import Tensor
 
 from flowrl_mega.config import Config, LogZ
 from flowrl_mega.experience import MicroBatch
+from flowrl_mega.metrics import Max, Mean
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.names import from_shards, hf_names, to_named
 from flowrl_mega.model.policy import Policy
 from flowrl_mega.model.stage import Model
 from flowrl_mega.model.weights import load_hf
+from flowrl_mega.monitor.step_metrics import merge_updates
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.packing import PackedBatch, Sequence, pack, plan
 from flowrl_mega.preflight import Inputs
@@ -76,9 +78,10 @@ def step_by_updates(path: Path | str, steps: int = 1, **sections: Any) -> list[d
     trainer, found = start(path, **sections).trainer, []
     real = trainer.update
 
-    def update(mini_batch: list[MicroBatch]) -> dict[str, float]:
-        found.append(real(mini_batch))
-        return found[-1]
+    def update(mini_batch: list[MicroBatch]) -> dict[str, Mean | Max]:
+        metrics = real(mini_batch)
+        found.append(merge_updates([metrics]))
+        return metrics
 
     trainer.update = update  # type: ignore[method-assign]
     for _ in range(steps):
@@ -137,15 +140,15 @@ def _prepare(path: Path, recorded: Recorded, sections: dict[str, Any]) -> tuple[
 def _update(job: Run, batches: list[MicroBatch], leave_out: int | None) -> Update:
     found: dict[str, Any] = {}
 
-    def gather_instead_of_step(loss_is_finite: bool) -> dict[str, float]:
+    def gather_instead_of_step(loss_is_finite: bool) -> dict[str, Mean]:
         job.models.learner.optimizer.inner.prepare_grads()
         norm = float(job.models.learner.optimizer.inner.get_grad_norm())
         found["gradients"], found["difference"] = whole_gradients(job.models.policy)
-        return {"grad_norm": norm}
+        return {"grad_norm": Mean(norm)}
 
     job.models.learner.optimizer.step = gather_instead_of_step  # type: ignore[method-assign]
     with counted_sums(leave_out) as calls:
-        metrics = job.trainer.update(batches)
+        metrics = merge_updates([job.trainer.update(batches)])
     partition = job.models.policy.partition
     partition = {} if partition is None else partition.state_dict()
     partition = job.layout.from_last_stage(partition)

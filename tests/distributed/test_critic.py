@@ -81,8 +81,10 @@ def assert_alike(found: list[dict[str, float]], wanted: list[dict[str, float]]) 
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
-            # max_abs_sum_d is a difference of sums of log-probs around -60.
-            assert ours[name] == pytest.approx(value, rel=2e-5, abs=6e-4 if name == "max_abs_sum_d" else 2e-5), name
+            # It is a difference of sums of log-probs around -60.
+            assert ours[name] == pytest.approx(
+                value, rel=2e-5, abs=6e-4 if name == "policy/max_abs_log_ratio" else 2e-5
+            ), name
 
 
 def _joined(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -147,10 +149,10 @@ def test_one_rank_computes_what_autograd_through_transformers_does(trunk, alone,
         error, where = worst(found[name], wanted)
         assert error < TOLERANCE, f"{name}: {where}"
     if trunk == "own":
-        assert metrics["loss"] == pytest.approx(losses["policy"], rel=TOLERANCE, abs=1e-7)
-        assert metrics["critic/loss"] == pytest.approx(losses["critic"], rel=TOLERANCE)
+        assert metrics["loss/policy"] == pytest.approx(losses["policy"], rel=TOLERANCE, abs=1e-7)
+        assert metrics["loss/critic"] == pytest.approx(losses["critic"], rel=TOLERANCE)
     else:
-        assert metrics["loss"] == pytest.approx(losses["policy"] + VALUE_COEF * losses["critic"], rel=TOLERANCE)
+        assert metrics["loss/policy"] == pytest.approx(losses["policy"] + VALUE_COEF * losses["critic"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -190,8 +192,8 @@ def test_the_critic_learns_first(alone, model, reference, ranks1):
     sections = SECTIONS | {"critic": {"warmup_steps": 2, "optimizer": {"lr": 1e-3, "warmup_steps": 0}}}
     (start,) = ranks1.run(learn, model, reference, [], None, False, **sections)
     (warm,) = ranks1.run(learn, model, reference, STEPS[:1] * 3, None, False, **sections)
-    losses = [update["critic/loss"] for update in warm.metrics]
-    assert "loss" not in warm.metrics[3] and "loss" in warm.metrics[4]
+    losses = [update["loss/critic"] for update in warm.metrics]
+    assert "loss/policy" not in warm.metrics[3] and "loss/policy" in warm.metrics[4]
     assert losses[2] < losses[0] and losses[3] < losses[1]
     (before,) = ranks1.run(learn, model, reference, STEPS[:1] * 2, None, False, **sections)
     assert all(torch.equal(a, b) for a, b in zip(before.weights["policy"], start.weights["policy"], strict=True))

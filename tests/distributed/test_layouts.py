@@ -143,8 +143,11 @@ def differences(found: Trained, wanted: Trained) -> dict[str, float]:
     for update, metrics in enumerate(wanted.metrics):
         for name, value in metrics.items():
             # Differences: of an answer's log-prob before and after, of the squared residual with and without drift.
-            scale = {"max_abs_sum_d": sums, "mismatch_delta_sq": metrics["delta_sq"]}.get(name, abs(value))
-            scale = max(1.0, scale)
+            scales = {
+                "policy/max_abs_log_ratio": sums,
+                "mismatch/residual_sq_change": metrics["loss/residual_sq"],
+            }
+            scale = max(1.0, scales.get(name, abs(value)))
             worst[f"{name} of update {update}"] = abs(found.metrics[update][name] - value) / scale
     return worst
 
@@ -191,8 +194,8 @@ def test_transformer_engine_trains_alike_in_every_layout(
 def test_the_recorded_steps_exercise_what_they_should(alone: dict[str, Trained]):
     """Weights neither all 1 nor all clipped, gradients that are clipped, and a policy that moves."""
     metrics = alone["llama"].metrics
-    assert 0 < metrics[-1]["clip_fraction"] < 1 and metrics[0]["grad_norm"] > 1
-    assert abs(metrics[-1]["loss"] - metrics[0]["loss"]) > 0.1
+    assert 0 < metrics[-1]["policy/clip_fraction"] < 1 and metrics[0]["policy/grad_norm"] > 1
+    assert abs(metrics[-1]["loss/policy"] - metrics[0]["loss/policy"]) > 0.1
 
 
 @pytest.mark.parametrize("group", ["tp", "dp", "cp", "dp_cp", "embd", "mp"])

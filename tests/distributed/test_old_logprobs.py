@@ -21,11 +21,11 @@ def test_w_is_1_on_the_first_mini_batch(layout, tiny_model, ranks1, ranks2):
     batch = {"mini_batch": 8, "tokens_per_microbatch": 40}
     model = tiny_model("llama", vocab=14)
     for first, second in pool.run(step_by_updates, model, parallel=LAYOUTS[layout], batch=batch, **SECTIONS):
-        assert first["max_abs_sum_d"] == 0.0
-        assert first["weight"] == 1.0
-        assert first["mean_logratio"] == 0.0, "reference and policy start with the same weights"
-        assert second["max_abs_sum_d"] > 1e-3, "the first update moved the policy away from pi_old"
-        assert second["weight"] != 1.0
+        assert first["policy/max_abs_log_ratio"] == 0.0
+        assert first["loss/flow_weight"] == 1.0
+        assert first["policy/mean_log_ratio_to_ref"] == 0.0, "reference and policy start with the same weights"
+        assert second["policy/max_abs_log_ratio"] > 1e-3, "the first update moved the policy away from pi_old"
+        assert second["loss/flow_weight"] != 1.0
 
 
 @pytest.mark.ranks
@@ -33,5 +33,5 @@ def test_one_update_a_step_is_on_policy_at_every_step(tiny_model, ranks1):
     """Then pi_old is the update's own forward, and no scoring pass is paid for it."""
     (updates,) = ranks1.run(step_by_updates, tiny_model("llama", vocab=14), steps=3, **SECTIONS)
     assert len(updates) == 3
-    assert all(u["max_abs_sum_d"] == 0.0 and u["weight"] == 1.0 for u in updates)
-    assert abs(updates[2]["mean_logratio"]) > 1e-3, "while the policy leaves the reference"
+    assert all(u["policy/max_abs_log_ratio"] == 0.0 and u["loss/flow_weight"] == 1.0 for u in updates)
+    assert abs(updates[2]["policy/mean_log_ratio_to_ref"]) > 1e-3, "while the policy leaves the reference"

@@ -26,5 +26,5 @@ def test_native_and_torch_kernels_train_alike(kind, layout, tiny_model, ranks1, 
     )
     assert len(native) == len(plain) == 4
     for found, wanted in zip(native, plain, strict=True):
-        for name in ("loss", "grad_norm", "log_z", "entropy", "mean_logp"):
+        for name in ("loss/policy", "policy/grad_norm", "loss/log_z", "policy/entropy", "policy/mean_logp"):
             assert found[name] == pytest.approx(wanted[name], rel=1e-5), name

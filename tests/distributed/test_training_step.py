@@ -123,8 +123,8 @@ def test_one_rank_computes_what_autograd_through_transformers_does(kind, objecti
     recorded, found = alone(kind, objective)
     loss, log_z, gradients = expected(tiny_model(kind), recorded, objective, found.partition)
     assert found.micro_batches > 1
-    assert found.metrics["loss"] == pytest.approx(loss, rel=TOLERANCE)
-    assert found.metrics.get("log_z", 0.0) == pytest.approx(log_z, rel=TOLERANCE, abs=1e-6)
+    assert found.metrics["loss/policy"] == pytest.approx(loss, rel=TOLERANCE)
+    assert found.metrics.get("loss/log_z", 0.0) == pytest.approx(log_z, rel=TOLERANCE, abs=1e-6)
     error, name = worst(found.gradients, gradients)
     assert error < TOLERANCE, name
 
@@ -133,8 +133,8 @@ def test_one_rank_computes_what_autograd_through_transformers_does(kind, objecti
 def test_the_recorded_rollouts_exercise_the_weight(alone):
     """A batch in which every w is 1, or every w is clipped, would prove less."""
     metrics = alone("llama", FLOWRL)[1].metrics
-    assert 0 < metrics["clip_fraction"] < 1
-    assert metrics["weight"] != pytest.approx(1.0, abs=1e-3)
+    assert 0 < metrics["policy/clip_fraction"] < 1
+    assert metrics["loss/flow_weight"] != pytest.approx(1.0, abs=1e-3)
 
 
 @pytest.mark.ranks

@@ -128,8 +128,8 @@ def test_the_logged_log_z_is_the_exact_one(runs: Runs, ref_logp: Tensor, method:
     settings = METHODS[method]
     _, log_z = targets.free_target(ref_logp, settings["beta"], settings["length_norm"])
     lines = runs[method].metrics
-    assert len(lines) == STEPS and lines[-1]["skipped_updates"] == 0
-    logged = sum(line["log_z"] for line in lines[-20:]) / 20
+    assert len(lines) == STEPS and lines[-1]["policy/skipped_updates"] == 0
+    logged = sum(line["loss/log_z"] for line in lines[-20:]) / 20
     assert abs(logged - float(log_z.mean())) < TOLERANCE, f"logged {logged:.4f}, exact {float(log_z.mean()):.4f}"
 
 
@@ -139,8 +139,8 @@ def looks(run: Trained, ref_logp: Tensor, method: str) -> tuple[Tensor, Tensor, 
     settings = METHODS[method]
     beta, length_norm = settings["beta"], settings["length_norm"]
     at = [(run.metrics[n], logp) for n, logp in run.watched.items() if n < len(run.metrics)]
-    logged = torch.tensor([line["log_z"] for line, _ in at], dtype=torch.float64)
-    residual = torch.tensor([line["residual"] for line, _ in at], dtype=torch.float64)
+    logged = torch.tensor([line["loss/log_z"] for line, _ in at], dtype=torch.float64)
+    residual = torch.tensor([line["loss/residual"] for line, _ in at], dtype=torch.float64)
     best = torch.stack([targets.best_log_z(logp, ref_logp, beta, length_norm).mean() for _, logp in at])
     variance = torch.stack([targets.log_z_variance(logp, ref_logp, beta, length_norm).mean() for _, logp in at])
     return logged, logged - residual, best, (variance / (ANSWERS * len(space.PROMPTS))).sqrt()

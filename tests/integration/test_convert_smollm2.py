@@ -168,8 +168,9 @@ def test_the_example_trains_as_it_does_from_the_folder(runs: tuple[Path, Path]) 
         assert records(found, name) == records(wanted, name)
     metrics = records(found, "metrics")
     assert [row["step"] for row in metrics] == [1, 2, 3]
-    assert len({row["loss"] for row in metrics}) == len({row["log_z"] for row in metrics}) == 3
-    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 and not row["skipped_updates"] for row in metrics)
+    assert len({row["loss/policy"] for row in metrics}) == len({row["loss/log_z"] for row in metrics}) == 3
+    assert all(math.isfinite(row["loss/policy"]) and row["policy/grad_norm"] > 0 for row in metrics)
+    assert not any(row["policy/skipped_updates"] for row in metrics)
     assert different(found / "checkpoints/step_3/hf", wanted / "checkpoints/step_3/hf") == []
 
 
@@ -202,8 +203,8 @@ def test_a_new_run_starts_from_the_trained_checkpoint(runs: tuple[Path, Path], w
         start(work / "again_hf", checkpoint / "hf", *only_one),
     )
     (found,), (wanted,) = (records(work / run, "metrics") for run in ("again", "again_hf"))
-    for name in ("loss", "log_z", "mean_logp", "entropy", "grad_norm"):
+    for name in ("loss/policy", "loss/log_z", "policy/mean_logp", "policy/entropy", "policy/grad_norm"):
         assert found[name] == pytest.approx(wanted[name], rel=1e-3), name
-    assert found["mean_logratio"] == pytest.approx(0, abs=1e-6), "policy = reference"
+    assert found["policy/mean_log_ratio_to_ref"] == pytest.approx(0, abs=1e-6), "policy = reference"
     untrained = records(runs[1], "metrics")[0]
-    assert abs(found["mean_logp"] - untrained["mean_logp"]) > 1e-2, "the same prompts, but other weights"
+    assert abs(found["policy/mean_logp"] - untrained["policy/mean_logp"]) > 1e-2, "the same prompts, but other weights"

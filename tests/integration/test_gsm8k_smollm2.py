@@ -65,9 +65,9 @@ def test_a_real_model_trains_on_real_problems(run: Path) -> None:
     metrics = records(run, "metrics.jsonl")
     assert [line["step"] for line in metrics] == [1, 2]
     for line in metrics:
-        assert math.isfinite(line["loss"])
-        assert line["grad_norm"] > 0
-        assert line["reward_failed"] == 0
+        assert math.isfinite(line["loss/policy"])
+        assert line["policy/grad_norm"] > 0
+        assert line["reward/failed"] == 0
         assert sum(value for name, value in line.items() if name.startswith("verdict/")) == 8
 
 

@@ -71,7 +71,7 @@ def run(folder: Path, model: Path, world: int = 1, **sections: Any) -> list[dict
 
 
 def is_sound(rows: list[dict[str, Any]]) -> bool:
-    return all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+    return all(math.isfinite(row["loss/policy"]) and row["policy/grad_norm"] > 0 for row in rows)
 
 
 def test_a_run_is_fed_by_a_server_of_its_own(tmp_path: Path, model: Path) -> None:
@@ -79,11 +79,12 @@ def test_a_run_is_fed_by_a_server_of_its_own(tmp_path: Path, model: Path) -> Non
     trainer's again, which are far from those of the step before. The run's evaluations come from the server, too."""
     rows = run(tmp_path, model, world=2, steps=4, rollout=rollout(sync={"transfer": "distributed"}))
     assert len(rows) == 4 and is_sound(rows)
-    assert max(row["mismatch_abs_logp"] for row in rows) < 1e-4
-    assert min(row["effective_sample_size"] for row in rows) > 0.999
-    assert [row["max_staleness"] for row in rows] == [0.0] * 4
-    assert all(row["sync_gb"] > 0 and row["rollout/restarts"] == 0 for row in rows)
-    assert max(abs(row["mean_logratio"]) for row in rows) > 0.05, "the policy must have moved, or nothing was shown"
+    assert max(row["mismatch/abs_logp_diff"] for row in rows) < 1e-4
+    assert min(row["mismatch/effective_sample_size"] for row in rows) > 0.999
+    assert [row["mismatch/max_staleness"] for row in rows] == [0.0] * 4
+    assert all(row["perf/push_gb"] > 0 and row["rollout/restarts"] == 0 for row in rows)
+    moved = max(abs(row["policy/mean_log_ratio_to_ref"]) for row in rows)
+    assert moved > 0.05, "the policy must have moved, or nothing was shown"
     evaluations = records(tmp_path / "run", "evaluation")
     assert [row["step"] for row in evaluations] == [0, 2, 4]
     log = (tmp_path / "run" / "servers" / "server_0.log").read_text()
@@ -98,11 +99,11 @@ def test_one_step_ahead(pause: str, tmp_path: Path, model: Path, served: str) ->
     objective = {"name": "flowrl", "beta": 2.0, "tis": "sum"}
     rows = run(tmp_path, model, steps=4, rollout=settings, objective=objective, evaluation={"every": 0})
     assert len(rows) == 4 and is_sound(rows)
-    assert rows[0]["max_staleness"] == 0.0
-    assert {row["max_staleness"] for row in rows[1:]} == {1.0}
-    stale = [row for row in rows if row["staleness"] > 0]
-    assert stale and all(row["mismatch_abs_logp"] > 1e-3 for row in stale)
-    assert all(0 < row["tis_weight"] <= 2.0 for row in rows)
+    assert rows[0]["mismatch/max_staleness"] == 0.0
+    assert {row["mismatch/max_staleness"] for row in rows[1:]} == {1.0}
+    stale = [row for row in rows if row["mismatch/staleness"] > 0]
+    assert stale and all(row["mismatch/abs_logp_diff"] > 1e-3 for row in stale)
+    assert all(0 < row["mismatch/tis_weight"] <= 2.0 for row in rows)
 
 
 def test_partial_rollouts_and_resume(tmp_path: Path, model: Path, served: str) -> None:
@@ -120,8 +121,8 @@ def test_partial_rollouts_and_resume(tmp_path: Path, model: Path, served: str) -
     rows = run(tmp_path, model, steps=5, **sections)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and is_sound(rows)
     assert max(row["rollout/carried_groups"] for row in rows) > 0
-    assert max(row["max_staleness"] for row in rows) >= 1
-    assert max(row["response_length"] for row in rows) > 4
+    assert max(row["mismatch/max_staleness"] for row in rows) >= 1
+    assert max(row["rollout/response_length"] for row in rows) > 4
 
 
 def test_the_mismatch_budget_ends_a_run_in_words(tmp_path: Path, model: Path, served: str) -> None:
@@ -136,7 +137,7 @@ def test_the_mismatch_budget_ends_a_run_in_words(tmp_path: Path, model: Path, se
     said = job.log.read_text()
     assert "rollout.mismatch.budget = 0.001" in said and "objective.tis" in said and "Traceback" not in said
     last = records(tmp_path / "run", "metrics")[-1]
-    assert last["mismatch_abs_logp"] > 1e-3
+    assert last["mismatch/abs_logp_diff"] > 1e-3
     assert (tmp_path / "run" / "checkpoints" / f"step_{last['step']}").is_dir()
 
 

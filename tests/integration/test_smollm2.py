@@ -36,10 +36,11 @@ def test_two_steps_train_and_resume(run: Path) -> None:
     """The second call continues from the first one's checkpoint; losses are finite and the policy moves."""
     first, second = records(run, "metrics.jsonl")
     assert (first["step"], second["step"]) == (1, 2)
-    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in (first, second))
-    assert first["skipped_updates"] == second["skipped_updates"] == 0
-    assert first["mean_logratio"] == pytest.approx(0, abs=1e-6)  # nothing has been learnt yet: policy = reference
-    assert abs(second["mean_logratio"]) > 1e-6
+    assert all(math.isfinite(row["loss/policy"]) and row["policy/grad_norm"] > 0 for row in (first, second))
+    assert first["policy/skipped_updates"] == second["policy/skipped_updates"] == 0
+    # Nothing has been learnt yet: policy = reference.
+    assert first["policy/mean_log_ratio_to_ref"] == pytest.approx(0, abs=1e-6)
+    assert abs(second["policy/mean_log_ratio_to_ref"]) > 1e-6
 
 
 def test_samples_are_readable(run: Path) -> None:

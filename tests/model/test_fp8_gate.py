@@ -101,7 +101,7 @@ def test_figures_against_float64(log_z, length_norm, temperature, tiny_model, ra
     wanted = np.mean(np.array(rows), axis=0)
     assert list(found["figures"]) == list(METRICS)
     assert list(found["figures"].values()) == pytest.approx(wanted, abs=2e-5 * max(len(s.response) for s in sequences))
-    assert found["figures"]["fp8_delta_diff"] > 1e-3, "the rounding must be seen"
+    assert found["figures"]["fp8/residual_diff"] > 1e-3, "the rounding must be seen"
     assert found["same"] and found["fp8_is_on"] == "hybrid", "the gate leaves no trace"
 
 
@@ -139,7 +139,7 @@ def test_ranks_agree_on_the_mean_over_all_their_sequences(parallel, tiny_model, 
 def verdicts(path: Path) -> dict[str, Any]:
     policy, found = build(path), {}
     batch = on_ranks.packed(policy, random_sequences(LENGTHS))
-    delta = measured(policy, batch)["fp8_delta_diff"]
+    delta = measured(policy, batch)["fp8/residual_diff"]
     within, beyond = {"fp8_budget": delta * 1.01}, {"fp8_budget": delta * 0.99}
 
     gate = gate_of(policy, **within)

@@ -174,7 +174,7 @@ def test_the_gate_really_compares_with_bf16(recipe, gpu, folder, record_property
         assert np.array_equal(a, b)
     sums = [abs(float((a - b).sum())) for a, b in zip(found["fp8"], found["bf16"], strict=True)]
     assert found["figures"][METRICS[0]] == pytest.approx(np.mean(sums), rel=1e-5)
-    assert found["figures"]["fp8_delta_diff"] > 0
+    assert found["figures"]["fp8/residual_diff"] > 0
 
 
 def saved(path: Path, run_dir: Path, model: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -11,7 +11,12 @@ from flowrl_mega.monitor import console as console_module
 from flowrl_mega.monitor.console import Console
 from flowrl_mega.monitor.run_folder import EVALUATION, METRICS, SAMPLES
 
-STEP = {"reward": 0.51234, "tokens_per_second": 12345.6, "memory_gb": 1.5, "loss": 7.125}
+STEP = {
+    "reward/mean": 0.51234,
+    "perf/tokens_per_second": 12345.6,
+    "perf/memory_gb": 1.5,
+    "loss/policy": 7.125,
+}
 
 
 class Terminal(io.StringIO):
@@ -73,7 +78,7 @@ def test_a_run_and_its_resume(tmp_path, capsys):
         if resume_step == 0:
             monitor.evaluation(0, {"pass_rate": 0.1})
         for step in range(first, last + 1):
-            monitor.log(step, {**STEP, "loss": 1 / step})
+            monitor.log(step, {**STEP, "loss/policy": 1 / step})
             monitor.samples(step, [{"prompt": "p", "response": "r", "reward": 1.0}])
             if step % 2 == 0:
                 monitor.evaluation(step, {"pass_rate": step / 10})

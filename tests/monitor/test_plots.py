@@ -6,6 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from flowrl_mega.monitor import plots
+from flowrl_mega.monitor.run_folder import METRICS, RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -17,8 +18,8 @@ TABLE = {
     "flowrl": {"pass_rate": 0.92, "distinct": 14.8, "distinct_std": 0.6},
 }
 CURVES = {
-    "grpo": [{"step": s, "reward": s / 9, "pass_rate": s / 9, "distinct": 9 - s} for s in range(9)],
-    "flowrl": [{"step": s, "reward": None if s == 4 else s / 8, "log_z": s, "pass_rate": s / 8} for s in range(9)],
+    "grpo": [{"step": s, "pass_rate": s / 9, "distinct": 9 - s} for s in range(9)],
+    "flowrl": [{"step": s, "pass_rate": s / 8} for s in range(9)],
 }
 
 
@@ -50,25 +51,6 @@ def assert_no_overlaps(figure):
     clashes = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
     assert not clashes
     assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
-
-
-def test_training_curves_draws_what_was_logged(drawn, tmp_path):
-    """One panel a metric that occurs; a null (a skipped step) is left out instead of drawn as zero."""
-    plots.training_curves(CURVES, tmp_path / "new" / "curves.png")
-    (figure,) = drawn
-    reward, log_z = figure.axes
-    assert log_z.get_title(loc="left") == "log Z"
-    raw = [line for line in reward.lines if line.get_alpha()]
-    assert list(raw[0].get_ydata()) == [s / 9 for s in range(9)]
-    assert list(raw[1].get_xdata()) == [0, 1, 2, 3, 5, 6, 7, 8]
-    assert_no_overlaps(figure)
-    assert_picture(tmp_path / "new" / "curves.png")
-
-
-def test_training_curves_refuses_to_draw_nothing(tmp_path):
-    """An empty picture in a report would look like a result."""
-    with pytest.raises(ValueError, match="nothing to plot"):
-        plots.training_curves({"grpo": [{"step": 1, "reward": None}]}, tmp_path / "curves.png")
 
 
 def test_running_mean_is_the_mean():
@@ -154,7 +136,7 @@ def ablation(seeds, cells, name_length, figures=("reward", "pass_rate", "distinc
     return draw, {
         name: [
             (
-                [{"step": s + 1, "reward": r, "entropy": 2.0} for s, r in enumerate(draw[0, cell, seed])],
+                [{"step": s + 1, "reward/mean": r, "policy/entropy": 2.0} for s, r in enumerate(draw[0, cell, seed])],
                 [{"step": 20 * s, **dict(zip(figures, draw[:, cell, seed, s], strict=True))} for s in range(11)],
             )
             for seed in range(seeds)
@@ -186,6 +168,16 @@ def test_ablation_figure_draws_mean_and_deviation(drawn, tmp_path):
     assert figure.axes[3].lines[0].get_ydata()[4] == pytest.approx(numbers[1, 0, 1:, 4].mean())
     assert not figure.axes[1].collections, "no spread, no band"
     assert_no_overlaps(figure)
+
+
+def test_run_folders_of_old_names_are_drawn_alike(drawn, tmp_path):
+    """A run from before metrics had groups has the same picture as one of today."""
+    for name, folder in (("reward", RunFolder(tmp_path / "old")), ("reward/mean", RunFolder(tmp_path / "new"))):
+        for step in range(1, 12):
+            folder.log(step, {name: step / 9, "entropy": 2.0})
+        plots.ablation_figure({"cell": [(folder.read(METRICS), [])]}, tmp_path / f"{folder.path.name}.png")
+    old, new = ([list(axes.lines[0].get_ydata()) for axes in figure.axes] for figure in drawn)
+    assert old == new and old[0] == [step / 9 for step in range(1, 12)] and old[1] == [2.0] * 11
 
 
 @pytest.mark.parametrize(("cells", "name_length"), [(1, 12), (6, 60), (13, 12), (2, 129)])

@@ -42,7 +42,7 @@ def test_an_offline_run_reads_back_and_resumes_under_its_id(tmp_path, monkeypatc
         known = set(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
         monitor = Monitor(tmp_path, config, 4, resume_step, wandb="offline", project="trial", progress=False)
         for step in range(first, last + 1):
-            monitor.log(step, {"reward": step / 8, "loss": 1 / 3})
+            monitor.log(step, {"reward/mean": step / 8, "loss/policy": 1 / 3})
         monitor.evaluation(last, {"pass_rate": 0.75})
         monitor.close()
         (made,) = set(tmp_path.glob("wandb/offline-run-*/run-*.wandb")) - known
@@ -50,9 +50,9 @@ def test_an_offline_run_reads_back_and_resumes_under_its_id(tmp_path, monkeypatc
 
     first = run(1, 3, resume_step=0)
     assert history(first) == [
-        {"step": 1, "reward": 0.125, "loss": 1 / 3},
-        {"step": 2, "reward": 0.25, "loss": 1 / 3},
-        {"step": 3, "reward": 0.375, "loss": 1 / 3},
+        {"step": 1, "reward/mean": 0.125, "loss/policy": 1 / 3},
+        {"step": 2, "reward/mean": 0.25, "loss/policy": 1 / 3},
+        {"step": 3, "reward/mean": 0.375, "loss/policy": 1 / 3},
         {"step": 3, "evaluation/pass_rate": 0.75},
     ]
     (start,) = [record["run"] for record in first if record["type"] == "run"]

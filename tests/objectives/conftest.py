@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowrl_mega.objectives import Sequences
-from flowrl_mega.objectives.common import segment_sum
+from flowrl_mega.objectives import LossInputs
+from flowrl_mega.objectives.inputs import segment_sum
 
 LETTERS, MAX_LENGTH = 3, 5
 END = LETTERS
@@ -53,10 +53,10 @@ class Strings:
         table = torch.zeros(self.shape, dtype=torch.float64)
         return table.index_put((self.node[free], self.token[free]), mass, accumulate=True).log()
 
-    def sequences(self, logits: Tensor, credit: Tensor, ref: Tensor, log_z: Tensor | None = None) -> Sequences:
+    def sequences(self, logits: Tensor, credit: Tensor, ref: Tensor, log_z: Tensor | None = None) -> LossInputs:
         """Every string once, on-policy."""
         logp = self.token_logp(logits)
-        return Sequences(logp, logp.detach(), self.token_logp(ref), log_z, self.cu_seqlens, credit)
+        return LossInputs(logp, logp.detach(), self.token_logp(ref), log_z, self.cu_seqlens, credit)
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +91,7 @@ def reward(strings: Strings, rng: torch.Generator) -> Tensor:
 def packed(rng: torch.Generator):
     """Makes a random micro-batch of unequal lengths, off-policy, with log-probs of the given spread to old."""
 
-    def make(lengths=(3, 1, 7, 2, 5), drift=0.2, log_z=True, reference=True, dtype=torch.float64) -> Sequences:
+    def make(lengths=(3, 1, 7, 2, 5), drift=0.2, log_z=True, reference=True, dtype=torch.float64) -> LossInputs:
         tokens, batch = sum(lengths), len(lengths)
 
         def draw(n: int) -> Tensor:
@@ -101,6 +101,6 @@ def packed(rng: torch.Generator):
         logp = (old + drift * draw(tokens)).to(dtype).requires_grad_()
         ref_logp = (old + 0.3 * draw(tokens)).to(dtype) if reference else None
         z = draw(batch).to(dtype).requires_grad_() if log_z else None
-        return Sequences(logp, old.to(dtype), ref_logp, z, cumulative(lengths), draw(batch))
+        return LossInputs(logp, old.to(dtype), ref_logp, z, cumulative(lengths), draw(batch))
 
     return make

@@ -6,6 +6,9 @@ import math
 from itertools import pairwise
 
 import numpy as np
+import torch
+
+from flowrl_mega.metrics import FromMeans, Max
 
 
 def split(s, values):
@@ -47,10 +50,11 @@ def policy_gradient(s, advantage, o, kl_in_loss):
         drift = abs(sum(logp - old))
         ratio = np.exp(logp - old).mean()
         metrics.append((np.mean(a), ratio, terms[:, 2].mean(), logp.mean(), drift, kls[:, 0].mean()))
-    names = ["advantage", "ratio", "clip_fraction", "mean_logp", "max_abs_sum_d", "kl"]
+    names = ["loss/advantage", "policy/ratio", "policy/clip_fraction"]
+    names += ["policy/mean_logp", "policy/max_abs_log_ratio", "policy/kl_to_ref"]
     named = dict(zip(names, np.array(metrics).T, strict=True))
     if not o.kl_coef:
-        del named["kl"]
+        del named["policy/kl_to_ref"]
     return loss, np.array(gradient), named
 
 
@@ -71,6 +75,14 @@ def assert_loss(out, s, loss, gradient, metrics):
 
 def assert_metrics(out, expected):
     assert out.metrics.keys() == expected.keys()
-    for name, value in out.metrics.items():
-        assert not value.requires_grad
-        np.testing.assert_allclose(value.numpy(), expected[name], rtol=1e-12, atol=1e-12, err_msg=name)
+    for name, metric in out.metrics.items():
+        assert isinstance(metric, Max) == ("max_" in name), name
+        np.testing.assert_allclose(values_of(metric), expected[name], rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+def values_of(metric):
+    """The values [B] of a metric of one micro-batch, or [means, B] of those that its figure is made of."""
+    if isinstance(metric, FromMeans):
+        return np.array([values_of(mean) for mean in metric.means])
+    assert metric.values.dtype == torch.float64 and not metric.values.requires_grad
+    return metric.values.numpy()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowrl_mega.objectives import GRPO, FlowRL, Sequences
+from flowrl_mega.objectives import GRPO, FlowRL, LossInputs
 
 R_HAT = {1: 2.475, 2: 1.620, 3: 1.208, 4: 0.935, 5: 0.725, 6: 0.540, 7: 0.354}
 
@@ -22,7 +22,7 @@ def loss_at_reference(rewards: torch.Tensor) -> float:
     lengths = torch.arange(1, len(rewards) + 1)
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     logp = torch.linspace(-2, -0.1, int(ends[-1]), dtype=torch.float64)
-    out = objective.loss(Sequences(logp, logp, logp, None, ends, credit))
+    out = objective.loss(LossInputs(logp, logp, logp, None, ends, credit))
     return out.loss_sum.item() / out.count
 
 
@@ -53,7 +53,7 @@ def test_loss_of_a_uniform_group_at_the_reference_is_zero(reward):
 def test_a_uniform_group_still_pulls_towards_the_reference(packed):
     """r_hat = 0 is not gradient 0: dropping uniform groups, as GRPO may, would drop FlowRL's pull to pi_ref."""
     s = packed(log_z=False)
-    s = Sequences(s.logp, s.logp.detach(), s.ref_logp, None, s.cu_seqlens, torch.zeros(5))
+    s = LossInputs(s.logp, s.logp.detach(), s.ref_logp, None, s.cu_seqlens, torch.zeros(5))
     FlowRL(z="zero").loss(s).loss_sum.backward()
     assert (s.logp.grad != 0).all()
     s.logp.grad = None

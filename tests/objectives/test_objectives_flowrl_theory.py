@@ -7,8 +7,8 @@ import torch
 from torch.autograd import grad
 
 from flowrl_mega.objectives import GRPO, FlowRL
-from flowrl_mega.objectives.common import segment_sum
 from flowrl_mega.objectives.flowrl import FlowTerms, flowrl_loss
+from flowrl_mega.objectives.inputs import segment_sum
 
 BETA = 2.0
 

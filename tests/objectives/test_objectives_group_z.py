@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from numpy_oracles import split
+from numpy_oracles import split, values_of
 from torch.autograd import grad
 
-from flowrl_mega.objectives import FlowRL, Sequences
+from flowrl_mega.objectives import FlowRL, LossInputs
 from flowrl_mega.objectives.flowrl import flowrl_loss
 
 LENGTHS = (3, 1, 7, 2, 5, 9, 1, 4)
@@ -37,7 +37,7 @@ def test_log_z_equals_numpy(packed, length_norm, leave_one_out):
     prepared = objective.prepare([s], lambda x: x, 4)[0]
     np.testing.assert_allclose(prepared["log_z"], expected, rtol=1e-12, atol=1e-14)
     out = objective.loss(replace(s, prepared=prepared))
-    np.testing.assert_allclose(out.metrics["log_z"], expected, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(values_of(out.metrics["loss/log_z"]), expected, rtol=1e-12, atol=1e-14)
 
 
 def test_residuals_of_a_group_have_mean_zero(packed):
@@ -45,7 +45,7 @@ def test_residuals_of_a_group_have_mean_zero(packed):
     objective = FlowRL(z="group", beta=3)
     s = replace(packed(lengths=LENGTHS, log_z=False), group=GROUP)
     s = replace(s, logp=s.old_logp, prepared=objective.prepare([s], lambda x: x, 4)[0])
-    residual = objective.loss(s).metrics["residual"]
+    residual = objective.loss(s).metrics["loss/residual"].values
     sums = torch.zeros(4, dtype=torch.float64).index_add(0, GROUP, residual)
     torch.testing.assert_close(sums, torch.zeros_like(sums))
     assert residual.abs().max() > 0.1
@@ -62,7 +62,7 @@ def test_the_estimate_shrinks_the_gradient_unless_the_answer_is_left_out(strings
     answers = torch.cat([first, second])  # as answers of one token: log Z of sums is blind to where a token ends
     group = torch.arange(n * n).repeat(2)
     ends = torch.arange(len(answers) + 1)
-    s = Sequences(*(x.detach()[answers] for x in (log_p, log_p, log_ref)), None, ends, reward[answers], group=group)
+    s = LossInputs(*(x.detach()[answers] for x in (log_p, log_p, log_ref)), None, ends, reward[answers], group=group)
     log_z = objective.prepare([s], lambda x: x, n * n)[0]["log_z"][: n * n]
 
     zeros, length = torch.zeros(n * n, dtype=torch.float64), torch.ones(n * n).long()

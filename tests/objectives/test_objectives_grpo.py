@@ -28,7 +28,7 @@ def test_grpo_equals_numpy(packed, kl_coef, estimator, high, loss_mean):
     expected = policy_gradient(s, advantage, objective, kl_in_loss=True)
     out = objective.loss(s)
     assert out.count == (sum(LENGTHS) if loss_mean == "token" else len(LENGTHS))
-    assert 0 < expected[2]["clip_fraction"].mean() < 1
+    assert 0 < expected[2]["policy/clip_fraction"].mean() < 1
     assert_loss(out, s, *expected)
 
 

@@ -10,7 +10,7 @@ import torch
 from numpy_oracles import assert_loss, split, surrogate
 from torch.autograd import gradcheck
 
-from flowrl_mega.objectives import GRPO, GSPO, Sequences
+from flowrl_mega.objectives import GRPO, GSPO, LossInputs
 
 LENGTHS = (3, 1, 7, 2, 5, 9, 1, 4)
 
@@ -25,7 +25,7 @@ def gspo_numpy(s, o):
         gradient += [slope / n / len(LENGTHS)] * n  # d s / d logp_t = s / |y|
         ratio = np.prod(np.exp(logp - old)) ** (1 / n)
         metrics.append((a, ratio, clipped, logp.mean(), abs((logp - old).sum())))
-    names = ["advantage", "ratio", "clip_fraction", "mean_logp", "max_abs_sum_d"]
+    names = ["loss/advantage", "policy/ratio", "policy/clip_fraction", "policy/mean_logp", "policy/max_abs_log_ratio"]
     return loss, np.array(gradient), dict(zip(names, np.array(metrics).T, strict=True))
 
 
@@ -38,7 +38,7 @@ def test_gspo_equals_numpy(packed, drift, clip):
     s = packed(lengths=LENGTHS, drift=drift, log_z=False, reference=False)
     expected = gspo_numpy(s, objective)
     out = objective.loss(s)
-    assert out.count == len(LENGTHS) and 0 < expected[2]["clip_fraction"].mean() < 1
+    assert out.count == len(LENGTHS) and 0 < expected[2]["policy/clip_fraction"].mean() < 1
     assert_loss(out, s, *expected)
 
 
@@ -67,7 +67,7 @@ def test_gradient_by_finite_differences(packed):
 def test_long_answers_stay_finite():
     """8192 tokens that drifted by a nat each: the mean is 1, where the ratio of the answer would be e^8192."""
     logp = torch.full((8192,), -1.0, dtype=torch.float64, requires_grad=True)
-    s = Sequences(logp, logp.detach() - 1, None, None, torch.tensor([0, 8192]), torch.tensor([-1.0]))
+    s = LossInputs(logp, logp.detach() - 1, None, None, torch.tensor([0, 8192]), torch.tensor([-1.0]))
     out = GSPO().loss(s)
     out.loss_sum.backward()
-    assert out.metrics["ratio"].item() == pytest.approx(np.e) and s.logp.grad.isfinite().all()
+    assert out.metrics["policy/ratio"].values.item() == pytest.approx(np.e) and s.logp.grad.isfinite().all()

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from numpy_oracles import assert_metrics, split
+from numpy_oracles import assert_metrics, split, values_of
 from torch.autograd import grad, gradcheck
 
-from flowrl_mega.objectives import GRPO, FlowRL, Sequences
+from flowrl_mega.objectives import GRPO, FlowRL, LossInputs
 from flowrl_mega.objectives.flowrl import flowrl_loss
 
 LENGTHS = (3, 1, 7, 2, 5, 9, 1, 4)
@@ -43,7 +43,8 @@ def flowrl_numpy(s, o):
         d_z.append(2 * w * delta)
         drift = abs((logp - old).sum())
         metrics.append((delta, delta**2, w, clipped, z, logp.mean(), (logp - ref).mean(), drift))
-    names = ["residual", "delta_sq", "weight", "clip_fraction", "log_z", "mean_logp", "mean_logratio", "max_abs_sum_d"]
+    names = ["loss/residual", "loss/residual_sq", "loss/flow_weight", "policy/clip_fraction", "loss/log_z"]
+    names += ["policy/mean_logp", "policy/mean_log_ratio_to_ref", "policy/max_abs_log_ratio"]
     return loss, np.array(d_logp), np.array(d_z), dict(zip(names, np.array(metrics).T, strict=True))
 
 
@@ -58,7 +59,7 @@ def test_flowrl_equals_numpy(packed, weight, length_norm, z):
     out = objective.loss(s)
     loss, d_logp, d_z, metrics = flowrl_numpy(s, objective)
     assert out.count == 8 and out.loss_sum.dim() == 0
-    assert weight in ("released", "none") or 0 < metrics["clip_fraction"].mean() < 1
+    assert weight in ("released", "none") or 0 < metrics["policy/clip_fraction"].mean() < 1
     np.testing.assert_allclose(out.loss_sum.item(), loss, rtol=1e-12)
     out.loss_sum.backward()
     np.testing.assert_allclose(s.logp.grad, d_logp, rtol=1e-12)
@@ -96,8 +97,9 @@ def test_weight_is_exactly_one_on_the_first_mini_batch(packed, weight, dtype):
     update's own."""
     s = packed(lengths=(8192, 3, 1000), dtype=dtype)
     out = FlowRL(weight=weight).loss(replace(s, old_logp=s.logp.detach().clone()))
-    assert (out.metrics["weight"] == 1).all() and (out.metrics["max_abs_sum_d"] == 0).all()
-    assert (out.metrics["clip_fraction"] == 0).all()
+    assert (values_of(out.metrics["loss/flow_weight"]) == 1).all()
+    assert (values_of(out.metrics["policy/max_abs_log_ratio"]) == 0).all()
+    assert (values_of(out.metrics["policy/clip_fraction"]) == 0).all()
 
 
 def test_long_sums_of_float32_log_probs_lose_nothing(rng):
@@ -107,12 +109,12 @@ def test_long_sums_of_float32_log_probs_lose_nothing(rng):
     exact = math.fsum((logp.double() - old.double()).tolist())
     credit, ends = torch.ones(1), torch.tensor([0, 8192])
     for objective in (FlowRL(z="zero", weight="max10"), GRPO()):
-        out = objective.loss(Sequences(logp, old, logp, None, ends, credit))
+        out = objective.loss(LossInputs(logp, old, logp, None, ends, credit))
         assert out.loss_sum.dtype == torch.float64
-        assert abs(out.metrics["max_abs_sum_d"].item() - abs(exact)) < 1e-11
+        assert abs(out.metrics["policy/max_abs_log_ratio"].values.item() - abs(exact)) < 1e-11
     sums = math.fsum(logp.double().tolist())
-    out = FlowRL(z="zero").loss(Sequences(logp, old, 0 * logp, None, ends, 0 * credit))
-    assert abs(out.metrics["residual"].item() - sums / 8192) < 1e-13
+    out = FlowRL(z="zero").loss(LossInputs(logp, old, 0 * logp, None, ends, 0 * credit))
+    assert abs(out.metrics["loss/residual"].values.item() - sums / 8192) < 1e-13
 
 
 def test_gradients_by_finite_differences(packed):

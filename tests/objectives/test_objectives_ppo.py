@@ -97,7 +97,7 @@ def test_policy_loss_equals_numpy(scored, kl_coef, kl_in, estimator, loss_mean, 
     expected = policy_gradient(s, advantage, objective, kl_in_loss=kl_in == "loss")
     out = objective.loss(s)
     assert out.count == (sum(LENGTHS) if loss_mean == "token" else len(LENGTHS))
-    assert 0 < expected[2]["clip_fraction"].mean() < 1
+    assert 0 < expected[2]["policy/clip_fraction"].mean() < 1
     assert_loss(out, s, *expected)
 
 
@@ -121,10 +121,11 @@ def test_value_loss_equals_numpy(scored, rng, clip, loss_mean):
             gradient.append(0.0 if stopped[-1] else weight * (v - r))
         error = target - new
         sizes = (target**2).mean(), error.mean(), (error**2).mean()
-        metrics.append((new.mean(), target.mean(), *sizes, np.mean(stopped)))
-    names = ["value", "return", "return_sq", "value_error", "value_error_sq", "value_clip_fraction"]
-    metrics = dict(zip(names, np.array(metrics).T, strict=True))
-    assert clip is None or 0 < metrics["value_clip_fraction"].mean() < 1
+        metrics.append((new.mean(), np.mean(stopped), target.mean(), *sizes))
+    values, clipped, *moments = np.array(metrics).T
+    metrics = {"critic/value": values, "critic/return": moments[0], "critic/value_clip_fraction": clipped}
+    metrics["critic/explained_variance"] = moments
+    assert clip is None or 0 < clipped.mean() < 1
     out = objective.value_loss(value, s)
     (out.loss_sum / out.count).backward()
     np.testing.assert_allclose(out.loss_sum.item() / out.count, loss, rtol=1e-12)
@@ -146,7 +147,7 @@ def test_controller_of_ziegler(kl_now, change):
     """beta <- beta (1 + e n / horizon), e = clip(KL / target - 1, -0.2, 0.2): up when the policy is further away than
     wished, by at most a fifth. Source: arXiv 1909.08593, section 2.2, and the authors' code for n / horizon."""
     objective = PPO(kl_coef=0.3, kl_target=0.1, kl_horizon=1000)
-    after = objective.adapted({"kl": kl_now}, 64)
+    after = objective.adapted({"policy/kl_to_ref": kl_now}, 64)
     assert after.kl_coef == pytest.approx(0.3 * (1 + change * 64 / 1000), rel=1e-12)
     assert after.model_copy(update={"kl_coef": 0.3}) == objective
 
@@ -154,13 +155,13 @@ def test_controller_of_ziegler(kl_now, change):
 def test_a_horizon_shorter_than_a_step_cannot_turn_the_kl_around():
     """1 - 0.2 n / horizon is negative where n > 5 horizon: training would then flee the reference."""
     objective = PPO(kl_coef=0.3, kl_target=0.1, kl_horizon=100)
-    assert objective.adapted({"kl": 0.01}, 4096).kl_coef == pytest.approx(0.3 * 0.8)
+    assert objective.adapted({"policy/kl_to_ref": 0.01}, 4096).kl_coef == pytest.approx(0.3 * 0.8)
 
 
 def test_without_a_target_the_coefficient_stays():
     """A fixed coefficient is the default, and must stay one whatever the KL does."""
     objective = PPO(kl_coef=0.3)
-    assert objective.adapted({"kl": 99.0}, 64) == objective
+    assert objective.adapted({"policy/kl_to_ref": 99.0}, 64) == objective
 
 
 def test_controller_reaches_its_target():
@@ -168,5 +169,5 @@ def test_controller_reaches_its_target():
     objective = PPO(kl_coef=0.01, kl_target=0.05, kl_horizon=640)
     for _ in range(1000):
         distance = 0.01 / objective.kl_coef
-        objective = objective.adapted({"kl": distance}, 64)
+        objective = objective.adapted({"policy/kl_to_ref": distance}, 64)
     assert distance == pytest.approx(0.05, rel=1e-3)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from numpy_oracles import values_of
 
 from flowrl_mega.config import ConfigError
 from flowrl_mega.objectives import GRPO, GSPO, PPO, REGISTRY, FlowRL, ReinforcePP, build
@@ -34,12 +35,13 @@ def test_every_objective_does_what_the_trainer_asks(name, packed, rng):
     s = packed(log_z=bool(objective.log_z and objective.log_z.learned), reference=objective.needs_reference)
     group = torch.tensor([0, 0, 1, 1, 1])
     s = replace(s, credit=objective.credit(s.credit, group), group=group, value=torch.zeros_like(s.old_logp))
-    (prepared,) = objective.prepare([replace(s, logp=s.old_logp)], total=lambda x: x, groups=2)
+    (prepared,) = objective.prepare([replace(s, logp=s.old_logp)], sum_over_replicas=lambda x: x, groups=2)
     s = replace(s, prepared=prepared)
     out = objective.loss(s)
     assert out.loss_sum.dim() == 0 and out.count in (5, s.logp.numel())
-    assert all(value.shape == (5,) for value in out.metrics.values())
-    assert objective.adapted({name: float(value.mean()) for name, value in out.metrics.items()}, 5) == objective
+    assert all(values_of(metric).shape == (5,) for metric in out.metrics.values())
+    assert all("/" in metric for metric in out.metrics), "wandb groups by prefix"
+    assert objective.adapted({name: float(values_of(m).mean()) for name, m in out.metrics.items()}, 5) == objective
     out.loss_sum.backward()
     assert s.logp.grad.isfinite().all()
 

@@ -37,7 +37,7 @@ def test_loss_equals_numpy(packed, kl_coef, estimator, high, loss_mean):
     expected = policy_gradient(s, normalised(to_go_numpy(s, objective)), objective, kl_in_loss=False)
     out = objective.loss(s)
     assert out.count == (sum(LENGTHS) if loss_mean == "token" else len(LENGTHS))
-    assert 0 < expected[2]["clip_fraction"].mean() < 1
+    assert 0 < expected[2]["policy/clip_fraction"].mean() < 1
     assert_loss(out, s, *expected)
 
 

@@ -30,7 +30,7 @@ def scored(packed, rng):
 
 
 def on_replicas(objective, shares, groups):
-    """`prepare` of each replica's micro-batches, all at once, their `total`s meeting as all-reduces do."""
+    """`prepare` of each replica's micro-batches, all at once, their sums meeting as all-reduces do."""
     barrier, given = Barrier(len(shares)), [None] * len(shares)
 
     def replica(rank):

@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from numpy_oracles import values_of
 from torch.autograd import grad
 
 import flowrl_mega.parallel  # noqa: F401  # before megatron
 from flowrl_mega.config import ConfigError
 from flowrl_mega.experience import Experience, credited
 from flowrl_mega.objectives import GRPO, FlowRL, build
-from flowrl_mega.objectives.common import mismatch_metrics
+from flowrl_mega.objectives.base import mismatch_metrics
 from flowrl_mega.objectives.flowrl import flowrl_loss
 from flowrl_mega.rewards.load import Score
 from flowrl_mega.rollout import Rollout
@@ -55,9 +56,9 @@ def in_numpy(s, o):
         ratio = {"none": [1.0], "sum": [np.exp(x.sum())], "mean": [np.exp(x.mean())], "token": np.exp(x)}[o.tis]
         tis = np.minimum(ratio, o.tis_cap if o.tis != "none" else 1.0)
         m = {} if o.tis == "none" else {"tis_weight": tis.mean(), "tis_clipped": np.mean(tis != ratio)}
-        m |= {"mismatch_abs_logp": abs(x).mean(), "max_mismatch": abs(x).max()}
-        m |= {"is_weight": np.exp(x.sum()), "is_weight_sq": np.exp(x.sum()) ** 2}
-        m["mismatch_kl"] = sum((x**k).mean() / math.factorial(k) for k in range(2, 60))  # e^x - 1 - x, its series
+        m |= {"abs_logp_diff": abs(x).mean(), "max_abs_logp_diff": abs(x).max()}
+        m["effective_sample_size"] = np.exp(x.sum()), np.exp(x.sum()) ** 2
+        m["kl"] = sum((x**k).mean() / math.factorial(k) for k in range(2, 60))  # e^x - 1 - x, its series
         n = len(logp)
         if o.name == "flowrl":
             scale = n if o.length_norm else 1
@@ -65,7 +66,7 @@ def in_numpy(s, o):
             w = np.clip(np.exp((logp - old).sum()), low, high)
             delta = z + logp.sum() / scale - o.beta * credit - ref.sum() / scale
             engine_delta = z + (logp.sum() - old.sum() + rollout.sum()) / scale - o.beta * credit - ref.sum() / scale
-            m["mismatch_delta_sq"] = engine_delta**2 - delta**2
+            m["residual_sq_change"] = engine_delta**2 - delta**2
             loss += tis[0] * w * delta**2
             d_logp += [2 * tis[0] * w * delta / scale] * n
         else:
@@ -75,7 +76,7 @@ def in_numpy(s, o):
             loss += (tis * surrogate + o.kl_coef * (np.exp(to_ref) - to_ref - 1)).mean()
             d_logp += ((-tis * free * rho * credit + o.kl_coef * (1 - np.exp(to_ref))) / n).tolist()
         metrics.append(m)
-    return loss, np.array(d_logp), {name: np.array([m[name] for m in metrics]) for name in metrics[0]}
+    return loss, np.array(d_logp), {f"mismatch/{name}": np.array([m[name] for m in metrics]).T for name in metrics[0]}
 
 
 @pytest.mark.parametrize("drift", DRIFTS)
@@ -90,13 +91,11 @@ def test_loss_gradient_and_metrics_equal_numpy(packed, rng, objective, drift):
     plain = objective.model_copy(update={"tis": "none"}).loss(replace(s, rollout_logp=None))
     assert out.metrics.keys() - plain.metrics.keys() == metrics.keys()
     for name, expected in metrics.items():
-        value = out.metrics[name]
-        assert value.dtype == torch.float64 and not value.requires_grad
-        rtol = 1e-9 if name == "mismatch_kl" else 1e-12  # e^x - 1 - x cancels
-        atol = 1e-11 if name == "mismatch_delta_sq" else 0.0  # so does the oracle's difference of squares
-        np.testing.assert_allclose(value.numpy(), expected, rtol=rtol, atol=atol, err_msg=name)
+        rtol = 1e-9 if name == "mismatch/kl" else 1e-12  # e^x - 1 - x cancels
+        atol = 1e-11 if name == "mismatch/residual_sq_change" else 0.0  # so does the oracle's difference of squares
+        np.testing.assert_allclose(values_of(out.metrics[name]), expected, rtol=rtol, atol=atol, err_msg=name)
     if drift == 1.0 and objective.tis != "none":
-        assert 0 < metrics["tis_clipped"].mean() < 1, "both sides of the cap must be in the batch"
+        assert 0 < metrics["mismatch/tis_clipped"].mean() < 1, "both sides of the cap must be in the batch"
 
 
 @each_objective
@@ -107,11 +106,12 @@ def test_an_engine_that_agrees_changes_nothing(packed, rng, objective):
     out, plain = objective.loss(s), objective.model_copy(update={"tis": "none"}).loss(replace(s, rollout_logp=None))
     assert torch.equal(out.loss_sum, plain.loss_sum)
     assert torch.equal(grad(out.loss_sum, s.logp)[0], grad(plain.loss_sum, s.logp)[0])
-    assert (out.metrics["is_weight"] == 1).all() and (out.metrics["mismatch_kl"] == 0).all()
+    found = {name: values_of(metric) for name, metric in out.metrics.items()}
+    assert (found["mismatch/effective_sample_size"] == 1).all() and (found["mismatch/kl"] == 0).all()
     if objective.tis != "none":
-        assert (out.metrics["tis_weight"] == 1).all() and (out.metrics["tis_clipped"] == 0).all()
-    for name, value in plain.metrics.items():
-        assert torch.equal(out.metrics[name], value), name
+        assert (found["mismatch/tis_weight"] == 1).all() and (found["mismatch/tis_clipped"] == 0).all()
+    for name, metric in plain.metrics.items():
+        assert np.array_equal(found[name], values_of(metric)), name
 
 
 @each_objective
@@ -121,7 +121,7 @@ def test_without_tis_the_engine_is_only_watched(packed, rng, objective):
     s = micro_batch(packed, objective, 1.0, rng)
     watched, plain = objective.loss(s), objective.loss(replace(s, rollout_logp=None))
     assert torch.equal(watched.loss_sum, plain.loss_sum)
-    assert not {name for name in plain.metrics if "mismatch" in name or name.startswith(("is_", "tis_"))}
+    assert not {name for name in plain.metrics if name.startswith("mismatch/")}
     assert mismatch_metrics(s).keys() <= watched.metrics.keys()
 
 
@@ -131,7 +131,7 @@ def test_the_weight_carries_no_gradient(packed, rng, objective):
     s = micro_batch(packed, objective, 0.3, rng)
     old, rollout = s.old_logp.clone().requires_grad_(), s.rollout_logp.clone().requires_grad_()
     weight, metrics = objective.tis_weight(replace(s, old_logp=old, rollout_logp=rollout))
-    assert not weight.requires_grad and not any(value.requires_grad for value in metrics.values())
+    assert not weight.requires_grad and not any(metric.values.requires_grad for metric in metrics.values())
     out = objective.loss(replace(s, rollout_logp=rollout))
     assert grad(out.loss_sum, rollout, allow_unused=True)[0] is None
 
@@ -144,7 +144,7 @@ def test_the_cap_cuts_from_above_only(packed, tis):
     s = replace(s, rollout_logp=s.old_logp - torch.tensor([-2000, -3, math.log(1.9), 2000], dtype=torch.float64))
     weight, metrics = GRPO(tis=tis, tis_cap=2.0).tis_weight(s)
     np.testing.assert_allclose(weight, [0.0, math.exp(-3), 1.9, 2.0], rtol=1e-12)
-    assert metrics["tis_clipped"].tolist() == [0, 0, 0, 1]
+    assert metrics["mismatch/tis_clipped"].values.tolist() == [0, 0, 0, 1]
 
 
 def test_weighted_strings_of_the_engine_teach_what_strings_of_the_trainer_would(strings, logits, ref, reward, rng):
@@ -173,11 +173,12 @@ def test_mismatch_metrics_are_unbiased(strings, logits, ref):
     kl = (engine.exp() * (engine - trainer)).sum()
     reverse = (trainer.exp() * (trainer - engine)).sum()
     assert abs(kl - reverse) > 1e-3, "the two directions must differ here, or the test says nothing"
-    assert (metrics["mismatch_kl"] >= 0).all()
-    torch.testing.assert_close((engine.exp() * strings.length * metrics["mismatch_kl"]).sum(), kl)
-    torch.testing.assert_close((engine.exp() * metrics["is_weight"]).sum(), torch.ones((), dtype=torch.float64))
+    estimate, (weight, square) = metrics["mismatch/kl"].values, metrics["mismatch/effective_sample_size"].means
+    assert (estimate >= 0).all()
+    torch.testing.assert_close((engine.exp() * strings.length * estimate).sum(), kl)
+    torch.testing.assert_close((engine.exp() * weight.values).sum(), torch.ones((), dtype=torch.float64))
     exact = (2 * trainer - engine).exp().sum()
-    torch.testing.assert_close((engine.exp() * metrics["is_weight_sq"]).sum(), exact)
+    torch.testing.assert_close((engine.exp() * square.values).sum(), exact)
 
 
 @pytest.mark.parametrize("off", [0.25, -0.25])
@@ -185,8 +186,8 @@ def test_long_answers_of_a_bad_engine_stay_finite(packed, off):
     """8192 tokens off by 0.25 nat each: a ratio of e^2048, whose square must still give a sample size, not nan."""
     s = packed(lengths=(8192, 8192, 5))
     metrics = mismatch_metrics(replace(s, rollout_logp=s.old_logp - off))
-    assert all(value.isfinite().all() for value in metrics.values())
-    mean, mean_square = metrics["is_weight"].mean(), metrics["is_weight_sq"].mean()
+    assert all(np.isfinite(values_of(metric)).all() for metric in metrics.values())
+    mean, mean_square = (of.values.mean() for of in metrics["mismatch/effective_sample_size"].means)
     assert 0 < mean_square.item() < math.inf and 1 / 3 - 1e-9 < (mean**2 / mean_square).item() <= 1
 
 

@@ -166,7 +166,7 @@ def test_value_loss(verl, scored, rng, loss_mean):
     mean = out.loss_sum / out.count
     torch.testing.assert_close(mean, loss, **EXACT)
     torch.testing.assert_close(grad(mean, value)[0], grad(loss, value)[0], **EXACT)
-    by_token = (out.metrics["value_clip_fraction"] * s.length).sum() / sum(LENGTHS)
+    by_token = (out.metrics["critic/value_clip_fraction"].values * s.length).sum() / sum(LENGTHS)
     assert 0 < by_token < 1 and by_token.item() == pytest.approx(clipped.item(), abs=1e-6)
 
 
@@ -177,7 +177,7 @@ def test_adaptive_controller(verl, kl):
     objective = PPO(kl_coef=0.3, kl_target=0.1, kl_horizon=1000)
     for sequences in (64, 8, 512):
         controller.update(kl, sequences)
-        objective = objective.adapted({"kl": kl}, sequences)
+        objective = objective.adapted({"policy/kl_to_ref": kl}, sequences)
         assert objective.kl_coef == pytest.approx(controller.value, rel=1e-12)
 
 

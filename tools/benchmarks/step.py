@@ -24,6 +24,7 @@ from workload import distinct_letters, machine, median_of, prompts, turns, write
 
 LAYOUTS = {"tp1": {"tp": 1}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "dp2": {"dp": 2}}
 WARM_UP_STEPS = 2
+PHASES = ("generate", "reward", "score", "update", "sync")
 
 
 def main() -> None:
@@ -102,8 +103,7 @@ def measure(layout: str, options: argparse.Namespace) -> dict[str, Any]:
             sys.exit(f"{layout}: a rank failed with exit code {code}")
         ranks = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
     steps = ranks[0]["steps"][WARM_UP_STEPS:]
-    phases = [name for name in steps[0] if name.startswith("seconds/") and name != "seconds/step"]
-    seconds = median_of(steps, "seconds/step")
+    seconds = median_of(steps, "perf/step_seconds")
     return {
         "provider": "flowrl-mega",
         "layout": layout,
@@ -114,10 +114,10 @@ def measure(layout: str, options: argparse.Namespace) -> dict[str, Any]:
         "tokens": options.tokens,
         "seconds_per_step": seconds,
         "tokens_per_second": options.prompts * options.answers * options.tokens / seconds,
-        "trained_tokens_per_second": ranks[0]["tokens"] / median_of(steps, "seconds/update"),
-        "generated_tokens_per_second": median_of(steps, "generated_tokens_per_second"),
+        "trained_tokens_per_second": ranks[0]["tokens"] / median_of(steps, "perf/update_seconds"),
+        "generated_tokens_per_second": median_of(steps, "perf/generated_tokens_per_second"),
         "peak_rss_bytes": sum(rank["peak_rss_bytes"] for rank in ranks),
-        "phases": {name.removeprefix("seconds/"): median_of(steps, name) for name in phases},
+        "phases": {phase: median_of(steps, f"perf/{phase}_seconds") for phase in PHASES},
     }
 
 

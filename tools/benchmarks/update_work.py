@@ -14,6 +14,7 @@ from flowrl_mega.learner import Learner, Models
 from flowrl_mega.model.architecture import Architecture
 from flowrl_mega.model.fp8_gate import Fp8Gate
 from flowrl_mega.model.policy import Policy
+from flowrl_mega.monitor.step_metrics import merge_updates
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.parallel.packing import Sequence, plan
 from flowrl_mega.settings import validated
@@ -140,9 +141,9 @@ def seconds_of_updates(job: Trainer, batches: list[MicroBatch], warm_up: int, ro
     seconds = []
     for turn in range(warm_up + rounds):
         start = now()
-        metrics = job.update(batches)
+        metrics = merge_updates([job.update(batches)])
         if turn >= warm_up:
             seconds.append(now() - start)
-        if metrics["skipped_updates"]:
+        if metrics["policy/skipped_updates"]:
             raise RuntimeError(f"an update was refused, so this is not a whole one: {metrics}")
     return seconds

@@ -61,7 +61,7 @@ class WeightSync:
         self.settings, self.layout, self.arch, self.loop = settings, layout, arch, loop
         self.metrics: dict[
             str, float
-        ] = {}  # of the last push: sync_seconds; sync_gb, the bytes sent to each server in 1e9
+        ] = {}  # of the last push: perf/push_seconds; perf/push_gb, the bytes sent to each server in 1e9
         self.warned = False
         self.transfer: Transfer | None = None
         if loop:
@@ -92,7 +92,7 @@ class WeightSync:
             if not self._from_rank0(bool(left)):
                 break
         if push:
-            self.metrics = {"sync_seconds": time.monotonic() - start, "sync_gb": push.bytes / 1e9}
+            self.metrics = {"perf/push_seconds": time.monotonic() - start, "perf/push_gb": push.bytes / 1e9}
         return failures
 
     def close(self) -> None:

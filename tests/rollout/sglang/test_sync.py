@@ -72,7 +72,7 @@ def test_every_server_holds_the_policy_to_the_bit(transfer, tp, pp, model, taker
         assert len(updates) == 1 if transfer == "disk" else len(updates) > 2
         assert asked.index("/pause_generation retract") < updates[0]
         assert updates[-1] < asked.index("/continue_generation")
-    assert metrics["sync_gb"] == pytest.approx(sum(tensor.nbytes for tensor in wanted.values()) / 1e9)
+    assert metrics["perf/push_gb"] == pytest.approx(sum(tensor.nbytes for tensor in wanted.values()) / 1e9)
 
 
 @pytest.mark.parametrize("pause", ["retract", "in_place", "wait"])
