@@ -26,9 +26,9 @@ LEVELS = (
     {"parallel", "ops"},
     {"faults"},
     {"config_file"},
-    {"config_moves", "config_rules", "imports", "file_lock", "metrics"},
+    {"config_moves", "config_rules", "imports", "file_lock"},
     {"config"},
-    {"settings"},
+    {"settings", "metrics"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

@@ -110,7 +110,7 @@ def test_the_readmes_engine_on_two_ranks(folder: Path) -> None:
     (code,) = re.findall(r"```python\n(from flowrl_mega.rollout import .*?)```", README.read_text(), flags=re.DOTALL)
     (folder / "readme.py").write_text(code)
     found = run(folder, "--rollout.engine=readme.py:Counting", "--parallel.dp=2", world=2)
-    tokens = [8 * row["response_length"] for row in found]
+    tokens = [8 * row["rollout/response_length"] for row in found]
     assert [row["rollout/tokens"] for row in found] == pytest.approx([tokens[0], sum(tokens)])
 
 
