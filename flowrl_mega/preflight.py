@@ -191,21 +191,25 @@ def describe(inputs: Inputs, world: int, checkpoint: Path | None) -> str:
     ranks = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name in ("tp", "dp"))
     ranks += f", {parallel.vpp} pieces of the model each" if parallel.vpp > 1 else ""
     ranks += ", sequence parallel" if parallel.sequence_parallel else ""
+    reference = "frozen copy of model.path" + (", in CPU memory between uses" if config.model.reference_offload else "")
+    rate = config.optimizer.log_z_lr or config.optimizer.lr
     settings = ", ".join(f"{name}={value}" for name, value in objective.model_dump().items() if name != "name")
     size = f"{arch.layers} layers of {arch.hidden}, vocabulary {arch.vocab}"
     kind = "Megatron checkpoint" if is_megatron(config.model.path) else "Hugging Face folder"
     lines = {
         "model": f"{config.model.path} ({kind}): {arch.model_type}, {size}",
-        "ranks": f"{world} = {ranks}, on {device}",
+        "ranks": f"{world} = {ranks}, on {device}; a collective may take {parallel.timeout_s} s",
         "layers": describe_layers(config.model),
         "FP8": describe_fp8(config.model),
         "optimizer": backends.optimizer(),
-        "log-probs": check_ops(config.ops.backend),
+        "log-probs": f"{check_ops(config.ops.backend)}; {config.model.logits_budget_mb} MB of logits kept",
         "engine": check_engine(inputs, world),
         "objective": f"{config.objective['name']} ({settings})",
-        "log Z": objective.log_z.kind if objective.log_z else "none",
+        "log Z": (objective.log_z.kind + (f", lr {rate:g}" if objective.log_z.learned else ""))
+        if objective.log_z
+        else "none",
         "critic": describe_critic(config),
-        "reference": "frozen copy of model.path" if objective.needs_reference else "not needed",
+        "reference": reference if objective.needs_reference else "not needed",
         "prompts": f"{len(prompts)} to train on, {len(held_out) if held_out else 0} held out",
         "reward": "; ".join(filter(None, [config.reward.function, inputs.reward_description])),
         "step": f"{rollout.prompts_per_step} prompts x {rollout.group_size} answers of at most {rollout.max_tokens} "

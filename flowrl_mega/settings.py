@@ -110,7 +110,7 @@ def _explain(model: type[Settings], details: Any, where: str) -> tuple[str, str]
 def _own_names(model: type[Settings], location: tuple[str | int, ...]) -> list[str]:
     """A pydantic location without the branch names of unions, which follow the field's own name."""
     for depth, part in enumerate(location):
-        section = _section(model, str(part))
+        section = section_of(model, str(part))
         if section is None:
             places = [place for place in location[depth + 1 :] if isinstance(place, int)]
             return [str(p) for p in (*location[: depth + 1], *places)]
@@ -118,7 +118,7 @@ def _own_names(model: type[Settings], location: tuple[str | int, ...]) -> list[s
     return [str(part) for part in location]
 
 
-def _section(model: type[Settings], field: str) -> type[Settings] | None:
+def section_of(model: type[Settings], field: str) -> type[Settings] | None:
     """The settings that are a field's own, also where null may stand in their place."""
     annotation = model.model_fields[field].annotation if field in model.model_fields else None
     kinds = [kind for kind in (get_args(annotation) or (annotation,)) if kind is not type(None)]
@@ -128,7 +128,7 @@ def _section(model: type[Settings], field: str) -> type[Settings] | None:
 def _names_at(model: type[Settings], path: list[str]) -> list[str]:
     """The setting names of the section at `path`."""
     for part in path:
-        model = _section(model, part) or model
+        model = section_of(model, part) or model
     return list(model.model_fields)
 
 
