@@ -6,8 +6,10 @@ tests/objectives/test_no_silent_fields.py.)
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from flowrl_mega.settings import Settings, section_of
 
 TESTS = Path(__file__).parents[1]
 PPO = "objective={name: ppo}"
-SGLANG = "rollout.engine=sglang"
+SCORED = "reward.overlong.buffer=7"  # this policy is never right: else all rewards, and a critic's gradient, are 0
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Tested:
-    """A test shows its effect: "file::function", and the file (or another in its folder, its helper) names the field."""
+    """A test shows its effect: "file::function"; the file, or a helper in its folder, names the field."""
 
     place: str
 
@@ -62,7 +64,7 @@ def servers(value: str, test: str) -> tuple[Any, ...]:
 def own_trunk(value: str) -> tuple[Any, ...]:
     """Of a setting of a critic with a trunk of its own."""
     return (
-        Trained(value, (PPO, "critic.optimizer={lr: 1e-2, warmup_steps: 0}")),
+        Trained(value, (PPO, "critic.optimizer={lr: 1e-2, warmup_steps: 0}", SCORED)),
         Refused(value, (PPO, "critic.trunk=shared")),
     )
 
@@ -120,9 +122,14 @@ EVIDENCE: dict[str, Any] = {
     "data.chat_template": Refused("data.chat_template=true"),
     "data.max_prompt_tokens": Refused("data.max_prompt_tokens=1"),
     "data.loader": (Refused("data.loader=dali"), Tested("data/test_loaders.py::test_dali_wants_a_store")),
-    "data.dali.shuffle": servers("data.dali.shuffle=reader", "data/test_loaders.py::test_reader_reads_in_turn_through_its_buffer"),
-    "data.dali.buffer": servers("data.dali.buffer=3", "data/test_loaders.py::test_reader_reads_in_turn_through_its_buffer"),
-    "data.dali.device": servers("data.dali.device=gpu", "data/test_loaders.py::test_a_gpu_that_is_not_there_is_refused"),
+    **{
+        f"data.dali.{field}": (Refused(f"data.dali.{field}={value}"), Tested(f"data/test_loaders.py::{test}"))
+        for field, value, test in (
+            ("shuffle", "reader", "test_reader_reads_in_turn_through_its_buffer"),
+            ("buffer", "3", "test_reader_reads_in_turn_through_its_buffer"),
+            ("device", "gpu", "test_a_gpu_that_is_not_there_is_refused"),
+        )
+    },
     "reward.function": Planned("reward=flowrl_mega.rewards.math:dapo"),
     "reward.workers": Tested("rewards/test_scorer.py::test_processes_and_early_scores_do_not_change_a_run"),
     "reward.timeout_s": Tested("rewards/test_pool.py::test_a_hanging_or_dying_reward_is_a_wrong_answer_and_is_counted"),
@@ -160,13 +167,15 @@ EVIDENCE: dict[str, Any] = {
     "rollout.top_k": Refused("rollout.top_k=2"),
     "rollout.ignore_eos": Trained("rollout.ignore_eos=true"),
     "rollout.allow_truncated_sampling": Refused("rollout.allow_truncated_sampling=true"),
-    "rollout.ahead": servers("rollout.ahead=1", "rollout/test_batches.py::test_ahead_does_not_change_what_a_step_trains_on"),
+    "rollout.ahead": servers(
+        "rollout.ahead=1", "rollout/test_group_queue.py::test_ahead_does_not_change_what_a_step_trains_on"
+    ),
     "rollout.partial_tokens": servers(
         "rollout.partial_tokens=3",
-        "rollout/test_batches.py::test_a_long_answer_goes_on_in_the_next_step_and_keeps_its_old_tokens",
+        "rollout/test_group_queue.py::test_a_long_answer_goes_on_in_the_next_step_and_keeps_its_old_tokens",
     ),
-    "rollout.oversample": Tested("rollout/test_batches.py::test_oversampled_groups_are_carried_not_lost"),
-    "rollout.drop_uniform": Tested("rollout/test_batches.py::test_uniform_groups_are_replaced"),
+    "rollout.oversample": Tested("rollout/test_group_queue.py::test_oversampled_groups_are_carried_not_lost"),
+    "rollout.drop_uniform": Tested("rollout/test_group_queue.py::test_uniform_groups_are_replaced"),
     "rollout.mismatch.budget": Tested(
         "integration/test_sglang_training.py::test_the_mismatch_budget_ends_a_run_in_words"
     ),
@@ -175,26 +184,28 @@ EVIDENCE: dict[str, Any] = {
         "integration/test_sglang_training.py::test_the_mismatch_budget_ends_a_run_in_words",
     ),
     **{
-        f"rollout.{field}": servers(f"rollout.{field}={value}", test)
+        f"rollout.{field}": servers(f"rollout.{field}={value}", f"rollout/{test}")
         for field, value, test in (
-            ("servers", "2", "rollout/test_servers.py::test_gpus_are_shared_out"),
-            ("python", "python3", "rollout/test_servers.py::test_a_command_line_says_what_the_settings_say"),
-            ("server_args", "{tp_size: 2}", "rollout/test_servers.py::test_a_command_line_says_what_the_settings_say"),
-            ("colocated", "true", "rollout/test_servers.py::test_gpus_are_shared_out"),
-            ("api_key_file", "key", "rollout/test_attached.py::test_the_key_is_asked_for"),
-            ("concurrency", "3", "rollout/test_dispatch.py::test_all_prompts_are_answered_in_their_places"),
-            ("request_timeout_s", "3", "rollout/test_dispatch.py::test_no_answer_at_all_ends_the_job"),
-            ("hang_s", "3", "rollout/test_health.py::test_prompts_of_a_silent_server_go_to_another"),
-            ("start_timeout_s", "3", "rollout/test_servers.py::test_one_that_never_listens_ends_the_start"),
-            ("sync.transfer", "disk", "rollout/test_sync.py::test_every_server_holds_the_policy_to_the_bit"),
-            ("sync.bucket_mb", "3", "rollout/test_sync.py::test_every_server_holds_the_policy_to_the_bit"),
-            ("sync.dtype", "bf16", "rollout/test_sync.py::test_every_server_holds_the_policy_to_the_bit"),
-            ("sync.checksum_every", "3", "integration/test_sglang_training.py::test_partial_rollouts_and_resume"),
-            ("sync.pause", "wait", "rollout/test_sync.py::test_how_answers_under_way_are_paused"),
-            ("sync.folder", "weights", "rollout/test_sync.py::test_a_folder_that_cannot_be_written_is_named"),
-            ("sync.timeout_s", "3", "rollout/test_sync.py::test_a_server_that_hangs_costs_the_time_out_and_no_more"),
+            ("servers", "2", "sglang/test_flags.py::test_gpus_are_shared_out"),
+            ("python", "python3", "sglang/test_flags.py::test_a_command_line_says_what_the_settings_say"),
+            ("server_args", "{tp_size: 2}", "sglang/test_flags.py::test_a_command_line_says_what_the_settings_say"),
+            ("colocated", "true", "sglang/test_flags.py::test_gpus_are_shared_out"),
+            ("api_key_file", "key", "sglang/test_attached.py::test_the_key_is_asked_for"),
+            ("concurrency", "3", "test_dispatch.py::test_all_prompts_are_answered_in_their_places"),
+            ("request_timeout_s", "3", "test_dispatch.py::test_no_answer_at_all_ends_the_job"),
+            ("hang_s", "3", "test_health.py::test_prompts_of_a_silent_server_go_to_another"),
+            ("start_timeout_s", "3", "sglang/test_fleet.py::test_one_that_never_listens_ends_the_start"),
+            ("sync.transfer", "disk", "sglang/test_sync.py::test_every_server_holds_the_policy_to_the_bit"),
+            ("sync.bucket_mb", "3", "sglang/test_sync.py::test_every_server_holds_the_policy_to_the_bit"),
+            ("sync.dtype", "bf16", "sglang/test_sync.py::test_every_server_holds_the_policy_to_the_bit"),
+            ("sync.pause", "wait", "sglang/test_sync.py::test_how_answers_under_way_are_paused"),
+            ("sync.folder", "weights", "sglang/test_sync.py::test_a_folder_that_cannot_be_written_is_named"),
+            ("sync.timeout_s", "3", "sglang/test_sync.py::test_a_server_that_hangs_costs_the_time_out_and_no_more"),
         )
     },
+    "rollout.sync.checksum_every": servers(
+        "rollout.sync.checksum_every=3", "integration/test_sglang_training.py::test_partial_rollouts_and_resume"
+    ),
     "objective": Planned("objective={name: grpo}"),
     "optimizer.lr": Trained("optimizer.lr=2e-3"),
     "optimizer.log_z_lr": Trained("optimizer.log_z_lr=2e-2"),
@@ -279,12 +290,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make("llama", tmp_path_factory.mktemp("model"), vocab=15)
 
 
-@pytest.fixture
-def settings(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two small steps; the current directory has nothing else in it."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def settings(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small steps."""
+    folder = tmp_path_factory.mktemp("settings")
     return write_config(
-        tmp_path, model, steps=2, parallel={"tp": 1}, checkpoint={"every": 0, "at_end": False},
+        folder, model, steps=2, parallel={"tp": 1}, checkpoint={"every": 0, "at_end": False},
         evaluation={"every": 2}, optimizer={"lr": 1e-3, "warmup_steps": 0},
     )  # fmt: skip
 
@@ -312,26 +323,26 @@ def test_the_plan_changes(field: str, entry: Planned, settings: Path) -> None:
     assert plan() != plan(entry.override)
 
 
+@pytest.fixture(scope="module")
+def trained(settings: Path, ranks1: Any) -> Callable[[tuple[str, ...]], Any]:
+    """What a run with these overrides leaves; each is run once."""
+    return cache(lambda overrides: ranks1.run(left, settings, overrides)[0])
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize(("field", "entry"), evidence(Trained))
-def test_what_is_trained_changes(field: str, entry: Trained, settings: Path, ranks1: Any) -> None:
-    without, given = ranks1.run(both, settings, entry.beside, entry.override)[0]
-    assert without != given
+def test_what_is_trained_changes(field: str, entry: Trained, trained: Callable[[tuple[str, ...]], Any]) -> None:
+    assert trained(entry.beside) != trained((*entry.beside, entry.override))
 
 
-def both(settings: Path, beside: tuple[str, ...], override: str) -> list[Any]:
-    """In a rank: what two runs leave, without the override and with it."""
-    return [left(settings, [*beside, f"run_dir=run_{len(more)}", *more]) for more in ((), (override,))]
-
-
-def left(settings: Path, overrides: list[str]) -> Any:
+def left(settings: Path, overrides: tuple[str, ...]) -> Any:
+    """In a rank: the folders and records of a run."""
     from flowrl_mega.parallel import layout as layouts
     from flowrl_mega.preflight import Inputs
     from flowrl_mega.run import Run
 
-    config = load_config(settings, overrides)
-    folder = settings.parent / config.run_dir
-    config = config.model_copy(update={"run_dir": str(folder)})
+    folder = Path(tempfile.mkdtemp(dir=settings.parent))
+    config = load_config(settings, [*overrides, f"run_dir={folder}"])
     run = Run(Inputs(config), layouts.init(config.parallel, config.seed))
     run.run()
     run.close()
