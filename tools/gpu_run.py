@@ -7,20 +7,13 @@ The settings are what `flowrl-mega train` takes. Prints the steps' metrics as on
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
 from pathlib import Path
 
-import yaml
-
 REPO = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPO), str(REPO / "tests")]
-
-from tiny_models import make  # noqa: E402
-
-from flowrl_mega import cli  # noqa: E402
-
 STEPS = 4
 # FP8 takes sizes that 16 divides, and keeps the first and the last layer in bf16.
 SIZES = dict(
@@ -29,8 +22,23 @@ SIZES = dict(
 )  # fmt: skip
 
 
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="A short FlowRL run of a tiny random model on the built-in task.")
+    parser.add_argument("folder", type=Path, help="for the model and the run; what is in it is deleted first")
+    parser.add_argument("settings", nargs="*", metavar="section.field=value", help="as `flowrl-mega train` takes them")
+    return parser
+
+
 def main() -> int:
-    folder, changes = Path(sys.argv[1]), sys.argv[2:]
+    options = parser().parse_args()
+    # Seconds, so only after the arguments have been looked at; the GPU machine has neither package installed.
+    sys.path[:0] = [str(REPO), str(REPO / "tests")]
+    import yaml
+    from tiny_models import make
+
+    from flowrl_mega import cli
+
+    folder: Path = options.folder
     shutil.rmtree(folder, ignore_errors=True)
     model = make("llama", folder / "model", vocab=32, **SIZES)
     tree = {
@@ -42,7 +50,7 @@ def main() -> int:
     }  # fmt: skip
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(tree))
-    code = cli.main(["train", str(config), *(f"--{change}" for change in changes)])
+    code = cli.main(["train", str(config), *(f"--{change}" for change in options.settings)])
     if code == 0:
         lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
         print(json.dumps([json.loads(line) for line in lines]))

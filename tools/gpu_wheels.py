@@ -6,6 +6,7 @@ What is in the folder already is not fetched again. pip checks the index's hash 
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -41,7 +42,7 @@ TORCH_STAND_IN = {
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder: Path = parser().parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     pins = read_pins(REPO / "requirements")
     for requirement in [f"{name}=={pins[name]}" for name in PINNED] + TE_WHEELS:
@@ -58,6 +59,17 @@ def main() -> None:
     print(f"{total:8.2f} MiB  in {folder}")
     if total > LIMIT_MIB:
         sys.exit(f"gpu_wheels: {total:.1f} MiB is more than the {LIMIT_MIB} MiB that may be carried")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tools/gpu_wheels.sh",
+        description="Download what a GPU machine without network needs beside PyTorch: at most 60 MiB of wheels.",
+    )
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=REPO / "build" / "gpu_wheels", help="default: build/gpu_wheels"
+    )
+    return parser
 
 
 def read_pins(folder: Path) -> dict[str, str]:

@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=python3
 if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
-exec "$python" tools/gpu_wheels.py "${1:-build/gpu_wheels}"
+exec "$python" tools/gpu_wheels.py "$@"

@@ -27,10 +27,14 @@ HEAD = """| answers | form | graded | both right | both wrong | DAPO only | math
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of JSON lines with 'answer'")
-    data = parser.parse_args().data
+    return parser
+
+
+def main() -> None:
+    data: Path = parser().parse_args().data
     print(HEAD)
     for name in FILES:
         if not (path := data / f"{name}.jsonl").exists():

@@ -29,8 +29,7 @@ DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prepare one store; returns the exit code."""
-    parser = _parser("\n".join(f"  {name:<14} {r.datasets}" for name, r in RECIPES.items()) + f"\n  {GENERATED}")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     previous = signal.signal(signal.SIGTERM, _leave)  # as an exception, so that what is half written goes
     try:
         return verify(options.verify) if options.verify else prepare(options)
@@ -43,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _parser(recipes: str) -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    recipes = "\n".join(f"  {name:<14} {r.datasets}" for name, r in RECIPES.items()) + f"\n  {GENERATED}"
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=f"recipes and their data sets:\n{recipes}",

@@ -36,11 +36,15 @@ class SetupError(Exception):
     """What failed and how to go on, for the user."""
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Make .venv, or bring it up to date.")
     parser.add_argument("--torch", choices=TORCH_KINDS, help="which torch; remembered (default: auto)")
     parser.add_argument("--extra", action="append", default=[], metavar="NAME", help="also requirements/NAME.txt")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = parser().parse_args()
     try:
         set_up(args.torch, [f"requirements/{name}.txt" for name in args.extra])
     except SetupError as error:

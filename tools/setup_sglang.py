@@ -27,8 +27,12 @@ PINS = ROOT / "requirements" / "sglang.txt"
 FOR_GPU = ("sglang", "sglang-router")  # what is asked for by name where there is a GPU, at the versions in PINS
 
 
+def parser() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description="Make .venv-sglang, which SGLang's servers run in.")
+
+
 def main() -> None:
-    argparse.ArgumentParser(description="Make .venv-sglang, which SGLang's servers run in.").parse_args()
+    parser().parse_args()
     try:
         folder = set_up("cuda" if venv_tool.has_gpu() else "cpu")
         link(folder)

@@ -3,6 +3,10 @@
 # be installed it says so in a line, and those tests are skipped. No cluster is set up: the tests bring up their own.
 set -euo pipefail
 
+if [ $# -gt 0 ]; then
+    echo "usage: tools/setup_slurm.sh     (installs slurm-wlm and munge where they are missing; takes no arguments)"
+    if [ "$*" = --help ] || [ "$*" = -h ]; then exit; else exit 2; fi
+fi
 if type slurmctld slurmd munged sbatch >/dev/null 2>&1; then exit; fi
 if ! command -v apt-get >/dev/null; then
     echo "setup-slurm: no apt-get here; install SLURM and munge for the tests that need them"

@@ -41,12 +41,16 @@ class FatBinary(NamedTuple):
     entries: list[Entry]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="A CUDA wheel with the device code of one architecture.")
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Write a CUDA wheel again with the device code of one architecture.")
     parser.add_argument("wheel", type=Path)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="where the small wheel is written")
     parser.add_argument("--arch", type=int, default=90, help="compute capability without its point")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = parser().parse_args()
     slim = slim_wheel(options.wheel, options.folder, options.arch)
     print(f"{slim}: {slim.stat().st_size / 2**20:.1f} MiB of {options.wheel.stat().st_size / 2**20:.1f} MiB")
 

@@ -26,7 +26,6 @@ from examples.quickstart.run import cell, summarise, table
 from examples.quickstart.trials import Figures, Trial, run_trials
 from flowrl_mega.config_file import load_config
 from flowrl_mega.data import sums
-from flowrl_mega.monitor.plots import label, reward_against_diversity
 
 CONFIG = Path(__file__).with_name("quickstart.yaml")
 BETA = 2
@@ -52,10 +51,17 @@ COLUMNS = {
 Methods = dict[str, list[str]]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="The fair comparison; --section.field=value changes all methods.")
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.quickstart.compare",
+        description="The fair comparison; --section.field=value changes all methods.",
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"))
-    options, overrides = parser.parse_known_args()
+    return parser
+
+
+def main() -> int:
+    options, overrides = parser().parse_known_args()
     folder: Path = options.folder
     common = [*COMMON, *overrides]
     methods = {name: [*own, *common] for name, own in all_methods().items()}
@@ -154,7 +160,9 @@ def best_rate(figures: dict[float, Figures]) -> float:
 def report(
     folder: Path, methods: Methods, tried: dict[str, Figures], rates: dict[str, float], summary: dict[str, Figures]
 ) -> None:
-    """compare.json with every trial's figures, compare.md and compare.png."""
+    """Write compare.json with every trial's figures, compare.md and compare.png."""
+    from flowrl_mega.monitor.plots import reward_against_diversity  # matplotlib, which --help need not wait for
+
     content = {"methods": summary, "overrides": methods, "rates": rates, "seeds": list(SEEDS), "tuning": tried}
     (folder / "compare.json").write_text(json.dumps(content, indent=1))
     (folder / "compare.md").write_text(markdown(summary, rates))
@@ -163,7 +171,9 @@ def report(
 
 
 def markdown(summary: dict[str, Figures], rates: dict[str, float]) -> str:
-    """The figures as a table for the README, a method a line."""
+    """Format the figures as a table for the README, one line per method."""
+    from flowrl_mega.monitor.plots import label
+
     lines = [["method", *COLUMNS.values()], ["---"] * (1 + len(COLUMNS))]
     for method, row in summary.items():
         rate = f"{rates[method]:g}" if method in rates else ""

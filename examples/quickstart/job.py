@@ -1,9 +1,8 @@
 """What each rank of the quick start runs: trials, each measured exactly. The trial "start" makes the model that the
 others of its folder start from.
 
-    python -m examples.quickstart.job TRIALS.json     (run.py and compare.py write the file and start the ranks)
-
-TRIALS.json: {"trials": [{"folder", "seed", "name", "overrides"}], "side_by_side", "overrides"}. All ranks work on each
+No command: trials.py writes a file of trials and starts the ranks, which call `main` with its path. The file holds
+{"trials": [{"folder", "seed", "name", "overrides"}], "side_by_side", "overrides"}. All ranks work on each
 trial, or, side by side, each is a job of its own and takes every n-th one. A trial's figures go to its run folder when
 it ends; one that has them already, of the same overrides, is not run again.
 """
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -108,7 +106,3 @@ def run(trial: Trial, overrides: list[str]) -> None:
         partial.write_text(json.dumps({"overrides": trial.overrides, "figures": figures}, indent=1))
         partial.rename(trial.file)
     dist.barrier()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -15,10 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from examples.quickstart.trials import Trial, gpus, run_trials
-from flowrl_mega.monitor.plots import quickstart_figure
 
 FOLDER = Path("runs/quickstart")
 METHODS: dict[str, list[str]] = {
@@ -39,10 +36,18 @@ COLUMNS = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="The quick start's main job.")
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m examples.quickstart.run", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=1)
-    seeds = list(range(parser.parse_args().seeds))
+    return parser
+
+
+def main() -> int:
+    seeds = list(range(parser().parse_args().seeds))
+    import torch  # seconds, so only after the arguments have been looked at
+
+    from flowrl_mega.monitor.plots import quickstart_figure
+
     began = time.perf_counter()
     shutil.rmtree(FOLDER, ignore_errors=True)
     results = []

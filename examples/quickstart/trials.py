@@ -8,11 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from flowrl_mega.parallel.launch import launch
-
 Figures = dict[str, float]
+RANK = "import sys; from examples.quickstart.job import main; main(sys.argv[1])"  # what each rank runs
 
 
 class Trial(NamedTuple):
@@ -48,6 +45,8 @@ class Trial(NamedTuple):
 def run_trials(trials: Sequence[Trial], file: Path, side_by_side: bool = False, timeout_s: float | None = 3600) -> int:
     """Start the ranks on these trials, written to `file`; the exit code. Two ranks, but one on a single GPU: together
     with tp = 2, or side by side, each on every other trial."""
+    from flowrl_mega.parallel.launch import launch  # seconds, which --help of run.py and compare.py need not wait
+
     ranks = 1 if gpus() == 1 else 2
     for trial in trials:
         Path(trial.folder).mkdir(parents=True, exist_ok=True)
@@ -58,9 +57,11 @@ def run_trials(trials: Sequence[Trial], file: Path, side_by_side: bool = False, 
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=1))
-    return launch([sys.executable, "-m", "examples.quickstart.job", str(file)], ranks, timeout_s=timeout_s)
+    return launch([sys.executable, "-c", RANK, str(file)], ranks, timeout_s=timeout_s)
 
 
 def gpus() -> int:
+    import torch
+
     # Where there is none, Megatron needs device_count() to say 1 all the same (parallel/cuda_is_cpu.py).
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -76,12 +76,16 @@ def verdict(rewards: list[float]) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m examples.smollm2.run", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--minutes", type=float, default=20.0, help="stop after the step that ends past this (default 20)"
     )
-    options, overrides = parser.parse_known_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options, overrides = parser().parse_known_args(arguments)
     try:
         prepare()
     except ValueError as error:

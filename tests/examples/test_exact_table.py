@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from examples.exact import page, run, space, targets
+from examples.exact import page, space, table, targets
 from examples.exact.job import COMMON
 from examples.exact.rows import BETA, BETA_GROUP, BETA_PER_TOKEN, ROWS, TARGETS
 from flowrl_mega import objectives
@@ -102,14 +102,14 @@ def test_a_rows_settings_are_accepted(key: str) -> None:
 
 
 def test_only_a_result_of_the_same_settings_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "FOLDER", tmp_path)
-    assert run.stored("grpo", 0) is None
-    found = {"settings": run.settings(ROWS["grpo"], 0), "steps": ROWS["grpo"].steps, "figures": {}}
-    run.file("grpo", 0).parent.mkdir()
-    run.file("grpo", 0).write_text(json.dumps(found))
-    assert run.stored("grpo", 0) == found and run.stored("grpo", 1) is None
-    run.file("grpo", 0).write_text(json.dumps(found | {"steps": 1}))
-    assert run.stored("grpo", 0) is None
+    monkeypatch.setattr(table, "FOLDER", tmp_path)
+    assert table.stored("grpo", 0) is None
+    found = {"settings": table.settings(ROWS["grpo"], 0), "steps": ROWS["grpo"].steps, "figures": {}}
+    table.file("grpo", 0).parent.mkdir()
+    table.file("grpo", 0).write_text(json.dumps(found))
+    assert table.stored("grpo", 0) == found and table.stored("grpo", 1) is None
+    table.file("grpo", 0).write_text(json.dumps(found | {"steps": 1}))
+    assert table.stored("grpo", 0) is None
 
 
 def test_the_page_keeps_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from examples.quickstart import compare, job, trials
 from examples.quickstart.trials import Trial
 from flowrl_mega import objectives
 from flowrl_mega.config_file import load_config
+from flowrl_mega.parallel import launch as launching
 
 Started = list[tuple[int, dict[str, Any]]]
 
@@ -27,7 +28,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
         launches.append((world, json.loads(Path(command[-1]).read_text())))
         return 0
 
-    monkeypatch.setattr(trials, "launch", launch)
+    monkeypatch.setattr(launching, "launch", launch)
     return launches
 
 
@@ -138,7 +139,7 @@ def test_the_comparison_from_start_to_table(started, tmp_path, monkeypatch, caps
     table says what the trials came to."""
     monkeypatch.setattr(compare.sys, "argv", ["compare", "--folder", str(tmp_path), "--steps=3"])
     monkeypatch.setattr(compare, "all_methods", lambda: {"grpo": ["a=1"], "grpo_kl 0.05": ["a=2"]})
-    launch = trials.launch
+    launch = launching.launch
 
     def launch_and_write(command, world, timeout_s):
         code = launch(command, world, timeout_s)
@@ -148,7 +149,7 @@ def test_the_comparison_from_start_to_table(started, tmp_path, monkeypatch, caps
             write_figures(Trial(**trial), **base | {"pass_rate": 0.5 + 0.1 * slow, "distinct": 2.0 + trial["seed"]})
         return code
 
-    monkeypatch.setattr(trials, "launch", launch_and_write)
+    monkeypatch.setattr(launching, "launch", launch_and_write)
     assert compare.main() == 0
     parts = [[(trial["name"], trial["seed"]) for trial in content["trials"]] for _, content in started]
     assert parts[0] == [("start", seed) for seed in (100, 0, 1, 2)]

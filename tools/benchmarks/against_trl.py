@@ -1,10 +1,11 @@
 """The same GRPO work by TRL's GRPOTrainer and by flowrl-mega, in turns, in one run.
 
-    python tools/benchmarks/against_trl.py --trl-python TRL/bin/python --model DIR [--prompts 16 --answers 16
-        --tokens 64] [--layout dp2] [--rounds 3] [--json FILE]
+    make setup-integration      # TRL, among others
+    python tools/benchmarks/against_trl.py --model DIR [--prompts 16 --answers 16 --tokens 64] [--layout dp2]
+        [--rounds 3] [--trl-python PYTHON] [--json FILE]
 
 Both use all cores. A round is one job of each; the ratio is that of the medians over rounds, memory the largest peak.
-TRL's environment: see trl_grpo.py, which also says how TRL is set up.
+trl_grpo.py says how TRL is set up.
 """
 
 from __future__ import annotations
@@ -14,26 +15,29 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import step
-from workload import machine, write
+from workload import in_turns, machine, write
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="The same GRPO work by TRL and by flowrl-mega, in turns.")
+    step.add_work(parser)
+    parser.add_argument("--trl-python", default=sys.executable, help="interpreter that has TRL; default: this one")
+    parser.add_argument("--layout", choices=step.LAYOUTS, default="dp2", help="of flowrl-mega")
+    parser.add_argument("--rounds", type=int, default=3, help="jobs of each")
+    return parser
 
 
 def main() -> None:
-    parser = step.parser()
-    parser.description = "The same GRPO work by TRL and by flowrl-mega, in turns."
-    parser.add_argument("--trl-python", required=True, help="interpreter of the environment that has TRL")
-    parser.add_argument("--layout", choices=step.LAYOUTS, default="dp2")
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    ours, theirs = [], []
-    for _ in range(options.rounds):
-        theirs.append(run_trl(options))
-        ours.append(step.measure(options.layout, options))
-    rows = [summary(theirs), summary(ours)]
+    options = parser().parse_args()
+    jobs = {"trl": partial(run_trl, options), "flowrl-mega": partial(step.measure, options.layout, options)}
+    rows = [summary(of) for of in in_turns(jobs, options.rounds).values()]
     speed = rows[1]["tokens_per_second"] / rows[0]["tokens_per_second"]
     memory = rows[1]["peak_rss_bytes"] / rows[0]["peak_rss_bytes"]
     for row in rows:
@@ -52,7 +56,8 @@ def run_trl(options: argparse.Namespace) -> dict[str, Any]:
         file = Path(folder) / "trl.json"
         script = str(Path(__file__).with_name("trl_grpo.py"))
         command = [options.trl_python, script, *work, f"--threads={os.cpu_count()}", f"--json={file}"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=1800)
+        if code := subprocess.run(command, stdout=subprocess.DEVNULL, timeout=1800).returncode:
+            sys.exit(code)  # it has said why
         return json.loads(file.read_text())
 
 

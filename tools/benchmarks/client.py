@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from workload import machine, write
+from workload import machine, turns, write
 
 GOAL = 0.95  # of their speed, at least
 # It imports torchvision, whose operators do not load beside a torch without CUDA, and datasets, which it does not need.
@@ -83,9 +83,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for run in work.values():
             run(0)  # to warm up
         speeds: dict[str, list[float]] = {"theirs": [], "ours": []}
-        for seed in range(1, options.rounds + 1):
-            for name in list(work)[:: 1 if seed % 2 else -1]:
-                speeds[name].append(work[name](seed))
+        for name in turns(work, options.rounds):
+            speeds[name].append(work[name](len(speeds[name]) + 1))
         ours.close()
     finally:
         fleet.close()

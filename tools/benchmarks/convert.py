@@ -30,10 +30,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from convert_model import difference, make, weight_files
 from convert_work import flush
-from measure import status_bytes
+from memory import status_bytes
 from workload import machine, turns, write
 
 PROVIDERS = ("copy", "flowrl-mega", "command", "mbridge")
@@ -45,6 +43,9 @@ Samples = dict[tuple[str, str], list[dict[str, float]]]  # of a provider and a d
 
 def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
+    import torch  # seconds, so only after the arguments have been looked at
+    from convert_model import make, weight_files
+
     chosen = [name for name in PROVIDERS if name == "copy" or name in options.providers]
     not_run = {name: "not installed" for name in {"mbridge"} & {*chosen} if not importlib.util.find_spec(name)}
     providers = [name for name in chosen if name not in not_run]
@@ -86,7 +87,9 @@ def packages(providers: list[str]) -> list[str]:
 
 
 def there_and_back(provider: str, source: Path, folder: Path, samples: Samples) -> None:
-    """One provider's part of a round, added to `samples`; what it wrote is compared and deleted."""
+    """Run one provider's part of a round and add it to `samples`; what it wrote is compared and deleted."""
+    from convert_model import difference
+
     megatron, back = folder / "megatron", folder / "hf"
     folder.mkdir()
     steps = [("copy", source, back)]

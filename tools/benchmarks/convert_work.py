@@ -5,23 +5,23 @@ It imports what its work needs and nothing else: what the benchmark had imported
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from measure import resident_growth, status_bytes
+from memory import resident_growth, status_bytes
 
 Work = Callable[[Path, Path], None]
 
 
 def main() -> None:
-    provider, direction, *paths = sys.argv[1:]
-    source, target, out = map(Path, paths)
-    work = LOADERS[provider](direction)
+    options = parser().parse_args()
+    source, target = options.source, options.target
+    work = LOADERS[options.provider](options.direction)
     seconds = 0.0
 
     def timed() -> None:
@@ -33,7 +33,17 @@ def main() -> None:
 
     before = status_bytes("RssAnon")
     peak = resident_growth(timed)
-    out.write_text(json.dumps({"seconds": seconds, "peak_bytes": peak, "anonymous_before": before}))
+    options.out.write_text(json.dumps({"seconds": seconds, "peak_bytes": peak, "anonymous_before": before}))
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="One conversion in a process of its own, for convert.py.")
+    parser.add_argument("provider", choices=LOADERS)
+    parser.add_argument("direction", choices=("copy", "hf2mcore", "mcore2hf"))
+    parser.add_argument("source", type=Path, help="folder to be converted")
+    parser.add_argument("target", type=Path, help="folder to be made")
+    parser.add_argument("out", type=Path, help="JSON file for seconds and memory")
+    return parser
 
 
 def flush(folder: Path) -> None:

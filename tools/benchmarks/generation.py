@@ -15,14 +15,14 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from workload import machine, prompts, write
+from workload import in_turns, machine, prompts, write
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="The embedded engine against transformers' generate().")
     parser.add_argument("--model", required=True, help="Hugging Face model folder")
     parser.add_argument("--batch", type=int, nargs="+", default=[64, 256])
@@ -30,14 +30,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json")
     parser.add_argument("--out", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = parser().parse_args()
     if options.out:
         run_rank(options)
         return
     rows = []
     for batch in options.batch:
-        pairs = [(with_transformers(batch, options), with_engine(batch, options)) for _ in range(options.rounds)]
-        theirs, ours = (batch * options.tokens / statistics.median(side) for side in zip(*pairs, strict=True))
+        works = {"theirs": partial(with_transformers, batch, options), "ours": partial(with_engine, batch, options)}
+        sides = in_turns(works, options.rounds).values()
+        theirs, ours = (batch * options.tokens / statistics.median(seconds) for seconds in sides)
         rows.append({"batch": batch, "tokens": options.tokens, "transformers": theirs, "engine": ours})
         print(f"batch {batch:>4}: transformers {theirs:>8,.0f} tok/s, engine {ours:>8,.0f} tok/s, {ours / theirs:.2f}x")
     write(options.json, machine("torch", "transformers", "megatron-core"), rows)
@@ -45,6 +50,7 @@ def main() -> None:
 
 def with_transformers(batch: int, options: argparse.Namespace) -> float:
     """Seconds of one generate() after one that warms up."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(os.cpu_count() or 1)
@@ -60,6 +66,8 @@ def with_transformers(batch: int, options: argparse.Namespace) -> float:
 
 def with_engine(batch: int, options: argparse.Namespace) -> float:
     """Seconds of the slowest rank, in a job of its own."""
+    import torch
+
     from flowrl_mega.parallel.launch import launch
 
     world = 1 if torch.cuda.is_available() else os.cpu_count() or 1

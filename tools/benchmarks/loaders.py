@@ -20,41 +20,27 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
-from workload import machine, turns, write
+from workload import in_turns, machine, write
 
-from flowrl_mega.config import ConfigError, DataSettings
-from flowrl_mega.data.dali import import_dali
-from flowrl_mega.data.dali_records import records_of
-from flowrl_mega.data.loaders import open_loader
-from flowrl_mega.data.order import permutation
-from flowrl_mega.data.prompts import Prompt
-from flowrl_mega.data.store import MappedStore, StoredPrompt, new_store
-from flowrl_mega.data.tokenizer import char_tokenizer
+if TYPE_CHECKING:
+    from flowrl_mega.data.store import MappedStore
 
-OURS = {
-    "mmap": DataSettings(),
-    "dali.index": DataSettings(loader="dali"),
-    "dali.reader": DataSettings(loader="dali", dali={"shuffle": "reader"}),
-}
-PROVIDERS = (*OURS, "torch", "torch.lists")
-WORKERS, TORCH_BATCH = 2, 256
+PROVIDERS = ("mmap", "dali.index", "dali.reader", "torch", "torch.lists")
 
 
 def main() -> None:
     options = parser().parse_args()
+    from loaders_work import make, measured  # seconds, so only after the arguments have been looked at
+
     if options.provider:
         print(json.dumps(measured(options.provider, options.folder, options.take)))
         return
@@ -62,9 +48,9 @@ def main() -> None:
         store = make(Path(folder) / "store", options.prompts)
         providers, writing = prepared(options.providers, store)
         load = os.getloadavg()[0]
-        samples: dict[str, list[dict[str, float]]] = {name: [] for name in providers}
-        for name in turns(providers, options.rounds):
-            samples[name].append(in_a_process(name, store, options.take))
+        samples = in_turns(
+            {name: partial(in_a_process, name, store, options.take) for name in providers}, options.rounds
+        )
         rows = [row(name, samples[name], store.header["tokens"]) for name in providers]
     for found in rows:
         print(f"{found['provider']:12} {found['mtok_per_cpu_s']:6.2f} Mtok/CPU-s {found['mtok_per_s']:6.2f} Mtok/s")
@@ -85,19 +71,12 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make(path: Path, count: int) -> MappedStore:
-    random = np.random.default_rng(0)
-    lengths = random.lognormal(4.5, 0.6, count).clip(8, 1024).astype(int)
-    tokenizer = char_tokenizer("".join(map(chr, range(0x4E00, 0x4E00 + 20_000))))
-    with new_store(path, tokenizer) as writer:
-        for i, length in enumerate(lengths.tolist()):
-            ids = random.integers(2, 20_000, length)
-            writer.add(ids, {"id": f"random/{i}", "prompt": "p" * 4 * length, "kind": "math", "answer": str(i)})
-    return MappedStore(path)
-
-
 def prepared(chosen: list[str], store: MappedStore) -> tuple[list[str], dict[str, float]]:
-    """Who can take part, and the seconds that writing DALI's records took."""
+    """Returns who can take part, and the seconds that writing DALI's records took."""
+    from flowrl_mega.config import ConfigError
+    from flowrl_mega.data.dali import import_dali
+    from flowrl_mega.data.dali_records import records_of
+
     try:
         import_dali()
     except ConfigError as error:
@@ -120,92 +99,6 @@ def row(provider: str, samples: list[dict[str, float]], tokens: int) -> dict[str
     median = {name: statistics.median(sample[name] for sample in samples) for name in ("cpu_s", "wall_s")}
     speeds = {"mtok_per_cpu_s": tokens / median["cpu_s"] / 1e6, "mtok_per_s": tokens / median["wall_s"] / 1e6}
     return {"provider": provider, **speeds, **median, "samples": samples}
-
-
-# One measurement
-
-
-def measured(provider: str, path: str, take: int) -> dict[str, float]:
-    store = MappedStore(path)
-    lengths = store.lengths()
-    import_dali() if provider.startswith("dali") else None
-    began, cpu = time.perf_counter(), cpu_seconds()
-    tokens, indices = 0, []
-    for prompts in epoch(provider, store, take):
-        tokens += sum(len(prompt.token_ids) for prompt in prompts)
-        indices += [prompt.index for prompt in prompts]
-    found = {"cpu_s": cpu_seconds() - cpu, "wall_s": time.perf_counter() - began}
-    assert tokens == lengths.sum() and sorted(indices) == list(range(len(store))), f"{provider}: not the epoch"
-    return found
-
-
-def cpu_seconds() -> float:
-    """Of this process with its threads, and of its children that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
-
-
-def epoch(provider: str, store: MappedStore, take: int) -> Iterator[list[Prompt]]:
-    """One epoch's prompts in lists of `take`; opened before and closed after."""
-    if provider not in OURS:
-        yield from torch_epoch(store, take, lists=provider == "torch.lists")
-        return
-    loader = open_loader(OURS[provider], store, seed=0)
-    for start in range(0, len(store), take):
-        yield loader.next(min(take, len(store) - start))
-    loader.close()
-
-
-class Batches(Dataset):
-    """For DataLoader: `__getitems__` is given all indices of a batch at once."""
-
-    def __init__(self, store: MappedStore, lists: bool) -> None:
-        self.store, self.lists = store, lists
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def __getitems__(self, indices: list[int]) -> Any:
-        ids = [self.store.tokens(i).astype(np.int32) for i in indices]
-        if self.lists:
-            return indices, [tokens.tolist() for tokens in ids]
-        return torch.tensor([indices, [*map(len, ids)]]), torch.from_numpy(np.concatenate(ids))
-
-
-def torch_epoch(store: MappedStore, take: int, lists: bool) -> Iterator[list[Prompt]]:
-    order = permutation(0, 0, len(store)).tolist()
-    batches = DataLoader(
-        Batches(store, lists),
-        batch_size=TORCH_BATCH,
-        sampler=order,  # type: ignore[arg-type]
-        num_workers=WORKERS,
-        collate_fn=same,
-        prefetch_factor=4,
-        persistent_workers=True,
-    )
-    ready: list[Prompt] = []
-    for batch in batches:
-        ready += prompts_of(store, *(batch if lists else split(*batch)))
-        while len(ready) >= take:
-            yield ready[:take]
-            del ready[:take]
-    if ready:
-        yield ready
-    del batches  # its workers end, and their CPU time is counted
-
-
-def same(batch: Any) -> Any:
-    return batch
-
-
-def split(heads: torch.Tensor, flat: torch.Tensor) -> tuple[list[int], list[list[int]]]:
-    (indices, lengths), ids, end = heads.tolist(), flat.numpy().tolist(), 0
-    return indices, [ids[end : (end := end + length)] for length in lengths]
-
-
-def prompts_of(store: MappedStore, indices: list[int], ids: list[list[int]]) -> list[Prompt]:
-    where = str(store.path)
-    return [StoredPrompt(i, each, store.row_bytes(i), None, where) for i, each in zip(indices, ids, strict=True)]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ A provider is a function of (leaves..., target) that returns log-probs with a gr
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from memory import resident_growth
 from torch import Tensor
 from workload import turns
 
@@ -113,21 +113,6 @@ def peak_extra_bytes(work: Callable[[Case], Any], case: Case) -> int:
         kept = work(inputs)  # noqa: F841
         return torch.cuda.max_memory_allocated() - before
     return resident_growth(lambda: work(inputs))
-
-
-def resident_growth(work: Callable[[], Any]) -> int:
-    """The most by which this process's resident set grows during one call (what it returns is counted)."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak resident set starts again at the present one
-    before = status_bytes("VmRSS")
-    kept = work()  # noqa: F841
-    return max(0, status_bytes("VmHWM") - before)
-
-
-def status_bytes(field: str, process: int | str = "self") -> int:
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
 def memory_of(script: str, arguments: list[str]) -> int | None:

@@ -1,6 +1,6 @@
 """Rewards a second: DAPO's rule, math-verify and sandboxed code, in one process and through pools of workers, in turns.
 
-    python tools/benchmarks/rewards.py [--answers 600] [--programs 60] [--rounds 5] [--json FILE]
+    python tools/benchmarks/rewards.py [--answers 600] [--programs 60] [--rewards NAME ...] [--rounds 5] [--json FILE]
 
 Math answers are the pairs of tests/rewards/math_pairs.tsv, each wrapped as a response, over and over; every program
 solves a task with three tests of stdin and stdout. `direct` calls the function in this process, as reward.workers=0
@@ -25,22 +25,29 @@ from flowrl_mega.config import RewardSettings
 from flowrl_mega.rewards.load import Score, call, load_reward
 from flowrl_mega.rewards.pool import Pool
 
+REWARDS = ("math:dapo", "math:verify", "code:score")
 PAIRS = Path(__file__).parents[2] / "tests" / "rewards" / "math_pairs.tsv"
 TESTS = {"type": "stdin", "inputs": ["1 2\n", "40 2\n", "-5 5\n"], "outputs": ["3\n", "42\n", "0\n"]}
 PROGRAM = "```python\na, b = map(int, input().split())\nprint(a + b)\n```"
 Work = tuple[dict[str, Any], str]
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Rewards a second.")
     parser.add_argument("--answers", type=int, default=600, help="math answers a measurement")
     parser.add_argument("--programs", type=int, default=60, help="programs a measurement")
+    parser.add_argument("--rewards", nargs="+", choices=REWARDS, default=REWARDS, help="only these")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = parser().parse_args()
     load, rows = os.getloadavg()[0], []
     for name, work in works(options.answers, options.programs).items():
-        rows += compared(f"flowrl_mega.rewards.{name}", work, options.rounds)
+        if name in options.rewards:
+            rows += compared(f"flowrl_mega.rewards.{name}", work, options.rounds)
     for row in rows:
         print(f"{row['reward']:32} {row['provider']:10} {row['per_second']:9.0f}/s {row['of_direct']:6.2f} of direct")
     write(options.json, machine("math-verify", "sympy") | {"load_before": load}, rows)

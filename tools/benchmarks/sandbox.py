@@ -21,7 +21,6 @@ from collections.abc import Callable
 from multiprocessing.synchronize import Event
 from typing import Any
 
-import torch
 from workload import machine, turns, write
 
 from flowrl_mega.config import CodeSettings
@@ -34,12 +33,16 @@ SIZE = 512
 TURNS = 12  # of the trainer's three cases
 
 
-def main(argv: list[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="The sandbox against a bare interpreter.")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each throughput")
     parser.add_argument("--json", help="file for the results")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parser().parse_args(argv)
     load = os.getloadavg()[0]
     rows = [*overheads(options.rounds), *throughputs(options.seconds), *trainer(options.seconds)]
     for row in rows:
@@ -118,6 +121,8 @@ def best() -> str:
 
 def trainer(seconds: float) -> list[dict[str, Any]]:
     """Matrix products a second alone, beside programs that print and beside programs that never end, in turns."""
+    import torch  # seconds, which --help and the throughputs' workers need not wait
+
     torch.set_num_threads(1)
     found: dict[str, list[float]] = {"nothing": [], "programs that print": [], "programs that never end": []}
     context = multiprocessing.get_context("spawn")
@@ -154,6 +159,8 @@ def run_until(source: str, stop: Event, ready: Event) -> None:
 
 def products(seconds: float) -> float:
     """Products a second of two square matrices, on this thread."""
+    import torch
+
     left, right = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE)
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:

@@ -17,13 +17,13 @@ import os
 import resource
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from workload import distinct_letters, machine, median_of, prompts, turns, write
+from workload import WARM_UP_STEPS, distinct_letters, in_turns, machine, median_of, prompts, write
 
 LAYOUTS = {"tp1": {"tp": 1}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "dp2": {"dp": 2}}
-WARM_UP_STEPS = 2
 PHASES = ("generate", "reward", "score", "update", "sync")
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if options.layers:
             options.model = first_layers(options.model, options.layers, folder)
-        rows = in_turns(options)
+        rows = by_layout(options)
     rates = f"{'trained tok/s':>15}{'generated tok/s':>17}"
     print(f"{'layout':<8}{'s/step':>9}{'of first':>10}{rates}{'peak GB':>9}   phases (s)")
     for row in rows:
@@ -49,19 +49,24 @@ def main() -> None:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="One GRPO step by phase, in several layouts.")
+    add_work(parser)
+    parser.add_argument("--layers", type=int, help="of the model only so many, the first")
+    parser.add_argument("--rounds", type=int, default=1, help="jobs of each layout")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--rank-of", help=argparse.SUPPRESS)
+    parser.add_argument("--out", help=argparse.SUPPRESS)
+    return parser
+
+
+def add_work(parser: argparse.ArgumentParser) -> None:
+    """Add what describes one job, whoever does it."""
     parser.add_argument("--model", required=True, help="Hugging Face model folder")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--answers", type=int, default=16, help="answers a prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens an answer")
     parser.add_argument("--steps", type=int, default=8, help=f"timed steps, after {WARM_UP_STEPS} of warm-up")
-    parser.add_argument("--layers", type=int, help="of the model only so many, the first")
-    parser.add_argument("--rounds", type=int, default=1, help="jobs of each layout")
-    parser.add_argument("--microbatch-tokens", type=int, default=16384)
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--microbatch-tokens", type=int, default=16384, help="of flowrl-mega")
     parser.add_argument("--json")
-    parser.add_argument("--rank-of", help=argparse.SUPPRESS)
-    parser.add_argument("--out", help=argparse.SUPPRESS)
-    return parser
 
 
 def first_layers(model: str, layers: int, folder: str) -> str:
@@ -73,20 +78,18 @@ def first_layers(model: str, layers: int, folder: str) -> str:
     return folder
 
 
-def in_turns(options: argparse.Namespace) -> list[dict[str, Any]]:
+def by_layout(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Each layout's row of the round that took its median time, with the seconds of all."""
     layers = json.loads((Path(options.model) / "config.json").read_text())["num_hidden_layers"]
     layouts = [layout for layout in options.layouts if layers % LAYOUTS[layout].get("pp", 1) == 0]
     for layout in [layout for layout in options.layouts if layout not in layouts]:
         print(f"{layout}: not run: it does not divide the model's {layers} layers; see --layers")
-    found: dict[str, list[dict[str, Any]]] = {layout: [] for layout in layouts}
-    for layout in turns(layouts, options.rounds):
-        found[layout].append(measure(layout, options))
     rows = []
-    for jobs in found.values():
+    for jobs in in_turns({layout: partial(measure, layout, options) for layout in layouts}, options.rounds).values():
         ordered = sorted(jobs, key=lambda row: row["seconds_per_step"])
         rounds = [row["seconds_per_step"] for row in jobs]
-        rows.append({**ordered[(len(ordered) - 1) // 2], "seconds_per_step_by_round": rounds})
+        row = ordered[(len(ordered) - 1) // 2]
+        rows.append({**row, "layers": options.layers, "seconds_per_step_by_round": rounds})
     return rows
 
 
@@ -107,7 +110,6 @@ def measure(layout: str, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "provider": "flowrl-mega",
         "layout": layout,
-        "layers": options.layers,
         "threads_per_rank": max(1, (os.cpu_count() or 1) // world),
         "prompts": options.prompts,
         "answers": options.answers,

@@ -14,43 +14,27 @@ first round is not counted: it makes the group, and what the server then holds i
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import statistics
-import sys
 import tempfile
-import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from convert_model import make
-from workload import machine, turns, write
-
-import flowrl_mega.parallel  # noqa: F401
-from flowrl_mega.config import Config, RolloutSettings, SyncSettings
-from flowrl_mega.model.architecture import read_architecture
-from flowrl_mega.model.policy import Policy
-from flowrl_mega.model.weights import Buckets, load_hf
-from flowrl_mega.parallel import layout as layouts
-from flowrl_mega.parallel.launch import rank_environment, rendezvous_store
-from flowrl_mega.rollout.loop_thread import LoopThread
-from flowrl_mega.rollout.sglang.endpoints import SglangServer
-from flowrl_mega.rollout.sglang.fleet import Fleet
-from flowrl_mega.rollout.sglang.sync import WeightSync
-from flowrl_mega.settings import validated
+from workload import machine, write
 
 TRANSFERS = ("distributed", "tensor", "disk")
 GOAL = 1.3  # seconds of distributed, at most, as a multiple of the broadcast's
-VERSION = 1  # always: a group takes a server that says another than it was given for one that has started anew
 SERVER = {"max_total_tokens": 1024, "mem_fraction_static": 0.3, "skip_server_warmup": True, "skip_tokenizer_init": True}
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
+    import torch  # seconds, so only after the arguments have been looked at
+    from convert_model import make
+    from sync_work import measure
+
+    from flowrl_mega.config import RolloutSettings
+    from flowrl_mega.rollout.sglang.fleet import Fleet
+
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="sync-") as name:
         folder = Path(name)
@@ -87,122 +71,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", help="a temporary folder is made here; needs three times the model's size")
     parser.add_argument("--json")
     return parser
-
-
-def measure(options: argparse.Namespace, folder: Path, url: str) -> tuple[dict[str, list[float]], list[int]]:
-    """Seconds of each, by round, and the bytes of each bucket."""
-    policy = build(folder / "model")
-    buckets = Buckets(policy, options.bucket_mb << 20)
-    sizes = [sum(tensor.nbytes for _, tensor in bucket) for bucket in buckets]
-    loop, bare, loading = LoopThread(), Pair(sizes), Pair(sizes, load=True)
-    syncs = {name: sync(name, options.bucket_mb, policy, folder, loop) for name in options.transfers}
-    works: dict[str, Callable[[], float]] = {"broadcast": bare.seconds, "with copies": loading.seconds}
-    server = SglangServer(url)
-    for name, pushes in syncs.items():
-        works[name] = Pushes(pushes, policy, server)
-    try:
-        for work in works.values():
-            work()
-        seconds: dict[str, list[float]] = {name: [] for name in works}
-        for name in turns(works, options.rounds):
-            seconds[name].append(works[name]())
-    finally:
-        bare.close()
-        loading.close()
-        for pushes in syncs.values():
-            pushes.close()
-        loop.call(server.close())
-    return seconds, sizes
-
-
-def build(model: Path) -> Policy:
-    """The policy of the folder, in a job of this process alone."""
-    os.environ.update(rank_environment(0, 1))
-    tree = {
-        "run_dir": "unused",
-        "steps": 1,
-        "model": {"path": str(model), "dtype": "bf16"},
-        "data": {"task": "sums"},
-        "reward": "flowrl_mega.rewards.sums:score",
-    }
-    config = validated(Config, tree, "")
-    policy = Policy(read_architecture(model), config, layouts.init(config.parallel, config.seed), None)
-    load_hf(policy, model)
-    return policy
-
-
-def sync(transfer: Any, bucket_mb: int, policy: Policy, folder: Path, loop: LoopThread) -> WeightSync:
-    settings = SyncSettings(transfer=transfer, bucket_mb=bucket_mb)
-    side_files = {"config.json": (folder / "model" / "config.json").read_bytes()}
-    return WeightSync(settings, False, policy.layout, policy.arch, side_files, folder / "weights", loop)
-
-
-class Pushes:
-    """Calling it is one push, in seconds; the first one is checked."""
-
-    def __init__(self, sync: WeightSync, policy: Policy, server: SglangServer) -> None:
-        self.sync, self.policy, self.server = sync, policy, server
-        self.checked = False
-
-    def __call__(self) -> float:
-        start = time.perf_counter()
-        failures = self.sync.push(self.policy, [self.server], VERSION, check=not self.checked)
-        taken = time.perf_counter() - start
-        self.checked = True
-        if failures:
-            sys.exit(f"the server did not take the weights: {failures}")
-        return taken
-
-
-class Pair:
-    """Two processes that broadcast buffers of these sizes when asked to; `load`: from and to other memory."""
-
-    def __init__(self, sizes: list[int], load: bool = False) -> None:
-        context, self.store = multiprocessing.get_context("spawn"), rendezvous_store()
-        self.pipes: list[Connection] = []
-        self.processes = []
-        for rank in range(2):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=broadcasts, args=(rank, self.store.port, sizes, load, theirs), daemon=True)
-            process.start()
-            self.pipes.append(ours)
-            self.processes.append(process)
-
-    def seconds(self) -> float:
-        """Until both have all bytes."""
-        for pipe in self.pipes:
-            pipe.send(None)
-        return max(pipe.recv() for pipe in self.pipes)
-
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.join()
-
-
-def broadcasts(rank: int, port: int, sizes: list[int], load: bool, pipe: Connection) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(rank_environment(rank, 2, port))
-    dist.init_process_group("gloo")
-    weights = [torch.full((size,), rank, dtype=torch.uint8) for size in sizes]
-    buffer = torch.ones(max(sizes), dtype=torch.uint8)
-    while True:
-        try:
-            pipe.recv()
-        except EOFError:
-            return
-        dist.barrier()
-        start = time.perf_counter()
-        for weight in weights:
-            if not load:
-                dist.broadcast(weight, 0)
-            elif rank == 0:
-                part = buffer[: len(weight)]
-                dist.broadcast(part.copy_(weight), 0)
-            else:
-                dist.broadcast(received := torch.empty_like(weight), 0)
-                weight.copy_(received)
-        pipe.send(time.perf_counter() - start)
 
 
 def summary(seconds: dict[str, list[float]], size: int) -> list[dict[str, Any]]:

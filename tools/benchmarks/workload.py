@@ -7,13 +7,16 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 NAMES = "Lily Tom Anna Ben Mia Max Sara Tim Lucy Sam Ella Jack Amy Leo Kate Bob".split()
+
+WARM_UP_STEPS = 2  # of a job, not counted
 
 
 def prompts(n: int) -> list[str]:
@@ -50,6 +53,14 @@ def turns(names: Iterable[str], rounds: int) -> Iterator[str]:
     for turn in range(rounds):
         first = turn % len(order)
         yield from order[first:] + order[:first]
+
+
+def in_turns(works: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """What each work returned, by round."""
+    found: dict[str, list[T]] = {name: [] for name in works}
+    for name in turns(works, rounds):
+        found[name].append(works[name]())
+    return found
 
 
 def median_of(steps: Iterable[dict[str, float]], name: str) -> float:
