@@ -123,7 +123,9 @@ class StopRequest:
         return self.received
 
     def withdraw(self) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        """Restore the previous handler; one that was installed meanwhile stays."""
+        if signal.getsignal(signal.SIGTERM) == self._receive:
+            signal.signal(signal.SIGTERM, self._previous)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -102,6 +103,7 @@ class _Member:
 
     def fail(self, error: BaseException) -> int:
         """Record `error`, or find that another rank's fault came first; prints or logs it; returns the exit code."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's to the others: this one ends with the fault's code
         self._end_watch()
         mine, first = self._fault(error), None
         lost_peer = _lost_peer(error)
