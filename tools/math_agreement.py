@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from flowrl_mega.rewards.math import check_gold, dapo, verify
 from flowrl_mega.rewards.minerva import normalise
 
 FILES = "aime24 aime25 amc23 math500 olympiadbench gsm8k_test gsm8k_train flowrl_train_aime flowrl_train_math".split()
@@ -35,6 +34,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     data: Path = parser().parse_args().data
+    from flowrl_mega.rewards.math import check_gold  # imports sympy, so only after the arguments have been looked at
+
     print(HEAD)
     for name in FILES:
         if not (path := data / f"{name}.jsonl").exists():
@@ -82,6 +83,8 @@ def table_pairs() -> dict[str, list[tuple[str, str]]]:
 
 
 def row(name: str, form: str, pairs: list[tuple[str, str]]) -> str:
+    from flowrl_mega.rewards.math import dapo, verify
+
     calls = [({"id": name, "answer": gold}, f"{THOUGHTS}\nAnswer: {given}") for gold, given in pairs]
     by_dapo, dapo_s = timed(dapo(*call)[0] > 0 for call in calls)
     by_verify, verify_s = timed(verify(*call)[0] > 0 for call in calls)
