@@ -112,11 +112,20 @@ def test_a_traceback_is_that_of_the_rank_that_failed(
     assert "hang" in failures or "Traceback" in logs[f"rank_{1 - bad}.log"], "the collective that lost its peer"
 
 
-def test_checks_before_the_start_find_the_same_on_all_ranks(model: Path, tmp_path: Path) -> None:
-    job = Job(["train", config(tmp_path, model), "--parallel.dp=2"], tmp_path / "log", world=3)
+@pytest.mark.parametrize(
+    ("world", "overrides", "words"),
+    [
+        (3, [], "parallel.tp = 2: does not divide the 3 ranks started"),
+        (2, ["--parallel.dp=2"], "2 x 2: 2 ranks were started; start 4"),
+    ],
+)
+def test_what_all_ranks_find_before_the_start(
+    world: int, overrides: list[str], words: str, model: Path, tmp_path: Path
+) -> None:
+    job = Job(["train", config(tmp_path, model), *overrides], tmp_path / "log", world)
     codes, said, _ = ended(job)
-    assert codes == [2, 2, 2]
-    assert said.count("does not divide the 3 ranks started") == 1 and said.count("\n") == 1, said
+    assert codes == [2] * world
+    assert said.count(words) == 1 and said.count("\n") == 1, said
     assert not (tmp_path / "run").exists()
 
 
