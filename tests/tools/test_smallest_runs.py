@@ -143,8 +143,8 @@ def test_sandbox(run, monkeypatch):
 
 @pytest.mark.ranks
 def test_our_client_on_a_server(model, tmp_path, ranks1):
-    """The half of client.py that is ours, with a stand-in for the server. SGLang's own client takes half a minute of CPU
-    to import, so the whole command is no part of CI."""
+    """The half of client.py that is ours, with a stand-in for the server. SGLang's own client takes half a minute of
+    CPU to import, so the whole command is no part of CI."""
     from client_ranks import ours
     from stand_in import StandIn
 
