@@ -113,7 +113,7 @@ def test_the_end_of_an_interpreter(sandbox):
         ("import time\ntime.sleep(99)", {"wall_s": 1.0}, "wall"),
         (
             "import mmap, time\nx = [mmap.mmap(-1, 10**7) for _ in range(100)]\nfor b in x: b[:] = bytes(len(b))\n"
-            "time.sleep(1)",  # shared memory is counted by the supervisor, which looks at it now and then
+            "time.sleep(20)",  # shared memory is counted by the supervisor, which looks at it now and then
             {"cpu_s": 20},
             "memory exit",
         ),
