@@ -70,7 +70,7 @@ class ParallelSettings(Settings):
     tp: int = Field(1, ge=1, description="tensor-parallel ranks")
     sequence_parallel: bool = Field(False, description="shard activations over the tensor-parallel ranks too")
     pp: int = Field(1, ge=1, description="pipeline stages: runs of layers on ranks of their own")
-    vpp: int = Field(1, ge=1, description="pieces of the model on each pipeline rank (interleaved schedule)")
+    vpp: int = Field(1, ge=1, description="virtual stages per pipeline rank (interleaved schedule)")
     cp: int = Field(1, ge=1, description="context-parallel ranks: each sequence is shared out over them")
     dp: int | None = Field(None, ge=1, description="data-parallel replicas; null: the ranks that are left (1 alone)")
     timeout_s: int = Field(600, ge=10, description="a collective that takes longer ends the job")

@@ -9,7 +9,7 @@ from torch import Tensor
 from flowrl_mega.config import EvaluationSettings
 from flowrl_mega.data.prompts import Prompts
 from flowrl_mega.evaluation.exact import exact_metrics, right_answer_probabilities
-from flowrl_mega.evaluation.held_out import held_out_metrics
+from flowrl_mega.evaluation.sampled import sampled_metrics
 from flowrl_mega.grading import Grader
 from flowrl_mega.model.generation import Sampling
 from flowrl_mega.model.policy import Policy
@@ -36,7 +36,7 @@ class Evaluator:
         k = self.settings.samples
         rows = [prompt.row for prompt in prompts for _ in range(k)]
         texts, scores = self.grader.grade(rows, self.rollouts(prompts, k))
-        metrics = held_out_metrics(texts, [score.reward for score in scores], k)
+        metrics = sampled_metrics(texts, [score.reward for score in scores], k)
         if policy is not None and all("right_answers" in prompt.row for prompt in prompts):
             metrics |= exact_metrics(self.right_answers(prompts, policy), self.settings.distinct_at)
         return metrics

@@ -189,7 +189,7 @@ def describe(inputs: Inputs, world: int, checkpoint: Path | None) -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU (gloo)"
     sizes = {name: getattr(parallel, name) for name in ("tp", "pp", "cp")} | {"dp": world // parallel.model_ranks}
     ranks = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name in ("tp", "dp"))
-    ranks += f", {parallel.vpp} pieces of the model each" if parallel.vpp > 1 else ""
+    ranks += f", {parallel.vpp} virtual stages each" if parallel.vpp > 1 else ""
     ranks += ", sequence parallel" if parallel.sequence_parallel else ""
     reference = "frozen copy of model.path" + (", in CPU memory between uses" if config.model.reference_offload else "")
     rate = config.optimizer.log_z_lr or config.optimizer.lr

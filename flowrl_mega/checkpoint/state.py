@@ -46,12 +46,12 @@ filesystem_async._results_queue = queue.Queue()
 
 
 # What a run trains, by name: each with its optimizer. "policy" is always there; another one's tensors carry its name.
-Learned = Mapping[str, tuple[Model, Optimizer]]
+TrainedModels = Mapping[str, tuple[Model, Optimizer]]
 
 
 def save_checkpoint(
     run_dir: Path,
-    learned: Learned,
+    trained: TrainedModels,
     trainer: dict[str, Any],
     keep_last: int,
     side: dict[str, bytes] | None = None,
@@ -62,14 +62,14 @@ def save_checkpoint(
     `side` are the files of the model's folder that go with its weights (`read_side_files`): with them the checkpoint
     can be converted, or trained from, on its own. `export_hf` adds the policy as a Hugging Face folder, step_N/hf.
     """
-    policy, optimizer = _policy_of(learned)
+    policy, optimizer = _policy_of(trained)
     layout = policy.layout
     final = run_dir / "checkpoints" / f"step_{trainer['step']}"
     with new_folder(final) as partial:
-        state = _state(learned, is_loading=False)
+        state = _state(trained, is_loading=False)
         counts = {"updates": optimizer.updates, "skipped": optimizer.skipped, "world": layout.world}
         state["trainer"] = {**trainer, **counts}
-        state["made_for"] = _made_for(policy.arch, policy.log_z, _critic_of(learned))
+        state["made_for"] = _made_for(policy.arch, policy.log_z, _critic_of(trained))
         state["random"] = _sharded_random(layout)
         dist_checkpointing.save(state, str(partial), async_strategy="mcore", verify_integrity=True)
         if layout.rank == 0:
@@ -89,25 +89,25 @@ def check_checkpoint(path: Path, arch: Architecture, log_z: LogZ | None, critic:
     _check_fits(path, arch, log_z, critic)
 
 
-def load_checkpoint(path: Path, learned: Learned) -> dict[str, Any]:
+def load_checkpoint(path: Path, trained: TrainedModels) -> dict[str, Any]:
     """Fill the models and optimizers; returns the `trainer` counts. Works in another layout. Collective.
 
     Random states are restored where the number of ranks is the same; nothing in a step draws from them unless a
     reward function does.
     """
-    policy, _ = _policy_of(learned)
+    policy, _ = _policy_of(trained)
     with raise_on_all_ranks():  # each rank reads a share of the files
         verify_checkpoint(path, policy.layout.rank, policy.layout.world)
     with ExitStack() as on_device:
-        for _, optimizer in learned.values():
+        for _, optimizer in trained.values():
             on_device.enter_context(optimizer.on_device())
-        return _load(path, learned)
+        return _load(path, trained)
 
 
-def _load(path: Path, learned: Learned) -> dict[str, Any]:
-    policy, optimizer = _policy_of(learned)
-    world = _check_fits(path, policy.arch, policy.log_z, _critic_of(learned))["trainer"]["world"]
-    state = _state(learned, is_loading=True)
+def _load(path: Path, trained: TrainedModels) -> dict[str, Any]:
+    policy, optimizer = _policy_of(trained)
+    world = _check_fits(path, policy.arch, policy.log_z, _critic_of(trained))["trainer"]["world"]
+    state = _state(trained, is_loading=True)
     if world == policy.layout.world:
         state["random"] = _sharded_random(policy.layout)
     try:
@@ -117,7 +117,7 @@ def _load(path: Path, learned: Learned) -> dict[str, Any]:
         raise ConfigError(f"{path}: does not fit these settings ({_reason(error)})") from None
     _fill(policy, optimizer, state, path)
     optimizer.updates, optimizer.skipped = state["trainer"]["updates"], state["trainer"]["skipped"]
-    for name, (model, its_optimizer) in learned.items():
+    for name, (model, its_optimizer) in trained.items():
         if name != "policy":
             _fill(model, its_optimizer, state[name], path)
             its_optimizer.updates, its_optimizer.skipped = state[name]["counts"]
@@ -135,15 +135,15 @@ def _fill(model: Model, optimizer: Optimizer, state: dict[str, Any], path: Path)
     optimizer.schedule.step(increment=state["schedule_steps"])
 
 
-def _policy_of(learned: Learned) -> tuple[Policy, Optimizer]:
-    policy, optimizer = learned["policy"]
+def _policy_of(trained: TrainedModels) -> tuple[Policy, Optimizer]:
+    policy, optimizer = trained["policy"]
     assert isinstance(policy, Policy)
     return policy, optimizer
 
 
-def _critic_of(learned: Learned) -> str | None:
+def _critic_of(trained: TrainedModels) -> str | None:
     """The trunk of the run's critic, as the settings call it."""
-    return "own" if "critic" in learned else "shared" if _policy_of(learned)[0].with_value else None
+    return "own" if "critic" in trained else "shared" if _policy_of(trained)[0].with_value else None
 
 
 def _reason(error: BaseException) -> str:
@@ -235,10 +235,10 @@ def _made_for(arch: Architecture, log_z: LogZ | None, critic: str | None) -> dic
     return {**fields, "inv_freq": [f"{x:.4g}" for x in arch.inv_freq.tolist()], "log_z": kind, "critic": critic}
 
 
-def _state(learned: Learned, is_loading: bool) -> dict[str, Any]:
+def _state(trained: TrainedModels, is_loading: bool) -> dict[str, Any]:
     """The policy's state, and the others' under their names."""
-    state = _state_of(*learned["policy"], "", is_loading)
-    for name, (model, optimizer) in learned.items():
+    state = _state_of(*trained["policy"], "", is_loading)
+    for name, (model, optimizer) in trained.items():
         if name != "policy":
             counts = (optimizer.updates, optimizer.skipped)
             state[name] = {**_state_of(model, optimizer, f"{name}.", is_loading), "counts": counts}

@@ -28,7 +28,7 @@ class Layout:
     tp_rank: int
     pp: int
     pp_rank: int
-    vpp: int  # pieces of the model on each pipeline rank
+    vpp: int  # virtual stages per pipeline rank
     cp: int
     cp_rank: int
     dp: int

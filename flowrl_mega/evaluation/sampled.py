@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def held_out_metrics(responses: Sequence[str], rewards: Sequence[float], k: int) -> dict[str, float]:
+def sampled_metrics(responses: Sequence[str], rewards: Sequence[float], k: int) -> dict[str, float]:
     """Of k answers to each prompt, prompt by prompt. An answer counts as right where its reward is above 0."""
     groups = [range(start, start + k) for start in range(0, len(rewards), k)]
     right = [{responses[i] for i in group if rewards[i] > 0} for group in groups]
