@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from convert_work import flush
-from memory import status_bytes
+from resident_memory import status_bytes
 from workload import machine, turns, write
 
 PROVIDERS = ("copy", "flowrl-mega", "command", "mbridge")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from memory import resident_growth, status_bytes
+from resident_memory import resident_growth, status_bytes
 
 Work = Callable[[Path, Path], None]
 

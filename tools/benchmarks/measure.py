@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from memory import resident_growth
+from resident_memory import resident_growth
 from torch import Tensor
 from workload import turns
 
