@@ -148,7 +148,7 @@ def test_our_client_on_a_server(model, tmp_path, ranks1):
     from client_ranks import ours
     from stand_in import StandIn
 
-    server = StandIn(vocab=128)
+    server = StandIn(vocab=128, layers=3)
     try:
         assert ranks1.run(ours, str(model), server.url, tmp_path)[0] > 0
         assert sum(len(body["input_ids"]) for body in server.asked("/generate")) == 4

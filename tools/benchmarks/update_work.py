@@ -98,7 +98,7 @@ def trainer(arch: Architecture, config: Config, layout: Layout) -> Trainer:
     policy = Policy(arch, config, layout, objective.log_z)
     learner = Learner(policy, config.optimizer, config.model.dtype == "bf16", total_updates=1)
     models = Models(policy, learner, None, None, None, None, Fp8Gate(policy, config.model, length_norm=True))
-    parts: Any = {"engine": None, "batches": None, "grader": None}
+    parts: Any = {"engine": None, "queue": None, "grader": None}
     return Trainer(config, layout, objective, models, **parts)
 
 
