@@ -53,6 +53,7 @@ class Tested:
     """A test shows its effect: "file::function"; the file, or a helper in its folder, names the field."""
 
     place: str
+    __test__ = False  # no class of tests, for all its name
 
 
 def servers(value: str, test: str) -> tuple[Any, ...]:
