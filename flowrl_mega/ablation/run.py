@@ -17,6 +17,7 @@ from flowrl_mega.ablation.report import Records, write_report
 from flowrl_mega.config import Config, ConfigError
 from flowrl_mega.config_file import load_config
 from flowrl_mega.monitor.run_folder import CONFIG, EVALUATION, METRICS, RunFolder
+from flowrl_mega.settings import flat
 
 DONE, STOPPED = 0, 75
 
@@ -54,7 +55,7 @@ class Run:
             there = load_config(path)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}; choose another run_dir, or remove {self.folder}") from None
-        old, new = _flat(there.dump()), _flat(self.config.dump())
+        old, new = flat(there.dump()), flat(self.config.dump())
         names = [name for name in {**old, **new} if name != "run_dir" and old.get(name) != new.get(name)]
         if names:
             changes = "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names[:3])
@@ -167,12 +168,3 @@ def report(folder: Path, cells: Sequence[Cell], runs: Sequence[Run], failed: Map
             reasons[run.cell][run.config.seed] = failed[run.folder]
     seeds = list(dict.fromkeys(run.config.seed for run in runs))
     write_report(folder, seeds, settings, records, reasons)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        is_section = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{prefix}{name}.") if is_section else {f"{prefix}{name}": value}
-    return flat
