@@ -16,6 +16,8 @@ from jobs import Job, write_config
 
 from flowrl_mega.parallel.launch import launch, reserve_port
 
+pytestmark = pytest.mark.slow
+
 # One rank without a model, which starts in the time that torch needs: two collectives, and a fault between them.
 RANK = f"""
 import os, signal, sys

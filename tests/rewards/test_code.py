@@ -12,7 +12,7 @@ from flowrl_mega.rewards.code.judge import same, same_output
 from flowrl_mega.rewards.sandbox import codec
 
 FAST = RewardSettings(
-    function="-", code=CodeSettings(isolation="process", wall_s=2.0, cpu_s=2, memory_mb=128, output_kb=64)
+    function="-", code=CodeSettings(isolation="process", wall_s=60.0, cpu_s=2, memory_mb=128, output_kb=64)
 )
 SHARE = FAST.model_copy(update={"code": FAST.code.model_copy(update={"score": "fraction"})})
 SUM = {"type": "stdin", "inputs": ["1 2\n", "30 12\n", "-1 1\n"], "outputs": ["3\n", "42\n", "0\n"]}

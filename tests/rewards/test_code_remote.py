@@ -16,7 +16,7 @@ from flowrl_mega.rewards.sandbox.client import Sandbox, SandboxError
 
 MARK = "# the program"
 EXPECTED = {"stdin": "42", "call": "abab", "check": "== 3"}  # what only the tests say
-LIMITS = CodeSettings(wall_s=2.0, cpu_s=2, memory_mb=256, output_kb=512)
+LIMITS = CodeSettings(wall_s=60.0, cpu_s=2, memory_mb=256, output_kb=512)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -107,7 +107,7 @@ def test_verdicts_as_here(server, settings, tests, source, reward, kind):
     result = scored(tests, f"{source}\n{MARK}", settings)
     assert (result[0], result[2]) == (reward, kind), result[1]
     for path, request in server.seen:
-        assert path == "/run_code" and request["language"] == "python" and request["run_timeout"] == 2.0
+        assert path == "/run_code" and request["language"] == "python" and request["run_timeout"] == LIMITS.wall_s
     programs = [json.dumps(request) for _, request in server.seen if MARK in request["code"]]
     assert programs
     assert not [request for request in programs if EXPECTED[tests["type"]] in request]

@@ -32,7 +32,6 @@ LIMITS = CodeSettings(
 )
 PATIENT = {"wall_s": 60.0, "cpu_s": 10}  # for programs that must not end by time, on a busy machine neither
 SETTINGS = RewardSettings(function="-", code=LIMITS)
-PATIENT = {"wall_s": 60.0, "cpu_s": 10}  # for programs that must not end by time, on a busy machine neither
 MOST_BYTES = 64 << 20  # of the fork server after all of them
 
 

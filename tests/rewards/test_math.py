@@ -228,6 +228,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_responses_end_and_are_wrong(name):
     """A response is whatever a model writes. Parsing and comparing have a second each."""
@@ -277,6 +278,7 @@ def test_a_gold_answer_that_cannot_be_read_is_named(answer, fault):
     assert fault in math.check_gold(answer)
 
 
+@pytest.mark.slow
 def test_check_gold_passes_what_can_be_graded():
     """And finds what takes too long before a run does. A value that cannot be computed still equals itself."""
     assert [math.check_gold(gold) for gold in ("27", "\\text{east}", "$69$,$84$", "\\frac{1}{0}")] == [None] * 4

@@ -178,6 +178,7 @@ def test_a_prompt_that_never_succeeds_ends_the_job(stand_in, drive):
     assert len(server.asked("/generate")) < 200, "with pauses in between"
 
 
+@pytest.mark.slow
 def test_no_answer_at_all_ends_the_job(stand_in, drive):
     """A server that lives and keeps one prompt for ever is found out by the prompt's own time."""
     server = stand_in()
