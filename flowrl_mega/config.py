@@ -243,6 +243,9 @@ class RewardSettings(Settings):
         description="processes a rank that score; null: its share of the cores; 0: the rank itself",
     )
     timeout_s: float = Field(60.0, gt=0, description="a call that takes longer is ended and scores as wrong")
+    right_at: float | None = Field(
+        None, description="least reward of an answer that counts as right; null: the function's own, else any above 0"
+    )
     overlong: OverlongSettings | None = Field(None, description="DAPO's soft penalty of long answers; null: none")
     math: MathSettings = MathSettings()
     code: CodeSettings = CodeSettings()

@@ -36,7 +36,7 @@ class Evaluator:
         k = self.settings.samples
         rows = [prompt.row for prompt in prompts for _ in range(k)]
         texts, scores = self.grader.grade(rows, self.rollouts(prompts, k))
-        metrics = sampled_metrics(texts, [score.reward for score in scores], k)
+        metrics = sampled_metrics(texts, [s.reward for s in scores], [s.right for s in scores], k)
         if policy is not None and all("right_answers" in prompt.row for prompt in prompts):
             metrics |= exact_metrics(self.right_answers(prompts, policy), self.settings.distinct_at)
         return metrics

@@ -55,6 +55,7 @@ class Experience:
         rollouts, scores = self.rollouts, self.scores
         return {
             "reward/mean": sum(score.reward for score in scores) / len(scores),
+            "reward/right": sum(score.right for score in scores) / len(scores),
             "reward/failed": sum(score.failed for score in scores),
             **verdicts(scores),
             "rollout/response_length": self.generated_tokens / len(rollouts),

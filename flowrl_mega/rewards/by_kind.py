@@ -26,6 +26,9 @@ def score(row: dict[str, Any], response: str, settings: RewardSettings = DEFAULT
     return _reward(row["kind"], settings)(row, response)
 
 
+score.right_at = 1.0  # type: ignore[attr-defined]  # that of each of them
+
+
 def describe(settings: RewardSettings, kinds: set[str]) -> str:
     """What the rewards of these kinds of rows say of themselves. Raises ConfigError for a kind that has no reward."""
     for kind in sorted(kinds):

@@ -30,6 +30,7 @@ class Score:
     reason: str
     failed: bool
     kind: str = ""
+    right: bool = False  # by the reward as the function gave it, before any penalty: see `Reward.is_right`
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,21 @@ class Reward:
     wrong: float  # the reward of an answer for which the call failed
     takes_settings: bool  # else it reads neither reward.math nor reward.code
     is_quick: bool  # takes microseconds: not worth a process of its own
+    right_at: float | None = None  # the least reward of a right answer; None: any above 0
 
     def __call__(self, row: Row, response: str) -> Result:
         return self.function(row, response)
+
+    def is_right(self, reward: float) -> bool:
+        """Whether an answer with this reward counts as right in pass@k and its like."""
+        return reward > 0 if self.right_at is None else reward >= self.right_at
 
 
 def load_reward(settings: RewardSettings) -> Reward:
     """The reward function that `settings.function` names, as "module:function" or "path/to/file.py:function".
 
     It takes (row, response) or (row, response, settings). Its attribute `wrong` is the reward of a failed call (0),
-    `is_quick` says that a call takes microseconds; a function `describe(settings)` or `describe(settings, kinds)`
+    `is_quick` says that a call takes microseconds, `right_at` is the least reward of a right answer (any above 0); a function `describe(settings)` or `describe(settings, kinds)`
     beside it says at the start what it works with. Raises ConfigError as `imports.load` does, and for what is no
     function or takes other arguments.
     """
@@ -80,7 +86,8 @@ def bound(settings: RewardSettings) -> Reward:
     describe = partial(_describe, getattr(module, "describe", None), settings)
     wrong, is_quick = getattr(function, "wrong", 0.0), getattr(function, "is_quick", False)
     call_it = partial(_with_settings, function, settings) if takes_settings else function
-    return Reward(call_it, describe, wrong, takes_settings, is_quick)
+    right_at = getattr(function, "right_at", None) if settings.right_at is None else settings.right_at
+    return Reward(call_it, describe, wrong, takes_settings, is_quick, right_at)
 
 
 def call(reward: Reward, row: Row, response: str) -> Score:
@@ -95,7 +102,7 @@ def call(reward: Reward, row: Row, response: str) -> Score:
         message = f"the reward returned {result!r:.100}, not a finite number"
         return Score(reward.wrong, message, failed=True, kind="error")
     reason, kind = [*map(str, words), "", ""][:2]
-    return Score(number, reason, failed=False, kind=kind)
+    return Score(number, reason, failed=False, kind=kind, right=reward.is_right(number))
 
 
 def refuse_all_failed(scores: Sequence[Score]) -> None:

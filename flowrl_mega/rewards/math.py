@@ -43,6 +43,7 @@ def dapo(row: dict[str, Any], response: str) -> Verdict:
 
 
 dapo.wrong = -1.0  # type: ignore[attr-defined]  # what a failed call scores
+dapo.right_at = 1.0  # type: ignore[attr-defined]
 dapo.is_quick = True  # type: ignore[attr-defined]  # some 20 microseconds
 
 
@@ -70,6 +71,9 @@ def verify(row: dict[str, Any], response: str, settings: RewardSettings = DEFAUL
         return _verdict(_equal(gold, given, seconds), given, answer, wrong=0.0)
     except OUT_OF_ROOM as error:
         return 0.0, f"{_short(given)}: too hard to compare ({type(error).__name__})", "time-out"
+
+
+verify.right_at = 1.0  # type: ignore[attr-defined]
 
 
 def check_gold(answer: str, seconds: int = 5) -> str | None:

@@ -35,6 +35,9 @@ def score(row: dict[str, Any], response: str) -> tuple[float, str]:
     return reward, f"{source} {answer[:80]!r}, right: {str(row['answer'])[:80]!r}"
 
 
+score.right_at = 1.0  # type: ignore[attr-defined]  # the library gives 0.01 and more for wrong answers
+
+
 def extract(response: str, right_answer: str | None) -> tuple[str | None, str]:
     """The answer inside a response and where it was found. The first that applies:
 

@@ -21,4 +21,5 @@ def score(row: dict[str, Any], response: str) -> tuple[float, str]:
     return (1.0, "right") if value == total else (0.0, f"makes {value}, not {total}")
 
 
+score.right_at = 1.0  # type: ignore[attr-defined]
 score.is_quick = True  # type: ignore[attr-defined]

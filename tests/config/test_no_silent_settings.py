@@ -133,6 +133,7 @@ EVIDENCE: dict[str, Any] = {
     "reward.function": Planned("reward=flowrl_mega.rewards.math:dapo"),
     "reward.workers": Tested("rewards/test_scorer.py::test_processes_and_early_scores_do_not_change_a_run"),
     "reward.timeout_s": Tested("rewards/test_pool.py::test_a_hanging_or_dying_reward_is_a_wrong_answer_and_is_counted"),
+    "reward.right_at": Tested("evaluation/test_sampled.py::test_right_is_by_a_threshold_of_the_rewards_own"),
     "reward.overlong.buffer": Trained("reward.overlong.buffer=7"),
     "reward.overlong.penalty": Trained("reward.overlong.penalty=2", ("reward.overlong.buffer=7",)),
     "reward.math.timeout_s": (

@@ -28,4 +28,4 @@ def test_the_figures_are_those_of_a_run(tp, tiny_model, ranks1, ranks2):
 def test_without_the_policy_itself_only_sampled_figures(tiny_model, ranks1):
     """A server's weights can be sampled but not scored by us."""
     (found,) = ranks1.run(without_a_trainer, tiny_model("llama", vocab=15), False, **SECTIONS)
-    assert found.keys() == {"reward", "best@4", "pass@4", "distinct_right@4"}
+    assert found.keys() == {"reward", "best@4", "right", "pass@4", "distinct_right@4"}

@@ -81,7 +81,7 @@ def test_scores_keep_their_order_and_reasons():
     assert [s.reward for s in scores] == [1.0, 0.5, 1.0, 0.25, 2.0, 3.0]
     assert [s.kind for s in scores] == ["", "", "", "", "", "good"]
     assert all(type(s.reward) is float and not s.failed for s in scores)
-    assert scores[1] == Score(0.5, "half", False)
+    assert scores[1] == Score(0.5, "half", False, right=True)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_scores_keep_their_order_and_reasons():
 def test_a_result_that_is_no_finite_number_fails(bad):
     """One NaN in a group would poison the normalised rewards of all its answers."""
     good, failed = score_all(lambda row, response: row["result"], [{"result": 1.0}, {"result": bad}], ["", ""])
-    assert good == Score(1.0, "", False)
+    assert good == Score(1.0, "", False, right=True)
     assert failed.failed
     assert failed.reward == 0.0
     assert "not a finite number" in failed.reason

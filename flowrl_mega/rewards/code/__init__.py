@@ -58,6 +58,9 @@ def score(row: dict[str, Any], response: str, settings: RewardSettings = DEFAULT
     return reward if settings.code.score == "fraction" else float(reward == 1), verdict.why, verdict.kind
 
 
+score.right_at = 1.0  # type: ignore[attr-defined]  # a program that passes some tests is wrong
+
+
 def program(response: str, tests: dict[str, Any]) -> str | None:
     """The program of a response: its last ```python block, else its last block without a language.
 
