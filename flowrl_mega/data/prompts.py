@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowrl_mega.config import ConfigError
+from flowrl_mega.data.chat import check_template, faults_of, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase  # takes seconds to import, and prepare_data --help must not
@@ -102,18 +103,14 @@ def _tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, chat_temp
         raise ConfigError(
             "data.chat_template = true: this model's tokenizer has no chat template; set data.chat_template=false"
         )
-    return encode([render(row["prompt"], tokenizer, chat_template) for row in rows], tokenizer, chat_template)
-
-
-def render(prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> str:
-    """The text that is tokenised: the prompt, or with `chat_template` what the template makes of its messages."""
-    if not chat_template:
-        assert isinstance(prompt, str)
-        return prompt
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert isinstance(text, str)
-    return text
+    texts = [render(row["prompt"], tokenizer, chat_template) for row in rows]
+    if chat_template:  # without one a prompt is the whole text, and its control tokens are meant
+        check_template(tokenizer)
+        faults = faults_of([row["prompt"] for row in rows], texts, tokenizer)
+        for index, fault in enumerate(faults):
+            if fault:
+                raise ConfigError(f"data: row {index}: {fault}")
+    return encode(texts, tokenizer, chat_template)
 
 
 def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> list[list[int]]:

@@ -56,9 +56,9 @@ def load_reward(settings: RewardSettings) -> Reward:
     """The reward function that `settings.function` names, as "module:function" or "path/to/file.py:function".
 
     It takes (row, response) or (row, response, settings). Its attribute `wrong` is the reward of a failed call (0),
-    `is_quick` says that a call takes microseconds, `right_at` is the least reward of a right answer (any above 0); a function `describe(settings)` or `describe(settings, kinds)`
-    beside it says at the start what it works with. Raises ConfigError as `imports.load` does, and for what is no
-    function or takes other arguments.
+    `is_quick` says that a call takes microseconds, `right_at` is the least reward of a right answer (any above 0); a
+    function `describe(settings)` or `describe(settings, kinds)` beside it says at the start what it works with. Raises
+    ConfigError as `imports.load` does, and for what is no function or takes other arguments.
     """
     reward = bound(settings)
     if not reward.takes_settings:

@@ -88,7 +88,9 @@ def test_reasoning_gyms_consolation_is_not_right():
 
 def test_a_right_answer_of_full_length_is_right():
     """DAPO's penalty takes all of its reward."""
-    score = call(load_reward(RewardSettings(function="flowrl_mega.rewards.sums:score")), {"terms": 2, "total": 5}, "2+3")
+    score = call(
+        load_reward(RewardSettings(function="flowrl_mega.rewards.sums:score")), {"terms": 2, "total": 5}, "2+3"
+    )
     (long,) = with_overlong_penalty([score], [8], 8, OverlongSettings(buffer=4, penalty=1.0))
     assert (long.reward, long.right) == (0.0, True)
 

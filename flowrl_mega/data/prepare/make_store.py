@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from flowrl_mega.config import ConfigError
+from flowrl_mega.data.chat import TEMPLATE_DATE, check_template, faults_of, render, writes_the_date
 from flowrl_mega.data.prepare import contamination
 from flowrl_mega.data.prepare.problem import BAD_ANSWER, BROKEN, EMPTY, BadRow, Problem
 from flowrl_mega.data.prepare.recipes import GENERATED, Recipe, recipe
 from flowrl_mega.data.prepare.sources import SHOWN, Record, records
-from flowrl_mega.data.prompts import Row, encode, render
+from flowrl_mega.data.prompts import Row, encode
 from flowrl_mega.data.store import decode_image, new_store
 
 DUPLICATE, OTHER_ANSWER, TOO_LONG = "duplicate", "duplicate with another answer", "too long"
@@ -68,10 +69,12 @@ class Report:
     refused: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)  # of each reason
     overlaps: list[contamination.Overlap] = field(default_factory=list)
+    date: str = ""  # that the chat template wrote, if it writes one
 
     def __str__(self) -> str:
         lines = [f"{self.kept} of {self.read} rows kept: {self.tokens} tokens, the longest prompt {self.longest}"]
         lines += [f"  {n:>8}  {reason:<29}  {self.first[reason]}" for reason, n in self.refused.most_common()]
+        lines += [f"the chat template writes the date: it is {self.date} in every prompt"] if self.date else []
         lines += ["", contamination.table(self.overlaps)] if self.overlaps else []
         return "\n".join(lines)
 
@@ -90,6 +93,8 @@ def prepare(plan: Plan, tokenizer: Any, check_answer: GoldCheck | None) -> Repor
     made = {key: value for key, value in vars(plan).items() if key != "out" and value not in (None, [], {})}
     made |= {"inputs": [Path(name).name for name in plan.inputs], "against": [Path(n).name for n in plan.against]}
     made["recipe"] = Path(plan.recipe).name
+    if plan.chat_template and writes_the_date(tokenizer):
+        report.date = made["template_date"] = f"{TEMPLATE_DATE:%Y-%m-%d}"
     with new_store(plan.out, tokenizer, chat_template=plan.chat_template, made=made) as writer:
         with (writer.folder / REFUSED).open("w") as listed:
             kept = _kept(_items(plan, check_answer), dropped, report, listed)
@@ -118,6 +123,8 @@ def _check(plan: Plan, tokenizer: Any) -> None:
             f"--chat-template: the tokenizer of {tokenizer.name_or_path!r} has no chat template; leave it out, or name "
             "the folder of an instruction-tuned model with --model"
         )
+    if plan.chat_template:
+        check_template(tokenizer)
     if plan.drop_share is not None and not 0 < plan.drop_share <= 1:
         raise ConfigError(f"--drop-contaminated {plan.drop_share}: must be a share above 0, and 1 at most")
     if plan.drop_share is not None and not plan.against:
@@ -187,8 +194,12 @@ def _image(image: bytes | str, folder: Path | None) -> bytes:
     """The image's bytes; a path is relative to the input file's folder. BadRow if they cannot be decoded."""
     try:
         encoded = ((folder or Path()) / image).read_bytes() if isinstance(image, str) else image
+        if encoded.startswith(b"GIF8"):
+            raise BadRow(BROKEN, "the image is a GIF, which DALI does not decode; convert it to PNG")
         if encoded:
             decode_image(encoded)
+    except BadRow:
+        raise
     except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three for files that are damaged
         raise BadRow(BROKEN, f"the image cannot be read ({error!s:.100})") from None
     return encoded
@@ -269,14 +280,17 @@ def _encode(batch: list[Item], plan: Plan, tokenizer: Any) -> list[list[int] | s
     prompts = [item.problem.row["prompt"] for item in batch if item.problem]
     try:
         texts = [render(prompt, tokenizer, plan.chat_template) for prompt in prompts]
-        return list(encode(texts, tokenizer, plan.chat_template))
+        ids = encode(texts, tokenizer, plan.chat_template)
+        return [fault or tokens for fault, tokens in zip(faults_of(prompts, texts, tokenizer), ids, strict=True)]
     except Exception:  # templates raise what they like, and tokenizers a bare Exception: which prompt is it?
         return [_encode_one(prompt, plan, tokenizer) for prompt in prompts]
 
 
 def _encode_one(prompt: Any, plan: Plan, tokenizer: Any) -> list[int] | str:
     try:
-        return encode([render(prompt, tokenizer, plan.chat_template)], tokenizer, plan.chat_template)[0]
+        text = render(prompt, tokenizer, plan.chat_template)
+        (fault,) = faults_of([prompt], [text], tokenizer)
+        return fault or encode([text], tokenizer, plan.chat_template)[0]
     except Exception as error:
         return f"the tokenizer or its chat template refuses it ({type(error).__name__}: {error!s:.100})"
 

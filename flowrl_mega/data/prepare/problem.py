@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from flowrl_mega.data.prompts import Row
@@ -53,6 +54,8 @@ def column(record: dict[str, Any], *names: str) -> Any:
     for name in names:
         if record.get(name) is not None:
             return record[name]
+    if null := [name for name in names if name in record]:
+        raise BadRow(EMPTY, f"{null[0]!r} is null; fill it in or remove the row")
     wanted = " or ".join(map(repr, names))
     have = ", ".join(map(repr, record))[:200] or "nothing"
     raise BadRow(BROKEN, f"has no {wanted} (it has: {have}); name the column with --columns")
@@ -75,13 +78,21 @@ def answer_of(record: dict[str, Any], *names: str) -> str:
         kind = type(value).__name__
         raise BadRow(BAD_ANSWER, f"{' or '.join(map(repr, names))} is a {kind}; must be text or a number")
     try:
-        text = str(value).strip()
+        text = decimal(value) if isinstance(value, float) else str(value).strip()
     except ValueError:  # an integer of more digits than Python prints
         raise BadRow(BAD_ANSWER, "the answer is a number too large to print; remove the row") from None
     if not text:
         raise BadRow(EMPTY, "the answer is empty; fill it in or remove the row")
+    if text.lower().lstrip("+-") in ("nan", "inf", "infinity"):
+        raise BadRow(BAD_ANSWER, f"the answer is {text}, no number; correct or remove the row")
     whole = FLOAT.fullmatch(text)
     return whole[1] if whole else text
+
+
+def decimal(number: float) -> str:
+    """A float in plain decimals where that is short, so that every rule reads it as the number: 1e16 has 17 digits."""
+    value = Decimal(repr(number))
+    return format(value, "f") if value.is_finite() and abs(value.adjusted()) <= 20 else repr(number)
 
 
 def last_boxed(solution: str) -> str:

@@ -8,6 +8,7 @@ has been run except those that docs/data.md names.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from flowrl_mega.data.prepare.problem import (
 from flowrl_mega.imports import load
 
 Record = dict[str, Any]
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # and not the commas of a list
 
 
 class Recipe(NamedTuple):
@@ -61,7 +63,7 @@ def gsm8k(record: Record, wording: str) -> Problem:
         reasoning, mark, answer = answer.rpartition("####")
         if not mark or not answer.strip():
             raise BadRow(BAD_ANSWER, "'answer' does not end with '#### ' and a number")
-    return math(text_of(record, "problem", "question"), answer.strip().replace(",", ""), wording)
+    return math(text_of(record, "problem", "question"), THOUSANDS.sub("", answer.strip()), wording)
 
 
 def competition(record: Record, wording: str) -> Problem:
@@ -100,6 +102,8 @@ def rows(record: Record, wording: str) -> Problem:
     """Rows as the store has them: prompt, text or chat messages; kind, task and what its reward reads; image: a path,
     or {"bytes"} as Parquet files have it. `wording` has no effect.
     """
+    if record.get("images"):
+        raise BadRow(BROKEN, "has 'images', as verl's rows do; a row has one image here: name the column 'image'")
     image = record.get("image") or b""
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path") or b""

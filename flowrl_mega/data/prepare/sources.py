@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,7 @@ def records(inputs: list[str], split: str) -> Iterator[Record]:
 
 def _json_lines(path: Path) -> Iterator[Record]:
     try:
-        with path.open("rb") as file:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if not line.strip():
@@ -49,9 +50,10 @@ def _json_lines(path: Path) -> Iterator[Record]:
                 value, fault = _parsed(line)
                 begins = line[: 4 * SHOWN].decode("utf-8", "replace").rstrip("\n")[:SHOWN]
                 yield Record(path.name, number, value, fault, begins, path.parent)
-    except OSError as error:
+    except (OSError, EOFError) as error:  # gzip raises both, and without strerror, for a file that is damaged
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"--input {path}: cannot be read ({error.strerror}); give a file of JSON lines, a .parquet file, a folder "
+            f"--input {path}: cannot be read ({reason}); give a file of JSON lines, a .parquet file, a folder "
             "or the id of a Hugging Face dataset"
         ) from None
 

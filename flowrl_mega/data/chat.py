@@ -1,0 +1,98 @@
+"""From a row's prompt to the text that is tokenised, and what a chat template or a problem's text may do to it."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from flowrl_mega.config import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Templates that write today's date (Llama 3.1's does) would make other prompts of the same rows every day. They are
+# given this one, which Llama 3.1's own falls back to.
+TEMPLATE_DATE = datetime(2024, 7, 26)
+NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+MARK = "the-answer-begins-here"
+
+
+def render(prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> str:
+    """The text that is tokenised: the prompt, or with `chat_template` what the template makes of its messages."""
+    if not chat_template:
+        assert isinstance(prompt, str)
+        return prompt
+    return _apply(tokenizer, as_messages(prompt), add_generation_prompt=True)
+
+
+def as_messages(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def fault(prompt: str | list[dict[str, str]], text: str, control: list[str]) -> str | None:
+    """What is wrong with a prompt that was rendered as `text`, or None.
+
+    `control`: the tokens of `control_tokens`. One in a problem's text would be read as the token: it could end the
+    user's turn and begin the assistant's, answer and all.
+    """
+    messages = [message for message in as_messages(prompt) if isinstance(message["content"], str)]
+    for token in control:
+        if any(token in message["content"] for message in messages):
+            return f"holds the control token {token!r}; write it in another way, or remove the row"
+    plain = " ".join(text.split())
+    for message in messages:
+        if message["role"] == "user" and " ".join(message["content"].split()) not in plain:
+            return "the chat template leaves out what the user says"
+    return None
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts that the tokenizer reads as special tokens, longest first."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({token for token in [*added, *tokenizer.all_special_tokens] if token.strip()}, key=len, reverse=True)
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError where prompts would end before the assistant's turn begins: the template ignores
+    add_generation_prompt and writes a header before what the assistant says."""
+    user = [{"role": "user", "content": "2+2?"}]
+    try:
+        prompt = _apply(tokenizer, user, add_generation_prompt=True)
+        said = _apply(tokenizer, [*user, {"role": "assistant", "content": MARK}], add_generation_prompt=False)
+        ignored = prompt == _apply(tokenizer, user, add_generation_prompt=False)
+    except Exception:  # a template for other roles or kinds of messages, which its own rows will try
+        return
+    header = said.removeprefix(prompt).partition(MARK)[0] if said.startswith(prompt) else ""
+    if ignored and header.strip():
+        raise ConfigError(
+            f"the chat template of {tokenizer.name_or_path!r} ignores add_generation_prompt: prompts would end before "
+            f"{header.strip()!r}, which begins the assistant's turn; correct its chat_template"
+        )
+
+
+def writes_the_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    text = tokenizer.apply_chat_template(
+        messages,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        chat_template=_dated(tokenizer.chat_template),
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def _dated(template: Any) -> Any:
+    """The template with TEMPLATE_DATE where it asks for today's; transformers hands no function on to templates."""
+    if not isinstance(template, str):
+        return template
+    return NOW.sub(lambda match: repr(TEMPLATE_DATE.strftime(match[2])), template)
+
+
+def faults_of(prompts: list[Any], texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
+    control = control_tokens(tokenizer)
+    return [fault(prompt, text, control) for prompt, text in zip(prompts, texts, strict=True)]
