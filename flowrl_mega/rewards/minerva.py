@@ -14,6 +14,8 @@ BOX_TAIL = 100  # and the box, where there is no such line
 
 ANSWER_LINE = re.compile(r"(?i)Answer\s*:\s*([^\n]+)")
 
+INTEGER = re.compile(r"(-?)0*(0|[1-9][0-9]*)")
+
 SUBSTITUTIONS = [
     ("an ", ""),
     ("a ", ""),
@@ -64,6 +66,14 @@ def normalise(answer: str) -> str:
     if answer.replace(",", "").isdigit():
         answer = answer.replace(",", "")
     return answer.strip()
+
+
+def same(given: str, right: str) -> bool:
+    """Equal as strings, or as integers but for leading zeros: AIME's 033 is 33. The one difference from verl's rule."""
+    if given == right:
+        return True
+    a, b = INTEGER.fullmatch(given), INTEGER.fullmatch(right)
+    return a is not None and b is not None and a.groups() == b.groups()
 
 
 def _last_box(text: str) -> str | None:

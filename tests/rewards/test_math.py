@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import re
 import threading
 import time
 from pathlib import Path
@@ -22,6 +23,21 @@ SETTINGS = RewardSettings(function="-", math=MathSettings(timeout_s=60))
 HASTY = RewardSettings(function="-", math=MathSettings(timeout_s=1))
 TABLE = Path(__file__).with_name("math_pairs.tsv")
 PAIRS = [line.split("\t") for line in TABLE.read_text().splitlines() if not line.startswith("#")]
+
+
+def plain_integer(text: str) -> tuple[str, ...] | None:
+    """An integer's sign and digits without leading zeros, None for anything else."""
+    found = re.fullmatch("(-?)0*([0-9]+)", text)
+    return found.groups() if found else None
+
+
+def verls(rule: ModuleType, response: str, gold: str) -> float:
+    """verl's verdict; where it is wrong for leading zeros alone, what it would be without them."""
+    result = rule.compute_score(response, gold)
+    in_a_line = re.search(r"(?i)Answer\s*:\s*[^\n]", response[-300:])  # else a box, which is compared literally
+    right = plain_integer(rule.normalize_final_answer(gold) if in_a_line else gold)
+    given = plain_integer(result["pred"] or "")
+    return 1.0 if given is not None and given == right else result["score"]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +100,7 @@ def test_dapo_gives_verls_verdict_on_every_pair(verl_rule):
     """The normal form, with real LaTeX in it, in an answer line and in a box."""
     for gold, given in [*(pair[:2] for pair in PAIRS), ("1²", "1,²"), ("a", "aa "), ("\\frac12", "\\fracab")]:
         for response in (f"Answer: {given}", f"\\boxed{{{given}}}", given):
-            assert dapo(gold, response) == verl_rule.compute_score(response, gold)["score"], (gold, response)
+            assert dapo(gold, response) == verls(verl_rule, response, gold), (gold, response)
 
 
 def test_dapo_gives_verls_verdict_on_noise(verl_rule):
@@ -101,7 +117,7 @@ def test_dapo_gives_verls_verdict_on_noise(verl_rule):
         response = "".join(rng.choices(pieces, k=rng.choice([1, 4, 20, 120])))
         response += rng.choice(["", f"Answer: {gold}", f"\\boxed{{{gold}}}"])
         reward = dapo(gold, response)
-        assert reward == verl_rule.compute_score(response, gold)["score"], (gold, response)
+        assert reward == verls(verl_rule, response, gold), (gold, response)
         right += reward == 1.0
     assert 400 < right < 3600  # else the noise would test one verdict only
 
@@ -192,17 +208,17 @@ def test_candidates_are_no_answer(response):
 )
 def test_what_takes_too_long_is_wrong(response):
     """Real ones, that math-verify does not finish in minutes. The clock is given room for a loaded machine."""
-    start = time.monotonic()
+    start = time.process_time()
     reward, why, kind = verify("204", response, HASTY)
     assert (reward, kind) == (0.0, "time-out") and "too hard to compare" in why
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 6
 
 
 @pytest.mark.parametrize("error", [RecursionError, MemoryError])
 def test_a_crash_is_wrong(monkeypatch, error):
     """Neither is an exception to the caller: the answer of a model brought it about."""
     monkeypatch.setattr(math_verify, "verify", lambda *_, **__: (_ for _ in ()).throw(error("too much")))
-    assert verify("204", "\\boxed{205}")[::2] == (0.0, "time-out")
+    assert verify("x^2", "\\boxed{x^3}")[::2] == (0.0, "time-out")
 
 
 HOSTILE = {
@@ -232,11 +248,11 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_responses_end_and_are_wrong(name):
     """A response is whatever a model writes. Parsing and comparing have a second each."""
-    start = time.monotonic()
+    start = time.process_time()
     reward, _, kind = verify("204", HOSTILE[name], HASTY)
     assert reward == 0.0 and kind in ("wrong", "no answer", "time-out")
     assert dapo("204", HOSTILE[name]) == -1.0
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 6
 
 
 @pytest.mark.slow
@@ -300,8 +316,8 @@ def test_a_gold_answer_is_parsed_once(monkeypatch):
     parse = math_verify.parse
     monkeypatch.setattr(math_verify, "parse", lambda text, *a, **k: parsed.append(text) or parse(text, *a, **k))
     for i in range(3):
-        verify("\\frac{355}{113}", f"\\boxed{{{i}}}")
-    assert parsed.count("\\boxed{\\frac{355}{113}}") == 1 and len(parsed) == 4
+        verify("\\frac{355q}{113}", f"\\boxed{{q+{i}}}")
+    assert parsed.count("\\boxed{\\frac{355q}{113}}") == 1 and len(parsed) == 4
 
 
 @pytest.mark.parametrize("length", [0, 1, 16383, 16384, 16385, 18432, 20479, 20480, 20481, 10**6])

@@ -1,0 +1,63 @@
+"""Expressions whose value has more digits than can be computed are known by their form, before anything computes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import sympy
+
+MOST_DIGITS = 50_000.0
+FACTORIALS = ("factorial", "gamma", "subfactorial", "binomial", "factorial2", "RisingFactorial", "FallingFactorial")
+
+
+class TooLarge(Exception):
+    """A part of an expression is a number with too many digits."""
+
+
+def check_size(expression: Any) -> None:
+    """Raise TooLarge if a part of it is a power or a factorial with more than 50,000 digits."""
+    if isinstance(expression, sympy.Basic) or hasattr(expression, "atoms"):
+        _digits(expression)
+
+
+def _digits(expression: Any) -> float:
+    """The logarithm of its absolute value to base 10, about; that of the parts is checked on the way."""
+    if isinstance(expression, sympy.Integer | sympy.Rational):
+        return _log(abs(expression.p)) - _log(expression.q)
+    if isinstance(expression, sympy.Float):
+        return float(sympy.log(abs(expression), 10)) if expression else 0.0
+    parts = [_digits(part) for part in getattr(expression, "args", ())]
+    name = type(expression).__name__
+    if name == "Pow":
+        size = _power(expression.args[0], parts)
+    elif name in FACTORIALS:
+        size = _factorial(parts[0])
+    elif name == "exp":
+        size = _times(parts[0], 0.4343)
+    elif name == "Mul":
+        size = sum(parts)
+    else:
+        size = max(parts, default=0.0)
+    if abs(size) > MOST_DIGITS:
+        raise TooLarge(f"{size:.0f} digits")
+    return size
+
+
+def _power(base: Any, parts: list[float]) -> float:
+    if not base.is_number:
+        return min(max(parts[1], 0.0), 1.0)
+    return _times(parts[1], parts[0] if parts[0] else (0.3 if base.is_Add else 0.0))
+
+
+def _times(log: float, factor: float) -> float:
+    return factor * 10 ** min(log, 12.0)
+
+
+def _factorial(log: float) -> float:
+    n = 10 ** min(log, 12.0)
+    return n * math.log10(n / math.e) if n > 3 else 0.0
+
+
+def _log(number: int) -> float:
+    return math.log10(number) if number else 0.0
