@@ -43,29 +43,7 @@ def test_score_needs_no_settings():
     assert code.score({"tests": TWICE}, fenced("def twice(x):\n    return 2 * x"))[::2] == (1.0, "right")
 
 
-# Where the program is
-
-
-@pytest.mark.parametrize(
-    "response, found",
-    [
-        ("```python\na\n```", "a\n"),
-        ("```\na\n```", "a\n"),
-        ("```py\na\n```\ntext\n```python\nb\n```", "b\n"),
-        ("```python\na\n```\nIts output:\n```\n5\n```", "a\n"),
-        ("```PYTHON\na\n```", "a\n"),
-        ("  ```python\n  a\n  ```", "  a\n"),
-        ("```text\na\n```", None),
-        ("```python\nnever closed", None),
-        ("no code at all", None),
-        ("`a` and ``b``", None),
-        ("", None),
-        ("```python\n```", ""),
-    ],
-)
-def test_the_program_of_a_response(response, found):
-    """The last Python block: models write the output of a program in a block without a language behind it."""
-    assert code.program(response, SUM) == found
+# Stubs
 
 
 def test_a_completion_without_a_fence():
@@ -87,6 +65,29 @@ def test_a_completion_without_a_fence():
 def test_a_fenced_answer_to_a_stub(source):
     """The whole function, the prompt and its completion, or the completion alone."""
     assert scored(CHECK, fenced(source))[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    "stub",
+    [
+        "def f(x):\n",
+        "def f(x):",
+        "import math\n\n\nclass A:\n    x = 2\n\n\ndef f(x):\n    # Twice x.\n",
+        "@cache\ndef f(\n    x,\n):\n",
+    ],
+)
+def test_a_stub_without_a_docstring(stub):
+    """A bare signature, where the problem's text stands in the prompt alone."""
+    stub = stub.replace("@cache", "from functools import cache\n\n\n@cache")
+    tests = {
+        "type": "check",
+        "name": "f",
+        "stub": stub,
+        "code": "def check(candidate):\n    assert candidate(3) == 6\n",
+    }
+    for factor, reward in ((2, 1.0), (3, 0.0)):
+        assert scored(tests, fenced(f"def f(x):\n    return x * {factor}"))[0] == reward
+        assert scored(tests, f"    return x * {factor}\n")[0] == reward
 
 
 # Programs that read and write
@@ -123,6 +124,40 @@ def test_a_fenced_answer_to_a_stub(source):
 def test_programs_with_input(source, reward, share, kind, words):
     """Each verdict, with its reason; the prelude is LiveCodeBench's."""
     assert_verdict(SUM, source, reward, share, kind, words)
+
+
+@pytest.mark.parametrize(
+    "source, kind",
+    [
+        ("print(10)\nquit()", "right"),
+        ("print(10)\nexit(1)", "right"),  # LiveCodeBench takes every SystemExit for an end
+        ("import sys\nprint(10)\nsys.exit('done')", "right"),
+        ("quit()\nprint(10)", "wrong"),
+        ("print(10)\nraise ValueError", "crash"),
+        ("import os\nprint(10, flush=True)\nos._exit(1)", "crash"),
+        ("print(len(str(10**5000)) - 4991)", "right"),
+        ("print(len(str(10**50000)) - 49991)", "crash"),  # one more digit than LiveCodeBench allows
+        ("print(sum(map(int, open('/dev/stdin').read().split())))", "right"),
+        ("import io, os\nprint(sum(map(int, io.BytesIO(os.read(0, os.fstat(0).st_size)).read().split())))", "right"),
+        ("input()\nimport sys\nsys.stdin.seek(0)\nprint(sum(map(int, sys.stdin.read().split())))", "right"),
+        ("import os\nos.truncate(0, 1 << 20)", "crash"),
+        ("open('/dev/stdin', 'w')", "crash"),
+    ],
+)
+def test_programs_of_contests(source, kind):
+    """What such programs expect of an interpreter with its input in a file."""
+    reward, why, found = scored({"type": "stdin", "inputs": ["3 7\n"], "outputs": ["10\n"]}, fenced(source))
+    assert (found, reward) == (kind, float(kind == "right")), why
+
+
+@pytest.mark.parametrize("end", ["exit()", "quit(1)", "raise SystemExit"])
+def test_a_program_for_calls_may_end(end):
+    """Its functions are there; not so where it ends before them, or inside of one."""
+    source = f"def half(n):\n    return n // 2\n\n{end}"
+    assert scored(CHECK, fenced(source))[::2] == (1.0, "right")
+    assert scored(TWICE, fenced(source.replace("half", "twice").replace("n // 2", "n * 2")))[::2] == (1.0, "right")
+    assert scored(CHECK, fenced(f"{end}\n{source}"))[0] == 0.0
+    assert scored(CHECK, fenced(f"def half(n):\n    {end}"))[::2] == (0.0, "crash")
 
 
 @pytest.mark.slow
@@ -192,7 +227,10 @@ def test_a_method_of_a_class():
     tests = {"type": "call", "name": "Solution.most", "inputs": [[[3, 9, 2]], [[1]]], "outputs": [9, 1]}
     source = "class Solution:\n    def most(self, numbers: List[int]) -> Optional[int]:\n        return max(numbers)"
     assert scored(tests, fenced(source))[0] == 1.0
-    assert scored(tests, fenced("def most(numbers):\n    return max(numbers)"))[0] == 0.0
+    assert scored(tests, fenced("def most(numbers):\n    return max(numbers)"))[0] == 1.0  # as LiveCodeBench
+    assert scored(tests, fenced("class Solution:\n    pass\n\ndef most(numbers):\n    return max(numbers)"))[0] == 0.0
+    named_as_imported = tests | {"name": "Solution.add", "inputs": [[1, 2]], "outputs": [3]}
+    assert scored(named_as_imported, fenced("pass"))[0] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -319,6 +320,36 @@ def test_another_interpreter(monkeypatch):
         sandbox.close()
 
 
+def test_an_interpreter_beneath_tmp(sandbox):
+    """Where a program's own folder is: it has its packages, read-only, and the folder is still a program's."""
+    if not SYSTEM_PYTHON.exists():
+        pytest.skip(f"no {SYSTEM_PYTHON}")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        subprocess.run([SYSTEM_PYTHON, "-m", "venv", "--without-pip", folder], check=True)
+        (package,) = Path(folder).glob("lib/python*/site-packages")
+        (package / "only_there.py").write_text("six = 6")
+        settings = LIMITS.model_copy(update={"python": f"{folder}/bin/python", "isolation": "process"})
+        own, _ = choosing.accepted(settings, sandbox.way)
+        try:
+            source = (
+                "import only_there as o\nopen('mine', 'w').write('x')\nprint(o.six, flush=True)\nopen(o.__file__, 'w')"
+            )
+            outcome = own.run(source, "")
+        finally:
+            own.close()
+        assert outcome.stdout == "6\n", outcome
+        if sandbox.way != "process":
+            assert outcome.code and (package / "only_there.py").read_text() == "six = 6"
+
+
+def test_an_interpreter_that_the_sandbox_hides(monkeypatch):
+    """Is refused: its packages would be missing without a word."""
+    monkeypatch.setattr(choosing, "PROBE", choosing.PROBE.replace("sys.base_prefix", "'/nowhere'"))
+    with pytest.raises(ConfigError, match="would not find its packages in /nowhere"):
+        choosing.choose(LIMITS)
+
+
 def test_the_trainers_packages_are_not_there(sandbox):
     """Nor its repository: no site-packages, no current folder on the path."""
     for name in ("flowrl_mega", "torch", "numpy"):
@@ -375,5 +406,4 @@ def test_a_supervisor_that_hangs_is_an_error(sandbox, monkeypatch):
         sandbox.start(mode="stdin", parts=["import time\ntime.sleep(9)"], prelude=False) as program,
     ):
         monkeypatch.setattr(client, "GRACE", 10.0)
-        program.feed("")
         advance([program], lambda: False)

@@ -15,12 +15,11 @@ from typing import Any
 
 from flowrl_mega.config import CodeSettings, RewardSettings
 from flowrl_mega.rewards.code import remote
+from flowrl_mega.rewards.code.answer import program
 from flowrl_mega.rewards.code.judge import Verdict, call_tests, check_tests, problem_of, stdin_tests
 from flowrl_mega.rewards.sandbox.choose import choose
 from flowrl_mega.rewards.sandbox.client import Sandbox
 
-BLOCK = re.compile(r"^[ \t]*```[ \t]*([^\s`]*)[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
-PYTHON = {"python", "py", "python3"}
 SHARE_OF_TIME = 0.8  # of reward.timeout_s, after which no further test of a program begins
 
 _sandboxes: dict[tuple[int, str], Sandbox] = {}
@@ -61,19 +60,6 @@ def score(row: dict[str, Any], response: str, settings: RewardSettings = DEFAULT
 score.right_at = 1.0  # type: ignore[attr-defined]  # a program that passes some tests is wrong
 
 
-def program(response: str, tests: dict[str, Any]) -> str | None:
-    """The program of a response: its last ```python block, else its last block without a language.
-
-    Where the tests have a stub and the response no fence at all, all of it, as the stub's completion. None: no program.
-    """
-    blocks = [(tag.lower(), text) for tag, text in BLOCK.findall(response)]
-    for tags in (PYTHON, {""}):
-        for tag, text in reversed(blocks):
-            if tag in tags:
-                return text
-    return response if "stub" in tests and "```" not in response and response.strip() else None
-
-
 def _verdict(code: str, tests: dict[str, Any], settings: RewardSettings) -> Verdict:
     deadline = time.monotonic() + SHARE_OF_TIME * settings.timeout_s
     all_of_them = settings.code.score == "fraction"
@@ -96,7 +82,10 @@ def completed(code: str, tests: dict[str, Any]) -> list[str]:
     """The sources to execute one after the other: the stub (its imports and helpers), then a program that defines the
     function itself; or the stub and its completion as one."""
     defines = re.search(rf"^(async )?def {re.escape(tests['name'])}\b", code, re.MULTILINE)
-    return [tests["stub"], code] if defines else [tests["stub"] + code]
+    if defines:
+        return [tests["stub"], code]
+    ends_line = tests["stub"].endswith((":", '"""', "'''"))
+    return [tests["stub"] + ("\n" if ends_line else "") + code]
 
 
 def _sandbox(settings: CodeSettings) -> Sandbox:

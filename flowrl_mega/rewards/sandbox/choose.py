@@ -11,13 +11,14 @@ from flowrl_mega.config import CodeSettings, ConfigError
 from flowrl_mega.rewards.sandbox.client import Sandbox, SandboxError, interpreter
 
 PROBE = """
-import json, os
+import json, os, sys
 try:
     open("/probe", "w")
     outside = True
 except OSError:
     outside = False
-print(json.dumps({"pid": os.getpid(), "user": os.getuid(), "others": os.path.exists("/proc/1"), "outside": outside}))
+print(json.dumps({"pid": os.getpid(), "user": os.getuid(), "others": os.path.exists("/proc/1"), "outside": outside,
+    "missing": [path for path in (sys.prefix, sys.base_prefix) if not os.path.isdir(path)]}))
 """
 SYSCTLS = {  # a file beneath /proc/sys, the value that forbids user namespaces, and the one that allows them
     "kernel/unprivileged_userns_clone": ("0", "1"),
@@ -66,6 +67,11 @@ def accepted(settings: CodeSettings, way: str) -> tuple[Sandbox, str]:
         found = json.loads(outcome.stdout)
         if way != "process" and (found["pid"] > 2 or found["others"] or found["outside"]):
             raise SandboxError(f"a first program saw other processes or wrote outside its folder: {outcome.stdout}")
+        if found["missing"]:
+            raise ConfigError(
+                f"reward.code.python = {settings.python!r}: programs would not find its packages in "
+                f"{found['missing'][0]}, which the sandbox does not show; give an interpreter elsewhere"
+            )
     except BaseException:
         sandbox.close()
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import selectors
@@ -61,14 +62,13 @@ class Sandbox:
                 start_new_session=True,
             )
 
-    def start(self, **request: Any) -> Program:
-        """A program: `parts` of source, `mode` (see inside.py) and what that mode reads."""
-        return Program(self._requests, self.settings, self.way, request)
+    def start(self, stdin: str = "", **request: Any) -> Program:
+        """A program: `parts` of source (stubs, then its own), `mode` (see inside.py) and what that mode reads."""
+        return Program(self._requests, self.settings, self.way, request, stdin)
 
     def run(self, code: str, stdin: str, prelude: bool = False) -> Outcome:
         """A whole program with this standard input."""
-        with self.start(mode="stdin", parts=[code], prelude=prelude) as program:
-            program.feed(stdin)
+        with self.start(stdin, mode="stdin", parts=[code], prelude=prelude) as program:
             advance([program], lambda: program.ended)
             return program.outcome()
 
@@ -90,7 +90,9 @@ def interpreter(settings: CodeSettings) -> list[str]:
 class Program:
     """A running program: its streams, the channel's frames, and how it ended. Closing it ends it."""
 
-    def __init__(self, requests: socket.socket, settings: CodeSettings, way: str, request: dict[str, Any]) -> None:
+    def __init__(
+        self, requests: socket.socket, settings: CodeSettings, way: str, request: dict[str, Any], stdin: str
+    ) -> None:
         self.frames: deque[bytes] = deque()
         self.ended = False
         self._settings = settings
@@ -101,13 +103,13 @@ class Program:
         self._deadline = time.monotonic() + settings.wall_s + GRACE
         self._control, control = socket.socketpair()
         self._channel, channel = socket.socketpair()
-        inputs, outputs, errors = os.pipe(), os.pipe(), os.pipe()
+        outputs, errors = os.pipe(), os.pipe()
+        inputs = _sealed_file(stdin)
         self.readers: dict[int, str] = {outputs[0]: "stdout", errors[0]: "stderr"}
         self.readers |= {self._channel.fileno(): "channel", self._control.fileno(): "control"}
-        self.pending: dict[int, bytearray] = {inputs[1]: bytearray(), self._channel.fileno(): bytearray()}
-        self._stdin: int | None = inputs[1]
+        self.pending: dict[int, bytearray] = {self._channel.fileno(): bytearray()}
         limits = {name: getattr(settings, name) for name in LIMITS}
-        theirs = [control.fileno(), inputs[0], outputs[1], errors[1], channel.fileno()]
+        theirs = [control.fileno(), inputs, outputs[1], errors[1], channel.fileno()]
         failed = None
         try:
             message = json.dumps({"way": way, "limits": limits}).encode()
@@ -116,7 +118,7 @@ class Program:
             failed = error
         control.close()
         channel.close()
-        for fd in (inputs[0], outputs[1], errors[1]):
+        for fd in (inputs, outputs[1], errors[1]):
             os.close(fd)
         if failed:
             self.close()  # after `control`, whose end it waits for
@@ -124,20 +126,12 @@ class Program:
         for fd in (*self.readers, *self.pending):
             os.set_blocking(fd, False)
         self.send(json.dumps(request).encode())
-        if request["mode"] != "stdin":
-            self.feed("")
 
     def __enter__(self) -> Program:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def feed(self, text: str) -> None:
-        """All of its standard input."""
-        assert self._stdin is not None, "fed once"
-        self.pending[self._stdin] += text.encode("utf-8", "surrogateescape")
-        self._write(self._stdin)
 
     def send(self, frame: bytes) -> None:
         """One frame for the channel."""
@@ -167,10 +161,6 @@ class Program:
             return
         except OSError:  # it does not read any more; how it ended will say why
             data.clear()
-        if not data and fd == self._stdin:
-            del self.pending[fd]
-            os.close(fd)
-            self._stdin = None
 
     def _read(self, fd: int) -> bool:
         """Takes what can be read at once; whether there was anything."""
@@ -235,6 +225,16 @@ class Program:
         self.pending.clear()
         self._channel.close()
         self._control.close()
+
+
+def _sealed_file(text: str) -> int:
+    """A file of memory that nobody can write in any more: a program may ask for its length, and go back."""
+    fd = os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open(fd, "wb", closefd=False) as file:
+        file.write(text.encode("utf-8", "surrogateescape"))
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
 
 
 def advance(programs: Sequence[Program], until: Callable[[], bool]) -> None:

@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import sys
 import threading
 import traceback
@@ -74,6 +75,7 @@ def run(folder: str) -> NoReturn:
         sys.stderr = _text(2, "w", "backslashreplace")
         vars(sys).update(__stdin__=sys.stdin, __stdout__=sys.stdout, __stderr__=sys.stderr)
         sys.argv[:] = ["program.py"]
+        builtins.quit = builtins.exit = _quit  # type: ignore[assignment]  # `site` makes them, which -S leaves out
         random.seed()  # or all programs would draw what the server was born with
         frame = _receive()
         if frame is not None:
@@ -83,14 +85,19 @@ def run(folder: str) -> NoReturn:
         os._exit(status)
 
 
+def _quit(code: object = None) -> NoReturn:
+    raise SystemExit(code)
+
+
 def _main(request: dict) -> int:
-    """The program as `__main__`; its exit status."""
+    """The program as `__main__`; its exit status, where it is LiveCodeBench's 0 for every SystemExit."""
     os.close(CHANNEL)
     status = 0
     try:
         _execute(request, "__main__")
     except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if not request["prelude"]:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         status = 1
         _tell_error()
@@ -105,12 +112,24 @@ def _main(request: dict) -> int:
 def _execute(request: dict, name: str) -> types.ModuleType:
     """The program's module, executed; with LiveCodeBench's imports before it where asked for."""
     module = sys.modules[name] = types.ModuleType(name)
+    exec(prelude.DIGITS)
     if request["prelude"]:
         exec(prelude.TEXT, module.__dict__)
         module.__dict__.pop(request.get("name", ""), None)  # a function under test must not be operator.add
-    for part in request["parts"]:
-        exec(compile(part, "program.py", "exec", dont_inherit=True), module.__dict__)
+    *stubs, program = request["parts"]
+    for code in (*map(_stub, stubs), compile(program, "program.py", "exec", dont_inherit=True)):
+        exec(code, module.__dict__)
     return module
+
+
+def _stub(source: str) -> types.CodeType:
+    """A stub's code. One that is a bare signature, as where the problem's text stands elsewhere, gets a body."""
+    try:
+        return compile(source, "stub.py", "exec", dont_inherit=True)
+    except IndentationError:
+        heads = re.findall(r"^([ \t]*)(?:async[ \t]+)?(?:def|class)\b", source, re.MULTILINE)
+        body = f"{source}\n{heads[-1] if heads else ''} pass\n"
+        return compile(body, "stub.py", "exec", dont_inherit=True)
 
 
 def _tell_error() -> None:
@@ -123,7 +142,9 @@ def _tell_error() -> None:
 def _calls(request: dict) -> int:
     """Executes the program, then answers calls until the channel ends."""
     try:
-        function = _find(_execute(request, "program"), request["name"])
+        with contextlib.suppress(SystemExit):  # at a program's end, where its functions are there
+            _execute(request, "program")
+        function = _find(sys.modules["program"], request["name"])
     except BaseException as error:
         _tell_error()
         _send(b"M" + _described(error))
@@ -142,8 +163,12 @@ def _calls(request: dict) -> int:
 
 
 def _find(module: types.ModuleType, name: str) -> Callable[..., Any]:
-    """The function "f", or the method "Solution.f" of a new object; "f" also where only class Solution has it."""
+    """The function "f", or the method "Solution.f" of a new object; the one that is there, where only one is."""
     owner, _, method = name.rpartition(".")
+    if owner and not hasattr(module, owner):
+        function = getattr(module, method, None)
+        if getattr(function, "__module__", None) == module.__name__:  # not operator.add of the prelude
+            return function  # type: ignore[return-value]
     if not owner and not hasattr(module, name) and hasattr(module, "Solution"):
         owner = "Solution"
     return getattr(getattr(module, owner)() if owner else module, method)
@@ -161,7 +186,7 @@ def _judge(request: dict) -> int:
     """Executes stub and tests, and calls their `check` with a stand-in for the program's function."""
     names: dict[str, Any] = {"__name__": "judge"}
     try:
-        exec(compile(request["stub"], "stub.py", "exec", dont_inherit=True), names)
+        exec(_stub(request["stub"]), names)
         exec(compile(request["code"], "tests.py", "exec", dont_inherit=True), names)
         check = names["check"]
     except BaseException as error:

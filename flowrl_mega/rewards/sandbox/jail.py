@@ -78,31 +78,48 @@ def interpreter_paths() -> list[tuple[str, str]]:
     return [(path, os.path.realpath(path)) for path in paths]
 
 
-def build_root(paths: list[tuple[str, str]], disk_mb: int) -> None:
-    """Makes a small tree the root of this mount namespace: `paths` read-only, four devices, and /tmp to write in."""
+def build_root(paths: list[tuple[str, str]], disk_mb: int, stdin: int) -> None:
+    """Makes a small tree the root of this mount namespace: `paths` read-only, four devices, and /tmp to write in.
+
+    The program's folder may hold an interpreter, read-only: one that lies beneath /tmp.
+    """
+    size = os.fstat(stdin).st_size
     mount("none", "/", flags=RECURSIVE | PRIVATE)
-    mount("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
+    mount("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV, f"size={(size >> 20) + 2}m,mode=755")
     os.mkdir("/tmp/old")
     check(libc.syscall(PIVOT_ROOT[os.uname().machine], b"/tmp", b"/tmp/old"), "pivot_root")
     os.chdir("/")
+    os.mkdir("/tmp")
+    # Before the interpreter: it may lie beneath /tmp.
+    mount("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV, f"size={disk_mb}m,nr_inodes={disk_mb * INODES_PER_MB},mode=1777")
     for path, real in paths:
         if not os.path.exists(real):  # else an earlier folder holds it
             _bind(real)
         if not os.path.lexists(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             os.symlink(real, path)
-    os.mkdir("/dev")
+    os.makedirs("/dev", exist_ok=True)
+    _copy(stdin, size, "/dev/stdin")  # there is no /proc/self/fd to find it in
     for device in DEVICES:
         _bind(f"/dev/{device}")
     check(libc.umount2(b"/old", DETACH), "umount of the old root")
     os.rmdir("/old")
-    if not os.path.isdir("/tmp"):
-        os.mkdir("/tmp")
-    attributes = struct.pack("QQQQ", ATTR_RDONLY | ATTR_NOSUID, 0, 0, 0)
-    changed = libc.syscall(MOUNT_SETATTR, -1, b"/", AT_RECURSIVE, attributes, len(attributes))
+    _set_attributes("/", AT_RECURSIVE, put=ATTR_RDONLY | ATTR_NOSUID)
+    _set_attributes("/tmp", 0, take=ATTR_RDONLY)
+
+
+def _set_attributes(path: str, flags: int, put: int = 0, take: int = 0) -> None:
+    attributes = struct.pack("QQQQ", put, take, 0, 0)
+    changed = libc.syscall(MOUNT_SETATTR, -1, path.encode(), flags, attributes, len(attributes))
     check(changed, "mount_setattr (Linux 5.12)")
-    size = f"size={disk_mb}m,nr_inodes={disk_mb * INODES_PER_MB},mode=1777"
-    mount("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV, size)
+
+
+def _copy(fd: int, size: int, path: str) -> None:
+    with open(path, "wb") as file:
+        at = 0
+        while at < size:
+            at += os.sendfile(file.fileno(), fd, at, size - at)
+    os.chmod(path, 0o444)
 
 
 def _bind(path: str) -> None:

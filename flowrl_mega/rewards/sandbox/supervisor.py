@@ -101,8 +101,10 @@ class Supervisor:
     def become(self, tell: int, streams: list[int], folder: str, parent: socket.socket) -> NoReturn:
         """The first process: makes the jail, starts the program in it and waits; or says on `tell` why not."""
         try:
+            # The kernel drops what a program sends to its namespaces' init, but for signals that this has a handler of.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             if self.way != "process":
-                self.enter(parent)
+                self.enter(parent, streams[0])
             # A change of user forgets it, so not before. Daemons become this process's children, also without a
             # namespace whose init it is.
             jail.prctl(jail.PR_SET_PDEATHSIG, jail.KILL)
@@ -122,10 +124,10 @@ class Supervisor:
         finally:
             os._exit(1)
 
-    def enter(self, parent: socket.socket) -> None:
+    def enter(self, parent: socket.socket, stdin: int) -> None:
         """Into namespaces of its own, with a root of its own, as a user who is nobody outside."""
         jail.unshare(jail.NEWNS | jail.NEWIPC | jail.NEWUTS | jail.NEWNET | jail.NEWCGROUP)
-        jail.build_root(self.paths, self.limits["disk_mb"])
+        jail.build_root(self.paths, self.limits["disk_mb"], stdin)
         jail.check(jail.libc.sethostname(b"sandbox", 7), "sethostname")
         if self.way == "root":  # the namespaces above stay root's, and its own gives no right to them
             jail.unshare(jail.NEWUSER)
@@ -206,7 +208,7 @@ class Supervisor:
         facts: dict[str, list[str]] = {}
         for name in os.listdir("/proc"):
             if name.isdigit() and name not in self.foreign:
-                with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:
+                with contextlib.suppress(OSError), open(f"/proc/{name}/stat", errors="replace") as file:
                     facts[name] = file.read().rpartition(")")[2].split()
         ours = {str(first)}
         while True:

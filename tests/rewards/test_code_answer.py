@@ -1,0 +1,120 @@
+"""Which of a response's blocks is its program, and what of it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from flowrl_mega.rewards.code.answer import program
+
+STDIN = {"type": "stdin"}
+STUB = {"type": "check", "stub": "def f(x):\n"}
+DOCSTRING = 'def g():\n    """doc\n    ```\n    example\n    ```\n    """\n    return 1\n'
+AT_MARGIN = DOCSTRING.replace("    ```\n", "```\n")
+COMMENT = "x = 1  # don't '''\ny = '\"\"\"' + \"it's\"\n"
+
+
+@pytest.mark.parametrize(
+    "response, found",
+    [
+        ("```python\na\n```", "a\n"),
+        ("```\na\n```", "a\n"),
+        ("```py\na\n```\ntext\n```python\nb\n```", "b\n"),
+        ("```python\na\n```\nIts output:\n```\n5\n```", "a\n"),
+        ("```python\nnever closed", None),
+        ("no code at all", None),
+        ("`a` and ``b``", None),
+        ("", None),
+        ("```python\n```", ""),
+        # Languages
+        ("```PYTHON\na\n```", "a\n"),
+        ("```py3\na\n```", "a\n"),
+        ("```python3.11\na\n```", "a\n"),
+        ("```python:main.py\na\n```", "a\n"),
+        ("```{python}\na\n```", "a\n"),
+        ("```{.python .numberLines}\na\n```", "a\n"),
+        ("``` python title=x\na\n```", "a\n"),
+        ("```text\na\n```", None),
+        ("```python-repl\na\n```", None),
+        ("```pycon\na\n```", None),
+        ("```python2\na\n```", None),
+        ("```text\na\n```\n```\nb\n```", "b\n"),
+        # Margins
+        ("  ```python\n  a\n  ```", "a\n"),
+        ("1. Code:\n\n   ```python\n   if a:\n       b\n   ```\n", "if a:\n    b\n"),
+        ("1. ```python\n   a\n   ```", "a\n"),
+        ("- Code:\n\n  ```python\n    a\n    b\n  ```", "a\nb\n"),
+        ("   ```python\nif a:\n    b\n   ```", "if a:\n    b\n"),
+        ("   ```python\n   a = '''\n x\n   '''\n   ```", "a = '''\nx\n'''\n"),
+        ("```python\n\tif a:\n\t\tb\n```", "if a:\n\tb\n"),
+        ("```python\na\n  ```", "a\n"),
+        # Fences inside
+        (f"```python\n{DOCSTRING}```\n", DOCSTRING),
+        (f"```python\n{AT_MARGIN}```\n", AT_MARGIN),
+        (f"  ```python\n{DOCSTRING}  ```\n", DOCSTRING),
+        (f"```\n{DOCSTRING}```\n", DOCSTRING),
+        (f"```python\n{COMMENT}```\nmore '''\n```\nb\n```", COMMENT),
+        ("````python\na\n```\nb\n````", "a\n```\nb\n"),
+        ("```python\n# ```\na\n```", "# ```\na\n"),
+        ("```python\n'''broken\n```\nNow:\n```python\n'''b'''\n```", "'''b'''\n"),
+        ("```python\n'''broken\n```\nThe end", "'''broken\n"),
+        ("```python\ndraft\n\nAgain:\n```python\na\n```", "a\n"),
+        # Around the fences
+        ("```python\r\na\r\nb\r\n```\r\n", "a\nb\n"),
+        ("```python\na\n```<|im_end|>", "a\n"),
+        ("```python\na\n```</answer>", "a\n"),
+        ("```python\na\n```That is all.", "a\n"),
+        ("<answer>```python\na\n```\n</answer>", "a\n"),
+        ("<answer>```\na\n```\n</answer>", "a\n"),
+        ("The code: ```python\na\n```", "a\n"),
+        ("Write ```python and then ```\na\n```", None),
+        # Drafts
+        ("<think>\n```python\na\n```\n</think>\n```python\nb\n```", "b\n"),
+        ("<think>\n```python\na\n```\n</think>\n```\nb\n```", "b\n"),
+        ("<think>\n```python\nnever closed\n</think>```python\nb\n```", "b\n"),
+        ("<think>\n```python\na\n```\n</think>\nI do not know.", None),
+        ("<think>\n```python\na\n```\n</think>\n<|im_end|>", "a\n"),
+        ("```python\nprint('</think>')\n```", "print('</think>')\n"),
+    ],
+)
+def test_the_program_of_a_response(response, found):
+    """The last Python block: models write the output of a program in a block without a language behind it."""
+    assert program(response, STDIN) == found
+
+
+@pytest.mark.parametrize(
+    "response, found",
+    [
+        ("    return x\n", "    return x\n"),
+        ("```python\n    return x\n```", "    return x\n"),
+        ("  ```python\n      return x\n  ```", "    return x\n"),
+        ("<think>\nHm.\n</think>\n    return x\n", "\n    return x\n"),
+        ("Use ```", None),
+        ("  \n", None),
+    ],
+)
+def test_the_completion_of_a_stub(response, found):
+    """Its indentation is its own; no fence at all is needed."""
+    assert program(response, STUB) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```python\n",
+        "```python\na\n```\n",
+        "```\n'''\n",
+        "```python\n\\'''\n```\n",
+        "'''\n```\n\"\"\"\n",
+        "```",
+        "```x`",
+    ]
+    + ["<a>", "- ", " ", "\n", "</think>", '"', "'\\", "<"],
+)
+def test_the_time_grows_with_the_text(text):
+    """Of degenerate answers, which repeat themselves: 3,200 times and more."""
+    for answer in (text * 6400, "```python\n" + text * 6400 + "\n```"):
+        started = time.process_time()
+        program(answer, STDIN)
+        assert time.process_time() - started < 0.3  # tens of milliseconds; where it grows with the square, seconds
