@@ -208,8 +208,8 @@ class Supervisor:
         facts: dict[str, list[str]] = {}
         for name in os.listdir("/proc"):
             if name.isdigit() and name not in self.foreign:
-                with contextlib.suppress(OSError), open(f"/proc/{name}/stat", errors="replace") as file:
-                    facts[name] = file.read().rpartition(")")[2].split()
+                with contextlib.suppress(OSError):
+                    facts[name] = facts_of(name)
         ours = {str(first)}
         while True:
             more = {name for name, fields in facts.items() if fields[1] in ours} - ours
@@ -259,6 +259,22 @@ class Supervisor:
         if number == signal.SIGXCPU or (number == jail.KILL and seconds >= self.limits["cpu_s"] - 0.1):
             return {"end": "cpu", "code": 0}
         return {"end": "signal", "code": number}
+
+
+def facts_of(name: str) -> list[str]:
+    """The fields of a process's stat from the state on. Of one whose main thread has left it says no memory: a thread
+    that still runs says it."""
+    fields = stat_fields(f"/proc/{name}/stat")
+    if fields[0] == "Z" and int(fields[17]) > 1:
+        for thread in os.listdir(f"/proc/{name}/task"):
+            with contextlib.suppress(OSError):
+                fields[21] = max(fields[21], stat_fields(f"/proc/{name}/task/{thread}/stat")[21], key=int)
+    return fields
+
+
+def stat_fields(path: str) -> list[str]:
+    with open(path, errors="replace") as file:  # a program may take a name that is no text
+        return file.read().rpartition(")")[2].split()
 
 
 def other_id() -> int:
