@@ -211,7 +211,8 @@ def _difference(sides: list[str]) -> Any:
     left, right = (_expression(side) for side in sides)
     if not isinstance(left, sympy.Expr) or not isinstance(right, sympy.Expr):
         return None
-    check_size(left), check_size(right)
+    check_size(left)
+    check_size(right)
     return sympy.fraction(sympy.together(sympy.simplify(sympy.nsimplify((left - right).doit(), rational=True))))[0]
 
 
@@ -277,7 +278,7 @@ def _parse(text: str) -> tuple[Any, ...]:
         return (text,)
     text = numbers_as_powers(text)
     try:
-        return tuple(math_verify.parse(f"\\boxed{{{text}}}", [LATEX], parsing_timeout=None, raise_on_error=True))  # type: ignore[arg-type]
+        return tuple(math_verify.parse(f"\\boxed{{{text}}}", [LATEX], parsing_timeout=None, raise_on_error=True))
     except (RecursionError, MemoryError):
         raise
     except Exception:  # not one of its documented ones: the text comes from a model, and anything may break in a parser

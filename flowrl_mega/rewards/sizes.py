@@ -8,6 +8,7 @@ from typing import Any
 import sympy
 
 MOST_DIGITS = 50_000.0
+MOST_TERMS = 7.0  # the logarithm of an exponent over a name
 FACTORIALS = ("factorial", "gamma", "subfactorial", "binomial", "factorial2", "RisingFactorial", "FallingFactorial")
 
 
@@ -45,8 +46,8 @@ def _digits(expression: Any) -> float:
 
 
 def _power(base: Any, parts: list[float]) -> float:
-    if not base.is_number:
-        return min(max(parts[1], 0.0), 1.0)
+    if not base.is_number:  # (x+1)^(1000!): its terms are as many
+        return _times(parts[1], 1e-2) if parts[1] > MOST_TERMS else 0.0
     return _times(parts[1], parts[0] if parts[0] else (0.3 if base.is_Add else 0.0))
 
 
