@@ -72,7 +72,8 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def writes_the_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return "strftime_now" in str(tokenizer.chat_template)
+    """Whether prompts hold TEMPLATE_DATE."""
+    return isinstance(tokenizer.chat_template, str) and NOW.search(tokenizer.chat_template) is not None
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
@@ -86,10 +87,13 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], a
     return text
 
 
-def _dated(template: Any) -> Any:
-    """The template with TEMPLATE_DATE where it asks for today's; transformers hands no function on to templates."""
+def _dated(template: Any) -> str | None:
+    """The template with TEMPLATE_DATE where it asks for today's; transformers hands no function on to templates.
+
+    None, which is the tokenizer's own choice, where it has several templates by name.
+    """
     if not isinstance(template, str):
-        return template
+        return None
     return NOW.sub(lambda match: repr(TEMPLATE_DATE.strftime(match[2])), template)
 
 

@@ -116,6 +116,13 @@ def test_a_template_that_writes_the_date_writes_always_the_same(tmp_path):
     assert MappedStore(tmp_path / "s").header["made"]["template_date"] == "2024-07-26"
 
 
+def test_one_of_several_templates():
+    """A tokenizer may have some by name; transformers takes its "default"."""
+    several = chat({"default": CHAT, "tool_use": NO_PROBLEM})
+    (prompt,), (alone,) = (tokenized([{"prompt": "Find x."}], t, chat_template=True) for t in (several, chat(CHAT)))
+    assert prompt.token_ids == alone.token_ids
+
+
 @pytest.mark.parametrize(
     "line, reason",
     [

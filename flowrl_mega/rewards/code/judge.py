@@ -203,8 +203,8 @@ def trouble(outcome: Outcome) -> Failure | None:
         "wall": ("time-out", "took too long (reward.code.wall_s)"),
         "cpu": ("time-out", "used too much CPU time (reward.code.cpu_s)"),
         "memory": ("memory", "used too much memory (reward.code.memory_mb)"),
-        "processes": ("processes", "started too many processes (rewards.code.processes)"),
-        "flood": ("output flood", "wrote too much (rewards.code.output_kb)"),
+        "processes": ("processes", "started too many processes (reward.code.processes)"),
+        "flood": ("output flood", "wrote too much (reward.code.output_kb)"),
     }.get(outcome.end) or ("crash", f"killed by {_signal(outcome.code)}")
 
 
