@@ -77,6 +77,19 @@ def test_what_differs_is_told(metrics, others, words, tool, tmp_path, capsys):
     assert words in said and "NOT equal" in said
 
 
+def test_a_name_that_only_the_new_version_logs(tool, tmp_path, capsys):
+    """It must be said, and excuses nothing that the old run has."""
+    folders = [str(tmp_path / "old"), str(tmp_path / "new")]
+    write(tmp_path / "old", OLD)
+    write(tmp_path / "new", NEW | {"loss/more": 1.0})
+    assert tool.main([*folders, "--added", "loss/more", "loss/policy"]) == 0
+    assert f"{PER_RUN} values, equal" in capsys.readouterr().out
+    assert tool.main([*folders, "--added", "more"]) == 1
+    RunFolder(tmp_path / "new").truncate(0)
+    write(tmp_path / "new", NEW | {"loss/more": 1.0, "loss/policy": 0.5})
+    assert tool.main([*folders, "--added", "loss/more", "loss/policy"]) == 1
+
+
 def test_a_missing_step_and_a_missing_run(tool, tmp_path, capsys):
     """A run that stopped early, or was not made, is no equal one."""
     for name in ("a", "b"):

@@ -1,6 +1,6 @@
 """Whether two runs, or two trees of runs, logged the same numbers to the last digit.
 
-    python tools/compare_runs.py OLD NEW
+    python tools/compare_runs.py OLD NEW [--added NAME ...]
 
 Compares metrics.jsonl, evaluation.jsonl and samples.jsonl of run folders, matched by their path in OLD and NEW. Names
 of metrics that have changed since count as their new names; seconds, rates and memory are left out. Prints a line for
@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path, help="a run folder, or a folder of run folders")
     parser.add_argument("new", type=Path, help="the same of the other version")
+    parser.add_argument("--added", nargs="+", default=[], metavar="NAME", help="names that only NEW's version logs")
     return parser
 
 
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: only in {options.old if name in old else options.new}")
             continue
         try:
-            compared, differing = compare(old[name], new[name])
+            compared, differing = compare(old[name], new[name], set(options.added))
         except ConfigError as error:
             print(error, file=sys.stderr)
             return 2
@@ -69,9 +70,13 @@ def run_folders(root: Path) -> dict[str, Path]:
     return {folder.relative_to(root).as_posix(): folder for folder in found}
 
 
-def compare(old: Path, new: Path) -> tuple[int, list[str]]:
-    """How many values two run folders have, and a line for each that differs or that only one of them has."""
+def compare(old: Path, new: Path, added: set[str]) -> tuple[int, list[str]]:
+    """How many values two run folders have, and a line for each that differs or that only one of them has.
+
+    What only the new run has under one of the names `added` counts for nothing.
+    """
     ours, theirs = dict(values(old)), dict(values(new))
+    theirs = {place: text for place, text in theirs.items() if place in ours or place.split(", ")[-1] not in added}
     differing = []
     for place in dict.fromkeys([*ours, *theirs]):
         if place not in theirs:
