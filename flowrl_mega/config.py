@@ -211,6 +211,11 @@ class CodeSettings(Settings):
     )
     score: Literal["all", "fraction"] = Field("all", description="1 if all tests pass, else 0; or the share that does")
     python: str | None = Field(None, description="interpreter of the programs; null: this one's")
+    packages: tuple[str, ...] = Field(
+        ("numpy",),
+        description="with python=null: modules of this environment that programs and tests may import beside the "
+        "standard library",
+    )
     wall_s: float = Field(10.0, gt=0, description="a program that runs longer is ended")
     cpu_s: int = Field(8, ge=1, description="CPU time of a program")
     memory_mb: int = Field(1024, ge=32)

@@ -14,8 +14,8 @@ SERVERS = """rollout.ahead rollout.partial_tokens rollout.servers rollout.python
     rollout.api_key_file rollout.concurrency rollout.request_timeout_s rollout.hang_s rollout.start_timeout_s
     rollout.sync"""
 # What a remote sandbox decides itself.
-OWN_SANDBOX = """reward.code.isolation reward.code.python reward.code.cpu_s reward.code.disk_mb reward.code.processes
-    reward.code.open_files"""
+OWN_SANDBOX = """reward.code.isolation reward.code.python reward.code.packages reward.code.cpu_s reward.code.disk_mb
+    reward.code.processes reward.code.open_files"""
 OWN_TRUNK = """critic.path critic.warmup_steps critic.optimizer.betas critic.optimizer.eps critic.optimizer.weight_decay
     critic.optimizer.clip_grad critic.optimizer.warmup_steps critic.optimizer.decay critic.optimizer.distributed
     critic.optimizer.offload"""
@@ -27,6 +27,7 @@ NEEDS = (
     Needs("data.dali.buffer", "data.dali.shuffle=reader", lambda c: c.data.dali.shuffle == "reader"),
     Needs(GATE, "a recipe in model.fp8", lambda c: c.model.fp8 != "off"),
     Needs(OWN_SANDBOX, "reward.code.url=null", lambda c: c.reward.code.url is None),
+    Needs("reward.code.packages", "reward.code.python=null", lambda c: c.reward.code.python is None),
     Needs(SERVERS, "rollout.engine=sglang", lambda c: c.rollout.engine != "embedded"),
     Needs("rollout.sync.folder", "rollout.sync.transfer=disk", lambda c: c.rollout.sync.transfer == "disk"),
     Needs("rollout.mismatch.action", "rollout.mismatch.budget", lambda c: c.rollout.mismatch.budget is not None),

@@ -12,7 +12,7 @@ import torch
 from flowrl_mega import objectives, ops
 from flowrl_mega.checkpoint import check_checkpoint, check_model, find_checkpoint, is_megatron
 from flowrl_mega.config import Config, ConfigError
-from flowrl_mega.data.load_prompts import PromptData, kinds_of, load_prompts
+from flowrl_mega.data.load_prompts import PromptData, kinds_of, load_prompts, modules_of
 from flowrl_mega.model.architecture import Architecture, read_architecture
 from flowrl_mega.model.checks import check_head, check_layers, check_layout, check_megatron, check_pipeline
 from flowrl_mega.model.precision import describe_fp8, describe_layers
@@ -57,7 +57,8 @@ class Inputs:
         """What the reward says of itself and the data's rows, such as the isolation that programs get here; it may
         refuse them."""
         reward, data = self.reward, self.data  # a wrong name is told before data are read
-        return reward.describe(kinds_of(data.prompts) | (kinds_of(data.held_out) if data.held_out else set()))
+        every = [prompts for prompts in (data.prompts, data.held_out) if prompts]
+        return reward.describe(set().union(*map(kinds_of, every)), set().union(*map(modules_of, every)))
 
 
 def check(inputs: Inputs, world: int, resume: str, checkpoint: Path | None, one_of_many: bool = False) -> None:

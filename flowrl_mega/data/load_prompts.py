@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from flowrl_mega.config import Config, ConfigError, DataSettings
 from flowrl_mega.data.loader import whole
+from flowrl_mega.data.modules import test_modules
 from flowrl_mega.data.prompts import Prompts, read_jsonl, tokenized
 from flowrl_mega.data.split import split
 from flowrl_mega.data.store import MappedStore, open_store
@@ -55,6 +56,14 @@ def kinds_of(prompts: Prompts) -> set[str]:
     if isinstance(store, MappedStore):
         return set(store.header["kinds"])
     return {str(prompt.row.get("kind", "")) for prompt in prompts}
+
+
+def modules_of(prompts: Prompts) -> set[str]:
+    """The modules that the tests of the rows import. A store's header knows them, unless an earlier version made it."""
+    store = whole(prompts)
+    if isinstance(store, MappedStore) and "modules" in store.header:
+        return set(store.header["modules"])
+    return {name for prompt in prompts for name in test_modules(prompt.row)}
 
 
 def load_tokenizer(path: str) -> Any:

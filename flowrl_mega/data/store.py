@@ -27,6 +27,7 @@ import numpy as np
 
 from flowrl_mega.config import ConfigError
 from flowrl_mega.data.fingerprint import Fingerprint
+from flowrl_mega.data.modules import test_modules
 from flowrl_mega.data.prompts import Prompt, Row
 
 FORMAT = 1
@@ -200,6 +201,7 @@ class StoreWriter:
         self.written = dict.fromkeys(files, 0)
         self.tasks: Counter[str] = Counter()
         self.kinds: Counter[str] = Counter()
+        self.modules: Counter[str] = Counter()  # rows whose tests import each
         self.longest = 0
 
     def add(self, token_ids: Sequence[int], row: Row, image: bytes = b"") -> None:
@@ -211,6 +213,7 @@ class StoreWriter:
         self._append("images", image, len(image))
         self.tasks[row.get("task", "")] += 1
         self.kinds[row.get("kind", "")] += 1
+        self.modules.update(test_modules(row))
         self.longest = max(self.longest, len(token_ids))
 
     def _append(self, part: str, data: bytes, length: int) -> None:
@@ -237,6 +240,7 @@ class StoreWriter:
             "dtype": self.dtype.name,
             "tasks": dict(self.tasks),
             "kinds": dict(self.kinds),
+            "modules": dict(self.modules),
             **header,
             "files": {
                 name: {"bytes": (self.folder / name).stat().st_size, "sha256": _sha256(self.folder / name)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Set
 from functools import cache
 from typing import Any
 
@@ -29,7 +30,7 @@ def score(row: dict[str, Any], response: str, settings: RewardSettings = DEFAULT
 score.right_at = 1.0  # type: ignore[attr-defined]  # that of each of them
 
 
-def describe(settings: RewardSettings, kinds: set[str]) -> str:
+def describe(settings: RewardSettings, kinds: Set[str], modules: Set[str] = frozenset()) -> str:
     """What the rewards of these kinds of rows say of themselves. Raises ConfigError for a kind that has no reward."""
     for kind in sorted(kinds):
         if kind not in KINDS:
@@ -39,7 +40,7 @@ def describe(settings: RewardSettings, kinds: set[str]) -> str:
                 f"reward.function = flowrl_mega.rewards.by_kind:score: a row of the data {found}; give each row one of "
                 f"{', '.join(KINDS)}" + (f" (did you mean {near[0]!r}?)" if near else "")
             )
-    said = {kind: _reward(kind, settings).describe({kind}) for kind in sorted(kinds)}
+    said = {kind: _reward(kind, settings).describe({kind}, modules) for kind in sorted(kinds)}
     return "; ".join(f"{kind}: {words}" for kind, words in said.items() if words)
 
 

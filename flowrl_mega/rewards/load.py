@@ -6,7 +6,7 @@ import inspect
 import math
 import numbers
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,7 +38,7 @@ class Reward:
     """A reward function with its settings bound, and what it says of itself."""
 
     function: Callable[[Row, str], Result]
-    describe: Callable[[set[str]], str]  # of the kinds of rows: in words, what it works with; may refuse
+    describe: Callable[..., str]  # of the kinds of rows[, modules of their tests]: what it works with; may refuse
     wrong: float  # the reward of an answer for which the call failed
     takes_settings: bool  # else it reads neither reward.math nor reward.code
     is_quick: bool  # takes microseconds: not worth a process of its own
@@ -57,7 +57,8 @@ def load_reward(settings: RewardSettings) -> Reward:
 
     It takes (row, response) or (row, response, settings). Its attribute `wrong` is the reward of a failed call (0),
     `is_quick` says that a call takes microseconds, `right_at` is the least reward of a right answer (any above 0); a
-    function `describe(settings)` or `describe(settings, kinds)` beside it says at the start what it works with. Raises
+    function `describe(settings[, kinds[, modules]])` beside it says at the start what it works with, for rows of these
+    kinds, whose tests import these modules. Raises
     ConfigError as `imports.load` does, and for what is no function or takes other arguments.
     """
     reward = bound(settings)
@@ -128,10 +129,13 @@ def _with_settings(function: Callable[..., Result], settings: RewardSettings, ro
     return function(row, response, settings)
 
 
-def _describe(function: Callable[..., str] | None, settings: RewardSettings, kinds: set[str]) -> str:
+def _describe(
+    function: Callable[..., str] | None, settings: RewardSettings, kinds: Set[str], modules: Set[str] = frozenset()
+) -> str:
     if function is None:
         return ""
-    return function(settings, kinds) if _takes(function, 2) else function(settings)
+    arguments = (settings, kinds, modules)
+    return function(*arguments[: next((taken for taken in (3, 2) if _takes(function, taken)), 1)])
 
 
 def _number(value: Any) -> float | None:

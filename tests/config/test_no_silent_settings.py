@@ -146,6 +146,7 @@ EVIDENCE: dict[str, Any] = {
             ("isolation", "process", "test_sandbox.py::test_takes_less_where_that_is_asked_for"),
             ("score", "fraction", "test_code.py::test_no_test_begins_after_the_time_of_a_call"),
             ("python", "python3", "test_sandbox.py::test_another_interpreter"),
+            ("packages", "[sys]", "test_packages.py::test_only_what_is_named_can_be_imported"),
             ("wall_s", "3", "test_sandbox.py::test_limits"),
             ("cpu_s", "3", "test_sandbox.py::test_limits"),
             ("memory_mb", "64", "test_sandbox.py::test_limits"),

@@ -44,6 +44,14 @@ def test_the_kinds_of_the_data_are_checked_at_the_start() -> None:
         reward.describe({""})
 
 
+def test_modules_that_tests_need_are_asked_of_programs_alone() -> None:
+    """A row of another kind says nothing about the sandbox."""
+    reward = load_reward(RewardSettings(function=SPEC))
+    assert reward.describe({"math"}, {"no_such_module"}) == ""
+    with pytest.raises(ConfigError, match=r"the tests of the data import no_such_module"):
+        reward.describe({"math", "code"}, {"no_such_module", "numpy"})
+
+
 def test_a_run_says_which_isolation_its_programs_get(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,3 +70,7 @@ def test_a_run_says_which_isolation_its_programs_get(
     assert "reward      flowrl_mega.rewards.code:score; sandbox: namespaces" in capsys.readouterr().out
     assert cli.main(["train", str(config), "--reward.code.python=/nowhere/python"]) == 2
     assert "reward.code.python = '/nowhere/python': cannot start" in capsys.readouterr().err
+    tests = {"type": "check", "name": "f", "code": "import scipy\ndef check(f): pass", "stub": "def f(): pass"}
+    rows.write_text(json.dumps({"prompt": "12:", "kind": "code", "tests": tests}))
+    assert cli.main(["train", str(config), "--dry-run"]) == 2
+    assert "reward.code.packages = [numpy]: the tests of the data import scipy" in capsys.readouterr().err

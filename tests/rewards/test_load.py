@@ -125,4 +125,5 @@ def test_settings_reach_a_reward_that_takes_them(folder, monkeypatch):
     assert call(reward, {"by": 4}, "").reward == 2.0
     assert call(reward, {"by": 0}, "") == Score(-1.0, "ZeroDivisionError: float division by zero", True, "error")
     assert reward.describe({"b", "a"}) == "8.0 ['a', 'b']"
+    assert reward.describe({"b"}, {"numpy"}) == "8.0 ['b']"
     sys.modules.pop("graded")

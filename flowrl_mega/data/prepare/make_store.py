@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from flowrl_mega.config import ConfigError
+from flowrl_mega.config import CodeSettings, ConfigError
 from flowrl_mega.data.chat import TEMPLATE_DATE, check_template, faults_of, render, writes_the_date
 from flowrl_mega.data.prepare import contamination
 from flowrl_mega.data.prepare.problem import BAD_ANSWER, BROKEN, EMPTY, BadRow, Problem
@@ -69,12 +70,18 @@ class Report:
     refused: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)  # of each reason
     overlaps: list[contamination.Overlap] = field(default_factory=list)
+    missing: dict[str, int] = field(default_factory=dict)  # modules that programs lack by default: rows with such tests
     date: str = ""  # that the chat template wrote, if it writes one
 
     def __str__(self) -> str:
         lines = [f"{self.kept} of {self.read} rows kept: {self.tokens} tokens, the longest prompt {self.longest}"]
         lines += [f"  {n:>8}  {reason:<29}  {self.first[reason]}" for reason, n in self.refused.most_common()]
         lines += [f"the chat template writes the date: it is {self.date} in every prompt"] if self.date else []
+        lines += [
+            f"the tests of {rows} row(s) import {name}, which programs do not have by default: name it with "
+            "reward.code.packages, where it is installed, or give an interpreter with it as reward.code.python"
+            for name, rows in self.missing.items()
+        ]
         lines += ["", contamination.table(self.overlaps)] if self.overlaps else []
         return "\n".join(lines)
 
@@ -101,6 +108,8 @@ def prepare(plan: Plan, tokenizer: Any, check_answer: GoldCheck | None) -> Repor
             for item, ids in _tokenised(kept, plan, tokenizer, report, listed):
                 assert item.problem and isinstance(item.problem.image, bytes)
                 writer.add(ids, item.problem.row, item.problem.image)
+        known = {*sys.stdlib_module_names, *CodeSettings().packages}
+        report.missing = {name: rows for name, rows in writer.modules.most_common() if name not in known}
         report.kept, report.tokens, report.longest = writer.count, writer.written["tokens"], writer.longest
         if not report.kept:
             raise _nothing_kept(plan, report, writer.folder / REFUSED)

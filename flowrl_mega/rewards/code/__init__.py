@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Set
 from typing import Any
 
 from flowrl_mega.config import CodeSettings, RewardSettings
 from flowrl_mega.rewards.code import remote
 from flowrl_mega.rewards.code.answer import program
 from flowrl_mega.rewards.code.judge import Verdict, call_tests, check_tests, problem_of, stdin_tests
+from flowrl_mega.rewards.code.modules import check_modules
 from flowrl_mega.rewards.sandbox.choose import choose
 from flowrl_mega.rewards.sandbox.client import Sandbox
 
@@ -28,13 +30,22 @@ _sandboxes: dict[tuple[int, str], Sandbox] = {}
 DEFAULT = RewardSettings(function="flowrl_mega.rewards.code:score")
 
 
-def describe(settings: RewardSettings) -> str:
-    """Which isolation programs get here, in words. Raises ConfigError if it is less than reward.code.isolation,
-    or if reward.code.url does not answer."""
+def describe(settings: RewardSettings, kinds: Set[str] = frozenset(), modules: Set[str] = frozenset()) -> str:
+    """Which isolation programs get here, in words.
+
+    Raises ConfigError if it is less than reward.code.isolation, if reward.code.url does not answer, or if `modules`,
+    which the tests of rows import, cannot be imported there.
+    """
     if settings.code.url:
-        return remote.Remote(settings.code).describe()
+        runner = remote.Remote(settings.code)
+        words = runner.describe()
+        check_modules(runner, modules, settings.code)
+        return words
     sandbox, words = choose(settings.code)
-    sandbox.close()
+    try:
+        check_modules(sandbox, modules, settings.code)
+    finally:
+        sandbox.close()
     return f"sandbox: {words}"
 
 

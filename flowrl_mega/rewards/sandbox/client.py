@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowrl_mega.config import CodeSettings
+from flowrl_mega.config import CodeSettings, ConfigError
+from flowrl_mega.rewards.sandbox import packages
 from flowrl_mega.rewards.sandbox.codec import HEADER
 
 LIMITS = ("wall_s", "cpu_s", "memory_mb", "disk_mb", "processes", "open_files")
 GRACE = 10.0  # seconds beyond a program's wall time after which its supervisor must have answered
 CHUNK = 1 << 16
+SERVER = Path(__file__).with_name("server.py")
 FRAME = 64  # bytes that a waiting frame takes besides its own
 
 
@@ -52,7 +54,7 @@ class Sandbox:
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._server = subprocess.Popen(
-                [*interpreter(settings), str(Path(__file__).with_name("server.py")), str(theirs.fileno())],
+                [*interpreter(settings), str(SERVER), str(theirs.fileno()), *package_paths(settings)],
                 env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
                 cwd="/",
                 stdin=subprocess.DEVNULL,
@@ -85,6 +87,17 @@ def interpreter(settings: CodeSettings) -> list[str]:
     if settings.python:
         return [settings.python, "-I", "-B"]
     return [getattr(sys, "_base_executable", None) or sys.executable, "-I", "-S", "-B"]
+
+
+def package_paths(settings: CodeSettings) -> list[str]:
+    """Where the modules lie that programs may import. ConfigError: one is not installed."""
+    try:
+        return [] if settings.python else packages.find(settings.packages)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"reward.code.packages: {error} is no module of this environment; install it here, leave it out, or give "
+            "reward.code.python, an interpreter that has it"
+        ) from None
 
 
 class Program:

@@ -29,6 +29,8 @@ import codec  # type: ignore[import-not-found]
 import prelude  # type: ignore[import-not-found]
 
 CHANNEL = 3
+# Libraries of linear algebra would start a thread for every core, more than a program may have.
+ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 def take_streams(streams: list[int]) -> None:
@@ -70,6 +72,7 @@ def run(folder: str) -> NoReturn:
     try:
         os.environ.clear()
         os.environ.update(PATH="/usr/bin:/bin", HOME=folder, TMPDIR=folder, LANG="C.UTF-8")
+        os.environ.update(ONE_THREAD)
         sys.stdin = _text(0, "r", "surrogateescape")
         sys.stdout = _text(1, "w", "surrogateescape")
         sys.stderr = _text(2, "w", "backslashreplace")

@@ -75,6 +75,10 @@ def interpreter_paths() -> list[tuple[str, str]]:
     own = [sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix]
     system = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/ld.so.cache"]
     paths = [path for path in dict.fromkeys([*system, *sorted(own, key=len)]) if path != "/" and os.path.exists(path)]
+    return real_paths(paths)
+
+
+def real_paths(paths: list[str]) -> list[tuple[str, str]]:
     return [(path, os.path.realpath(path)) for path in paths]
 
 

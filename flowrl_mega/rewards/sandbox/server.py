@@ -1,6 +1,6 @@
 """The fork server: a small warm interpreter that starts programs for one worker process. stdlib only, run by path.
 
-    python -I -S -B server.py SOCKET_FD
+    python -I -S -B server.py SOCKET_FD [file or folder of a module that programs may import] ..
 
 Each message on the socket asks for one program: limits as JSON, and five file descriptors. The server forks a
 supervisor for it and goes on; it never reads a program or a test, so that no later program finds them in its memory.
@@ -20,6 +20,7 @@ from importlib import import_module
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import jail  # type: ignore[import-not-found] # noqa: E402
+import packages  # type: ignore[import-not-found] # noqa: E402
 import supervisor  # type: ignore[import-not-found] # noqa: E402
 
 sys.path.pop(0)
@@ -31,7 +32,8 @@ itertools json math operator os queue random re statistics string textwrap threa
 
 def main() -> None:
     requests = socket.socket(fileno=int(sys.argv[1]))
-    paths = jail.interpreter_paths()
+    paths, modules = jail.interpreter_paths(), jail.real_paths(sys.argv[2:])
+    packages.allow(sys.argv[2:])
     jail.seccomp.prepare()
     for name in WARM:
         import_module(name)
@@ -45,7 +47,7 @@ def main() -> None:
             return
         if os.fork() == 0:
             requests.close()
-            supervisor.run(message, fds, paths)  # never returns
+            supervisor.run(message, fds, paths, modules)  # never returns
         for fd in fds:
             os.close(fd)
 

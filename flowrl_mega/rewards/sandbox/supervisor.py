@@ -27,12 +27,15 @@ LAST_FD = 1 << 16
 CLOCK, PAGE = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
 
 
-def run(message: bytes, fds: list[int], paths: list[tuple[str, str]]) -> NoReturn:
+Paths = list[tuple[str, str]]  # each with the same without links
+
+
+def run(message: bytes, fds: list[int], interpreter: Paths, modules: Paths) -> NoReturn:
     """Everything of one request; ends this process."""
     try:
         request = json.loads(message)
         control, *streams = fds
-        end = Supervisor(request, paths).supervise(control, streams)
+        end = Supervisor(request, interpreter, modules).supervise(control, streams)
         os.write(control, json.dumps(end).encode())
     except BrokenPipeError:
         pass  # the worker has gone, or does not want to know
@@ -43,11 +46,11 @@ def run(message: bytes, fds: list[int], paths: list[tuple[str, str]]) -> NoRetur
 
 
 class Supervisor:
-    def __init__(self, request: dict, paths: list[tuple[str, str]]) -> None:
+    def __init__(self, request: dict, interpreter: Paths, modules: Paths) -> None:
         self.limits = request["limits"]
         self.way = request["way"]  # "root" or "user": namespaces made with or without root's rights; "process"
-        self.outside_id = other_id() if os.geteuid() == 0 and (self.way == "root" or open_to_all(paths)) else None
-        self.paths = paths
+        self.outside_id = other_id() if os.geteuid() == 0 and (self.way == "root" or open_to_all(interpreter)) else None
+        self.paths = [*interpreter, *modules]
         self.foreign: set[str] = set()  # processes seen that are not the program's
 
     def supervise(self, control: int, streams: list[int]) -> dict:
@@ -285,7 +288,7 @@ def other_id() -> int:
     return own if any(first <= own < first + count for first, _, count in maps) else 65534
 
 
-def open_to_all(paths: list[tuple[str, str]]) -> bool:
+def open_to_all(paths: Paths) -> bool:
     """Whether any user can read the interpreter's files where they are."""
     folders = {real for _, real in paths}
     folders |= {parent for folder in folders for parent in _parents(folder)}
