@@ -5,6 +5,7 @@ Every error is a `ConfigError` with one message that names the field, the value 
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -98,6 +99,9 @@ class DataSettings(Settings):
     task_args: dict[str, Any] = Field(default_factory=dict)
     held_out: float | str | None = Field(None, description="prompts kept for evaluation: a share, or a JSON lines file")
     chat_template: bool = False
+    template_date: date = Field(
+        date(2024, 7, 26), description="what a chat template that writes today's date gets: prompts stay the same"
+    )
     max_prompt_tokens: int = Field(2048, ge=1, description="data with longer prompts is refused")
     loader: Literal["mmap", "dali"] = Field("mmap", description="what reads prompts; dali needs a prompt store")
     dali: DaliSettings = DaliSettings()

@@ -23,6 +23,7 @@ GATE = "model.fp8_first_last_bf16 model.fp8_check_every model.fp8_budget model.f
 
 NEEDS = (
     Needs("data.task_args", "data.task", lambda c: c.data.task is not None),
+    Needs("data.template_date", "data.chat_template", lambda c: c.data.chat_template),
     Needs("data.dali", "data.loader=dali", lambda c: c.data.loader == "dali"),
     Needs("data.dali.buffer", "data.dali.shuffle=reader", lambda c: c.data.dali.shuffle == "reader"),
     Needs(GATE, "a recipe in model.fp8", lambda c: c.model.fp8 != "off"),

@@ -16,6 +16,7 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="columns with other names, as answer=solution")
     add("--wording", choices=("boxed", "answer"), help="how to answer: in \\boxed{}, or after 'Answer:' (DAPO's rule)")
     add("--chat-template", action=argparse.BooleanOptionalAction, default=False, help="apply the tokenizer's")
+    add("--template-date", type=date.fromisoformat, default="2024-07-26", help="for templates that write the date")
     add("--max-prompt-tokens", type=int, default=2048, help="longer prompts are refused (default 2048)")
     add("--against", nargs="+", default=[], help="test sets: which of their problems are in the training set?")
     add(
@@ -94,6 +96,7 @@ def prepare(options: argparse.Namespace) -> int:
         columns=_pairs(options.columns),
         wording=options.wording,
         chat_template=options.chat_template,
+        template_date=options.template_date,
         max_prompt_tokens=options.max_prompt_tokens,
         against=options.against,
         drop_share=options.drop_contaminated,

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import re
-from datetime import datetime
+from datetime import date, datetime, time
 from typing import TYPE_CHECKING, Any
 
-from flowrl_mega.config import ConfigError
+from flowrl_mega.config import ConfigError, DataSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Templates that write today's date (Llama 3.1's does) would make other prompts of the same rows every day. They are
-# given this one, which Llama 3.1's own falls back to.
-TEMPLATE_DATE = datetime(2024, 7, 26)
-NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+# given this one, which Llama 3.1's own falls back to, or data.template_date.
+TEMPLATE_DATE = DataSettings().template_date
+NOW = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
+ASKED = re.compile(r"strftime_now(?!\s+is\s)")  # not whether there is such a function
 MARK = "the-answer-begins-here"
 
 
-def render(prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> str:
-    """The text that is tokenised: the prompt, or with `chat_template` what the template makes of its messages."""
+def render(
+    prompt: str | list[dict[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: bool,
+    today: date = TEMPLATE_DATE,
+) -> str:
+    """The text that is tokenised: the prompt, or with `chat_template` what the template makes of its messages.
+
+    `today` is the date in it, where the template asks for one.
+    """
     if not chat_template:
         assert isinstance(prompt, str)
         return prompt
-    return _apply(tokenizer, as_messages(prompt), add_generation_prompt=True)
+    return _apply(tokenizer, as_messages(prompt), add_generation_prompt=True, today=today)
 
 
 def as_messages(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
@@ -54,8 +63,17 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ConfigError where prompts would end before the assistant's turn begins: the template ignores
-    add_generation_prompt and writes a header before what the assistant says."""
+    """Raises ConfigError for a template with which prompts would not be what they seem.
+
+    They would end before the assistant's turn begins: it ignores add_generation_prompt and writes a header before what
+    the assistant says. Or they would be others every day: it asks for the date in a way that cannot be fixed.
+    """
+    if ASKED.search(_dated(tokenizer, TEMPLATE_DATE)):
+        raise ConfigError(
+            f"the chat template of {tokenizer.name_or_path!r} writes today's date in a format that is no text of its "
+            'own, so every day would have other prompts; write strftime_now("%d %b %Y") or a date into its '
+            "chat_template"
+        )
     user = [{"role": "user", "content": "2+2?"}]
     try:
         prompt = _apply(tokenizer, user, add_generation_prompt=True)
@@ -72,29 +90,30 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def writes_the_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether prompts hold TEMPLATE_DATE."""
-    return isinstance(tokenizer.chat_template, str) and NOW.search(tokenizer.chat_template) is not None
+    """Whether its chat template asks for today's date."""
+    return NOW.search(tokenizer.get_chat_template()) is not None
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+def _apply(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    add_generation_prompt: bool,
+    today: date = TEMPLATE_DATE,
+) -> str:
     text = tokenizer.apply_chat_template(
         messages,
         tokenize=False,
         add_generation_prompt=add_generation_prompt,
-        chat_template=_dated(tokenizer.chat_template),
+        chat_template=_dated(tokenizer, today),
     )
     assert isinstance(text, str)
     return text
 
 
-def _dated(template: Any) -> str | None:
-    """The template with TEMPLATE_DATE where it asks for today's; transformers hands no function on to templates.
-
-    None, which is the tokenizer's own choice, where it has several templates by name.
-    """
-    if not isinstance(template, str):
-        return None
-    return NOW.sub(lambda match: repr(TEMPLATE_DATE.strftime(match[2])), template)
+def _dated(tokenizer: PreTrainedTokenizerBase, today: date) -> str:
+    """The chat template, with `today` where it asks for the date; transformers hands no function on to templates."""
+    midnight = datetime.combine(today, time())
+    return NOW.sub(lambda match: repr(midnight.strftime(match[2])), tokenizer.get_chat_template())
 
 
 def faults_of(prompts: list[Any], texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[str | None]:

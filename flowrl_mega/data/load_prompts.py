@@ -32,7 +32,7 @@ def load_prompts(config: Config) -> PromptData:
     held_out: Prompts | None = None
     if data.task is not None:
         rows = task_rows(data.task, data.task_args)
-        prompts: Prompts = tokenized(rows, tokenizer, data.chat_template, data.max_prompt_tokens)
+        prompts: Prompts = tokenized(rows, tokenizer, data.chat_template, data.max_prompt_tokens, data.template_date)
     else:
         assert data.path is not None, "the settings have exactly one of the two"
         prompts = _read(data.path, data, tokenizer)
@@ -46,8 +46,8 @@ def load_prompts(config: Config) -> PromptData:
 def _read(path: str, data: DataSettings, tokenizer: Any) -> Prompts:
     """The prompts of a store, or of a JSON lines file."""
     if Path(path).is_dir():
-        return open_store(path, tokenizer, data.max_prompt_tokens, data.chat_template)
-    return tokenized(read_jsonl(path), tokenizer, data.chat_template, data.max_prompt_tokens)
+        return open_store(path, tokenizer, data.max_prompt_tokens, data.chat_template, data.template_date)
+    return tokenized(read_jsonl(path), tokenizer, data.chat_template, data.max_prompt_tokens, data.template_date)
 
 
 def kinds_of(prompts: Prompts) -> set[str]:

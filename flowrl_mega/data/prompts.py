@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flowrl_mega.config import ConfigError
-from flowrl_mega.data.chat import check_template, faults_of, render
+from flowrl_mega.data.chat import TEMPLATE_DATE, check_template, faults_of, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase  # takes seconds to import, and prepare_data --help must not
@@ -37,15 +38,17 @@ def tokenized(
     tokenizer: PreTrainedTokenizerBase,
     chat_template: bool = False,
     max_prompt_tokens: int | None = None,
+    template_date: date = TEMPLATE_DATE,
 ) -> list[Prompt]:
     """All prompts of one data set, as token ids.
 
     `rows` are dicts with "prompt" (a string, or a list of chat messages) and anything else the reward needs.
-    With `chat_template` a string becomes one user message and the tokenizer's template is applied.
+    With `chat_template` a string becomes one user message and the tokenizer's template is applied; `template_date` is
+    what a template that asks for today's date gets.
     """
     if not rows:
         raise ConfigError("data: there are no prompts; give at least one row")
-    ids = _tokenize(rows, tokenizer, chat_template)
+    ids = _tokenize(rows, tokenizer, chat_template, template_date)
     _check_lengths(ids, max_prompt_tokens)
     return [Prompt(index, list(tokens), row) for index, (tokens, row) in enumerate(zip(ids, rows, strict=True))]
 
@@ -94,7 +97,9 @@ def _check_row(row: Any, where: str) -> None:
         raise ConfigError(f'{where}: "prompt" is empty; write one or remove the row')
 
 
-def _tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> list[list[int]]:
+def _tokenize(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, chat_template: bool, today: date
+) -> list[list[int]]:
     for index, row in enumerate(rows):
         _check_row(row, f"data: row {index}")
         if isinstance(row["prompt"], list) and not chat_template:
@@ -103,9 +108,10 @@ def _tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, chat_temp
         raise ConfigError(
             "data.chat_template = true: this model's tokenizer has no chat template; set data.chat_template=false"
         )
-    texts = [render(row["prompt"], tokenizer, chat_template) for row in rows]
-    if chat_template:  # without one a prompt is the whole text, and its control tokens are meant
+    if chat_template:
         check_template(tokenizer)
+    texts = [render(row["prompt"], tokenizer, chat_template, today) for row in rows]
+    if chat_template:  # without one a prompt is the whole text, and its control tokens are meant
         faults = faults_of([row["prompt"] for row in rows], texts, tokenizer)
         for index, fault in enumerate(faults):
             if fault:

@@ -19,6 +19,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -26,6 +27,7 @@ from typing import Any, overload
 import numpy as np
 
 from flowrl_mega.config import ConfigError
+from flowrl_mega.data.chat import TEMPLATE_DATE
 from flowrl_mega.data.fingerprint import Fingerprint
 from flowrl_mega.data.modules import test_modules
 from flowrl_mega.data.prompts import Prompt, Row
@@ -165,7 +167,9 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def open_store(path: str | Path, tokenizer: Any, max_prompt_tokens: int, chat_template: bool) -> MappedStore:
+def open_store(
+    path: str | Path, tokenizer: Any, max_prompt_tokens: int, chat_template: bool, template_date: date = TEMPLATE_DATE
+) -> MappedStore:
     """The store at `path`. ConfigError if it was made with another tokenizer, or does not fit the settings."""
     store = MappedStore(path)
     made, mine = Fingerprint(**store.header["tokenizer"]), Fingerprint.of(tokenizer)
@@ -184,6 +188,12 @@ def open_store(path: str | Path, tokenizer: Any, max_prompt_tokens: int, chat_te
         )
     if template is not None and template != mine.template:
         raise ConfigError(f"{path}: was made with another chat template than that of {mine.name!r}; {again}")
+    made_on = (store.header["made"] or {}).get("template_date") if template is not None else None
+    if made_on not in (None, str(template_date)):
+        raise ConfigError(
+            f"data.template_date = {template_date}: {path} was made with {made_on}; set data.template_date={made_on}, "
+            f"or prepare it again with --template-date {template_date}"
+        )
     if (longest := store.header["longest"]) > max_prompt_tokens:
         raise ConfigError(
             f"data.max_prompt_tokens = {max_prompt_tokens}: {path} has prompts of up to {longest} tokens; raise it, "

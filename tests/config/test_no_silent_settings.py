@@ -120,6 +120,10 @@ EVIDENCE: dict[str, Any] = {
     ),
     "data.held_out": Planned("data.held_out=0.4"),
     "data.chat_template": Refused("data.chat_template=true"),
+    "data.template_date": (
+        Refused("data.template_date=2025-01-01"),
+        Tested("data/test_chat.py::test_a_store_made_on_another_date_is_refused"),
+    ),
     "data.max_prompt_tokens": Refused("data.max_prompt_tokens=1"),
     "data.loader": (Refused("data.loader=dali"), Tested("data/test_loaders.py::test_dali_wants_a_store")),
     **{

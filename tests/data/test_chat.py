@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
-from datetime import datetime
+from datetime import date, datetime
 
 import pytest
 from byte_tokenizer import TEMPLATE, byte_tokenizer
 from PIL import Image
 
 from flowrl_mega.config import ConfigError
-from flowrl_mega.data.chat import TEMPLATE_DATE
 from flowrl_mega.data.prepare.make_store import Plan, prepare
 from flowrl_mega.data.prepare.problem import decimal
 from flowrl_mega.data.prompts import tokenized
-from flowrl_mega.data.store import MappedStore
+from flowrl_mega.data.store import MappedStore, open_store
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -39,10 +38,11 @@ def written(path, rows):
     return str(path)
 
 
-def made(tmp_path, rows, tokenizer=None, recipe="math", chat_template=False):
+def made(tmp_path, rows, tokenizer=None, recipe="math", chat_template=False, **options):
     """(report, what was refused with its reason, answers kept)"""
+    tmp_path.mkdir(exist_ok=True)
     source = rows if isinstance(rows, str) else written(tmp_path / "in.jsonl", rows)
-    plan = Plan(recipe, tmp_path / "s", [source], chat_template=chat_template)
+    plan = Plan(recipe, tmp_path / "s", [source], chat_template=chat_template, **options)
     report = prepare(plan, tokenizer or byte_tokenizer(), None)
     listed = (tmp_path / "s" / "refused.jsonl").read_text().splitlines()
     details = [(entry["reason"], entry["detail"]) for entry in map(json.loads, listed)]
@@ -100,20 +100,60 @@ def test_a_template_that_ignores_add_generation_prompt(tmp_path, template, refus
         assert made(tmp_path, rows, tokenizer, "rows", True)[0].kept == len(tokenized(rows, tokenizer, True)) == 1
 
 
-def test_a_template_that_writes_the_date_writes_always_the_same(tmp_path):
-    """transformers' own rendering has today's; prepare_data says so, and the store keeps the date."""
-    tokenizer = chat(DATED)
+@pytest.mark.parametrize("several", [False, True])
+def test_a_template_that_writes_the_date_writes_always_the_same(tmp_path, several):
+    """transformers' own rendering has today's; prepare_data says which it is, and the store keeps it."""
+    tokenizer = chat({"default": DATED, "tool_use": CHAT} if several else DATED)
     messages = [{"role": "user", "content": "Find x."}]
     todays = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert f"Today is {datetime.now():%d %b %Y}" in todays
-    (prompt,) = tokenized([{"prompt": "Find x."}], tokenizer, chat_template=True)
-    begins = f"Today is {TEMPLATE_DATE:%d %b %Y} 00:00:00.\n"
-    assert tokenizer.decode(prompt.token_ids) == begins + todays.partition("\n")[2]
-    report, _, _ = made(tmp_path, [{"prompt": "Find x."}], tokenizer, "rows", True)
-    (stored,) = MappedStore(tmp_path / "s")
-    assert stored.token_ids == prompt.token_ids
-    assert "the date: it is 2024-07-26 in every prompt" in str(report)
-    assert MappedStore(tmp_path / "s").header["made"]["template_date"] == "2024-07-26"
+    for day in (None, date(2031, 2, 3)):
+        given = {} if day is None else {"template_date": day}
+        (prompt,) = tokenized([{"prompt": "Find x."}], tokenizer, chat_template=True, **given)
+        day = day or date(2024, 7, 26)
+        assert tokenizer.decode(prompt.token_ids) == f"Today is {day:%d %b %Y} 00:00:00.\n" + todays.partition("\n")[2]
+        report, _, _ = made(tmp_path / str(day), [{"prompt": "Find x."}], tokenizer, "rows", True, **given)
+        (stored,) = MappedStore(tmp_path / str(day) / "s")
+        assert stored.token_ids == prompt.token_ids
+        assert f"the date: it is {day} in every prompt" in str(report)
+        assert MappedStore(tmp_path / str(day) / "s").header["made"]["template_date"] == str(day)
+
+
+def test_a_store_made_on_another_date_is_refused(tmp_path):
+    """Two stores of one input would differ; where the template writes no date, the setting means nothing."""
+    for name, template, refused in (("dated", DATED, True), ("plain", CHAT, False)):
+        tokenizer = chat(template)
+        made(tmp_path / name, [{"prompt": "Find x."}], tokenizer, "rows", True, template_date=date(2031, 2, 3))
+        path = tmp_path / name / "s"
+        assert len(open_store(path, tokenizer, 99, True, date(2031, 2, 3))) == 1
+        if refused:
+            with pytest.raises(
+                ConfigError, match=r"^data.template_date = 2024-07-26: .* set data.template_date=2031-02-03,"
+            ):
+                open_store(path, tokenizer, 99, True)
+        else:
+            assert len(open_store(path, tokenizer, 99, True)) == 1
+
+
+@pytest.mark.parametrize(
+    "template, asks",
+    [
+        ("{% set form = '%Y' %}{{ strftime_now(form) }}" + CHAT, True),
+        ("{% set now = strftime_now %}{{ now('%Y') }}" + CHAT, True),
+        ('{% if strftime_now is defined %}{{ strftime_now(format = "%Y") }}{% endif %}' + CHAT, False),
+        (CHAT, False),
+    ],
+)
+def test_a_date_that_cannot_be_fixed_is_refused(tmp_path, template, asks):
+    """It would be another one every day, without a word."""
+    tokenizer, rows = chat(template), [{"prompt": "Find x."}]
+    if not asks:
+        (prompt,) = tokenized(rows, tokenizer, chat_template=True)
+        assert tokenizer.decode(prompt.token_ids).startswith("2024" if "strftime" in template else "<|im_start|>")
+        return
+    for attempt in (lambda: tokenized(rows, tokenizer, True), lambda: made(tmp_path, rows, tokenizer, "rows", True)):
+        with pytest.raises(ConfigError, match=r"writes today's date in a format that is no text of its own"):
+            attempt()
 
 
 def test_one_of_several_templates():

@@ -162,7 +162,7 @@ while True:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_process_is_continued(kind, store):
     """SIGKILL at a moment of its choosing: what the last state says comes next, in a process that knows no more."""
-    settings = json.dumps(SETTINGS[kind].model_dump())
+    settings = SETTINGS[kind].model_dump_json()
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, settings, str(store(200).path)], stdout=subprocess.PIPE, text=True
     )

@@ -9,6 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -40,6 +41,7 @@ class Plan:
     columns: dict[str, str] = field(default_factory=dict)  # the recipe's name -> that of the input
     wording: str | None = None  # "boxed" or "answer"; None: the recipe's
     chat_template: bool = False
+    template_date: date = TEMPLATE_DATE
     max_prompt_tokens: int = 2048
     against: list[str] = field(default_factory=list)
     against_split: str = "test"
@@ -76,7 +78,11 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.kept} of {self.read} rows kept: {self.tokens} tokens, the longest prompt {self.longest}"]
         lines += [f"  {n:>8}  {reason:<29}  {self.first[reason]}" for reason, n in self.refused.most_common()]
-        lines += [f"the chat template writes the date: it is {self.date} in every prompt"] if self.date else []
+        lines += (
+            [f"the chat template writes the date: it is {self.date} in every prompt (--template-date)"]
+            if self.date
+            else []
+        )
         lines += [
             f"the tests of {rows} row(s) import {name}, which programs do not have by default: name it with "
             "reward.code.packages, where it is installed, or give an interpreter with it as reward.code.python"
@@ -97,11 +103,15 @@ def prepare(plan: Plan, tokenizer: Any, check_answer: GoldCheck | None) -> Repor
         report.overlaps = contamination.find(_texts(plan, check_answer), tests)
     share = plan.drop_share
     dropped = set().union(*(found.train_ids(share) for found in report.overlaps)) if share is not None else set()
-    made = {key: value for key, value in vars(plan).items() if key != "out" and value not in (None, [], {})}
+    made = {
+        key: value
+        for key, value in vars(plan).items()
+        if key not in ("out", "template_date") and value not in (None, [], {})
+    }
     made |= {"inputs": [Path(name).name for name in plan.inputs], "against": [Path(n).name for n in plan.against]}
     made["recipe"] = Path(plan.recipe).name
     if plan.chat_template and writes_the_date(tokenizer):
-        report.date = made["template_date"] = f"{TEMPLATE_DATE:%Y-%m-%d}"
+        report.date = made["template_date"] = str(plan.template_date)
     with new_store(plan.out, tokenizer, chat_template=plan.chat_template, made=made) as writer:
         with (writer.folder / REFUSED).open("w") as listed:
             kept = _kept(_items(plan, check_answer), dropped, report, listed)
@@ -288,7 +298,7 @@ def _encode(batch: list[Item], plan: Plan, tokenizer: Any) -> list[list[int] | s
     """For each prompt its token ids, or the words for what is wrong with it."""
     prompts = [item.problem.row["prompt"] for item in batch if item.problem]
     try:
-        texts = [render(prompt, tokenizer, plan.chat_template) for prompt in prompts]
+        texts = [render(prompt, tokenizer, plan.chat_template, plan.template_date) for prompt in prompts]
         ids = encode(texts, tokenizer, plan.chat_template)
         return [fault or tokens for fault, tokens in zip(faults_of(prompts, texts, tokenizer), ids, strict=True)]
     except Exception:  # templates raise what they like, and tokenizers a bare Exception: which prompt is it?
@@ -297,7 +307,7 @@ def _encode(batch: list[Item], plan: Plan, tokenizer: Any) -> list[list[int] | s
 
 def _encode_one(prompt: Any, plan: Plan, tokenizer: Any) -> list[int] | str:
     try:
-        text = render(prompt, tokenizer, plan.chat_template)
+        text = render(prompt, tokenizer, plan.chat_template, plan.template_date)
         (fault,) = faults_of([prompt], [text], tokenizer)
         return fault or encode([text], tokenizer, plan.chat_template)[0]
     except Exception as error:
