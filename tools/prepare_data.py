@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="columns with other names, as answer=solution")
     add("--wording", choices=("boxed", "answer"), help="how to answer: in \\boxed{}, or after 'Answer:' (DAPO's rule)")
     add("--chat-template", action=argparse.BooleanOptionalAction, default=False, help="apply the tokenizer's")
-    add("--template-date", type=date.fromisoformat, default="2024-07-26", help="for templates that write the date")
+    add("--template-date", type=_day, default="2024-07-26", help="for templates that write the date")
     add("--max-prompt-tokens", type=int, default=2048, help="longer prompts are refused (default 2048)")
     add("--against", nargs="+", default=[], help="test sets: which of their problems are in the training set?")
     add(
@@ -138,6 +138,13 @@ def _pairs(columns: list[str]) -> dict[str, str]:
         if len(pair) != 2 or not all(pair):
             raise ConfigError(f"--columns {pair[0]}: must be OURS=THEIRS, as answer=solution")
     return {ours: theirs for ours, theirs in pairs}
+
+
+def _day(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no day; write one as 2024-07-26") from None
 
 
 def _object(text: str) -> dict[str, Any]:

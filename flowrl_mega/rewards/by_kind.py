@@ -30,6 +30,14 @@ def score(row: dict[str, Any], response: str, settings: RewardSettings = DEFAULT
 score.right_at = 1.0  # type: ignore[attr-defined]  # that of each of them
 
 
+def _wrong(row: dict[str, Any]) -> float:
+    """What a failed call scores: -1 where DAPO's rule grades, or an answer that breaks it would beat a wrong one."""
+    return _reward(row["kind"], DEFAULT).of_failed(row)
+
+
+score.wrong = _wrong  # type: ignore[attr-defined]
+
+
 def describe(settings: RewardSettings, kinds: Set[str], modules: Set[str] = frozenset()) -> str:
     """What the rewards of these kinds of rows say of themselves. Raises ConfigError for a kind that has no reward."""
     for kind in sorted(kinds):

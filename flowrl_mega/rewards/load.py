@@ -39,13 +39,17 @@ class Reward:
 
     function: Callable[[Row, str], Result]
     describe: Callable[..., str]  # of the kinds of rows[, modules of their tests]: what it works with; may refuse
-    wrong: float  # the reward of an answer for which the call failed
+    wrong: float | Callable[[Row], float]  # the reward of an answer for which the call failed; may depend on the row
     takes_settings: bool  # else it reads neither reward.math nor reward.code
     is_quick: bool  # takes microseconds: not worth a process of its own
     right_at: float | None = None  # the least reward of a right answer; None: any above 0
 
     def __call__(self, row: Row, response: str) -> Result:
         return self.function(row, response)
+
+    def of_failed(self, row: Row) -> float:
+        """The reward of an answer to the row for which the call failed."""
+        return self.wrong(row) if callable(self.wrong) else self.wrong
 
     def is_right(self, reward: float) -> bool:
         """Whether an answer with this reward counts as right in pass@k and its like."""
@@ -55,11 +59,12 @@ class Reward:
 def load_reward(settings: RewardSettings) -> Reward:
     """The reward function that `settings.function` names, as "module:function" or "path/to/file.py:function".
 
-    It takes (row, response) or (row, response, settings). Its attribute `wrong` is the reward of a failed call (0),
-    `is_quick` says that a call takes microseconds, `right_at` is the least reward of a right answer (any above 0); a
-    function `describe(settings[, kinds[, modules]])` beside it says at the start what it works with, for rows of these
-    kinds, whose tests import these modules. Raises
-    ConfigError as `imports.load` does, and for what is no function or takes other arguments.
+    It takes (row, response) or (row, response, settings). Its attribute `wrong` is the reward of a failed call (0) or
+    a function of the row that gives it, `is_quick` says that a call takes microseconds, `right_at` is the least reward
+    of a right answer (any above 0). A function `describe(settings[, kinds[, modules]])` beside it says at the start
+    what it works with, for rows of these kinds, whose tests import these modules.
+
+    Raises ConfigError as `imports.load` does, and for what is no function or takes other arguments.
     """
     reward = bound(settings)
     if not reward.takes_settings:
@@ -96,12 +101,12 @@ def call(reward: Reward, row: Row, response: str) -> Score:
     try:
         result: Any = reward(row, response)
     except Exception as error:
-        return Score(reward.wrong, _last_line(error), failed=True, kind="error")
+        return Score(reward.of_failed(row), _last_line(error), failed=True, kind="error")
     value, *words = result if isinstance(result, tuple) and len(result) in (2, 3) else (result,)
     number = _number(value)
     if number is None:
         message = f"the reward returned {result!r:.100}, not a finite number"
-        return Score(reward.wrong, message, failed=True, kind="error")
+        return Score(reward.of_failed(row), message, failed=True, kind="error")
     reason, kind = [*map(str, words), "", ""][:2]
     return Score(number, reason, failed=False, kind=kind, right=reward.is_right(number))
 

@@ -10,6 +10,7 @@ import queue
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
@@ -25,8 +26,8 @@ class Pool:
     """`submit` may be called from any thread; the futures can be cancelled while they wait."""
 
     def __init__(self, settings: RewardSettings, workers: int) -> None:
-        wrong = load_reward(settings).wrong
-        self._workers = [_Worker(settings, wrong) for _ in range(workers)]
+        of_failed = load_reward(settings).of_failed
+        self._workers = [_Worker(settings, of_failed) for _ in range(workers)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -52,8 +53,8 @@ class Pool:
 class _Worker:
     """One process, started again where it had to be ended."""
 
-    def __init__(self, settings: RewardSettings, wrong: float) -> None:
-        self.settings, self.wrong = settings, wrong
+    def __init__(self, settings: RewardSettings, of_failed: Callable[[dict[str, Any]], float]) -> None:
+        self.settings, self.of_failed = settings, of_failed
         self.closed = False
         self._start()
 
@@ -69,10 +70,11 @@ class _Worker:
                     return self.connection.recv()
                 self._restart()
                 message = f"no verdict after {self.settings.timeout_s:g} s (reward.timeout_s)"
-                return Score(self.wrong, message, failed=True, kind="time-out")
+                return Score(self.of_failed(row), message, failed=True, kind="time-out")
             except (EOFError, OSError):
                 code = self._restart()
-        return Score(self.wrong, f"the reward's process ended twice (exit code {code})", failed=True, kind="crash")
+        message = f"the reward's process ended twice (exit code {code})"
+        return Score(self.of_failed(row), message, failed=True, kind="crash")
 
     def close(self) -> None:
         self.closed = True

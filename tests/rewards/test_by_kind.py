@@ -11,6 +11,7 @@ import pytest
 from flowrl_mega import cli
 from flowrl_mega.config import CodeSettings, ConfigError, RewardSettings
 from flowrl_mega.rewards.load import call, load_reward
+from flowrl_mega.rewards.pool import Pool
 
 SPEC = "flowrl_mega.rewards.by_kind:score"
 CODE = {"type": "call", "name": "twice", "inputs": [[2], [5]], "outputs": [4, 10]}
@@ -31,6 +32,20 @@ def test_each_row_is_graded_by_its_kind(row: dict, response: str, reward: float,
     """With the settings of the section `rewards`, here the share of a program's tests."""
     score = call(load_reward(RewardSettings(function=SPEC, code=CodeSettings(score="fraction"))), row, response)
     assert (score.reward, score.kind, score.failed) == (reward, kind, False)
+
+
+@pytest.mark.parametrize("kind, reward", [("math_dapo", -1.0), ("math", 0.0), ("code", 0.0)])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_failed_call_scores_what_its_kind_gives_wrong_answers(kind: str, reward: float, workers: int) -> None:
+    """An answer that breaks a grader of -1 and 1 is not better than a wrong one; in the rank itself and in a worker."""
+    settings, row = RewardSettings(function=SPEC, workers=workers), {"kind": kind, "answer": None, "tests": None}
+    if workers:
+        pool = Pool(settings, workers)
+        score = pool.submit(row, "Answer: 4").result(timeout=120)
+        pool.close()
+    else:
+        score = call(load_reward(settings), row, "Answer: 4")
+    assert (score.reward, score.failed, score.kind) == (reward, True, "error"), score
 
 
 def test_the_kinds_of_the_data_are_checked_at_the_start() -> None:

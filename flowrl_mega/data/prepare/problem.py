@@ -74,11 +74,11 @@ def text_of(record: dict[str, Any], *names: str) -> str:
 def answer_of(record: dict[str, Any], *names: str) -> str:
     """The first of these columns as an answer: text, or a number, with 27.0 as 27. BadRow for anything else."""
     value = column(record, *names)
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, Decimal)):
         kind = type(value).__name__
         raise BadRow(BAD_ANSWER, f"{' or '.join(map(repr, names))} is a {kind}; must be text or a number")
     try:
-        text = decimal(value) if isinstance(value, float) else str(value).strip()
+        text = decimal(value) if isinstance(value, (float, Decimal)) else str(value).strip()
     except ValueError:  # an integer of more digits than Python prints
         raise BadRow(BAD_ANSWER, "the answer is a number too large to print; remove the row") from None
     if not text:
@@ -89,10 +89,11 @@ def answer_of(record: dict[str, Any], *names: str) -> str:
     return whole[1] if whole else text
 
 
-def decimal(number: float) -> str:
-    """A float in plain decimals where that is short, so that every rule reads it as the number: 1e16 has 17 digits."""
-    value = Decimal(repr(number))
-    return format(value, "f") if value.is_finite() and abs(value.adjusted()) <= 20 else repr(number)
+def decimal(number: float | Decimal) -> str:
+    """A number in plain decimals where that is short, so that every rule reads it as one: 1e16 has 17 digits."""
+    text = str(number)
+    value = Decimal(text)
+    return format(value, "f") if value.is_finite() and abs(value.adjusted()) <= 20 else text
 
 
 def last_boxed(solution: str) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from flowrl_mega.config import ConfigError
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")  # a file may have any name; a name like these is of no data set
@@ -83,7 +85,11 @@ def _dataset(name: str, where: dict[str, Any], folder: Path | None) -> Iterator[
             "installed; fix: pip install flowrl-mega[data], or give JSON lines"
         ) from None
     try:
-        stream = enumerate(datasets.load_dataset(**where, streaming=True), start=1)
+        if where["path"] == "parquet" and not _rows_of_parquet(name):
+            return  # which datasets trips over
+        dataset = datasets.load_dataset(**where, streaming=True)
+        short = [column for column, feature in (dataset.features or {}).items() if _is_short_float(feature)]
+        stream = enumerate(dataset, start=1)
     except Exception as error:  # of the library, of the hub's client, of the network: of many classes
         raise ConfigError(_unreadable(name, folder, error)) from None
     while True:
@@ -93,8 +99,24 @@ def _dataset(name: str, where: dict[str, Any], folder: Path | None) -> Iterator[
             return
         except Exception as error:
             raise ConfigError(_unreadable(name, folder, error)) from None
+        value |= {column: _shortest(value[column]) for column in short}
         begins = ", ".join(f"{key}: {str(cell)[:SHOWN]}" for key, cell in value.items())
         yield Record(Path(name).name if folder else name, number, value, "", begins[:SHOWN], folder)
+
+
+def _rows_of_parquet(path: str) -> int:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_metadata(path).num_rows
+
+
+def _is_short_float(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("float16", "float32")
+
+
+def _shortest(cell: Any) -> Any:
+    """A float of 32 or 16 bits as it is written: 0.1, which as one of 64 bits would be 0.10000000149011612."""
+    return float(str(np.float32(cell))) if isinstance(cell, float) else cell
 
 
 def _unreadable(name: str, folder: Path | None, error: Exception) -> str:

@@ -9,6 +9,7 @@ import os
 import random
 import sys
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -328,6 +329,37 @@ def test_contaminated_rows_are_shown_and_dropped_when_asked(tmp_path, run):
 
 
 @pytest.mark.integration
+def test_answers_of_every_type_of_parquet(tmp_path, run):
+    """As they were written; Parquet keeps 0.1 in 32 bits where JSON has text."""
+    pytest.importorskip("datasets", reason="the extra data is not installed")
+    import pyarrow
+    import pyarrow.parquet
+
+    for number, (cell, kind, expected) in enumerate(
+        [
+            (0.1, pyarrow.float32(), "0.1"),
+            (1.5, pyarrow.float16(), "1.5"),
+            (27.0, pyarrow.float32(), "27"),
+            (0.1, pyarrow.float64(), "0.1"),
+            (-4, pyarrow.int8(), "-4"),
+            (2**63 + 1, pyarrow.uint64(), "9223372036854775809"),
+            (Decimal("3.50"), pyarrow.decimal128(5, 2), "3.50"),
+            ("1/3", pyarrow.large_string(), "1/3"),
+            (float("nan"), pyarrow.float32(), None),
+            (None, pyarrow.float32(), None),
+            (b"12", pyarrow.binary(), None),
+            (True, pyarrow.bool_(), None),
+        ]
+    ):
+        path, out = tmp_path / f"{number}.parquet", tmp_path / str(number)
+        table = pyarrow.table({"problem": ["a?", "b?"], "answer": pyarrow.array([cell, cell], kind)})
+        pyarrow.parquet.write_table(table, path)
+        code, _, err = run("--recipe", "amc23", "--input", path, "--out", out)
+        assert code == (2 if expected is None else 0), (cell, kind, err)
+        assert expected is None or {prompt.row["answer"] for prompt in MappedStore(out)} == {expected}, kind
+
+
+@pytest.mark.integration
 def test_parquet_and_folders_are_read_through_datasets(tmp_path, run):
     """The same rows as from JSON lines; numbers, nothing and nested values come as they are."""
     pytest.importorskip("datasets", reason="the extra data is not installed")
@@ -346,6 +378,9 @@ def test_parquet_and_folders_are_read_through_datasets(tmp_path, run):
         assert code == 0 and "5 of 6 rows kept" in out, err
         stores.append([(p.token_ids, p.row) for p in MappedStore(tmp_path / name)])
     assert stores[0] == stores[1] == stores[2]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records).slice(0, 0), tmp_path / "empty.parquet")
+    code, _, err = run("--recipe", "amc23", "--input", tmp_path / "empty.parquet", "--out", tmp_path / "d")
+    assert code == 2 and "empty.parquet: holds no rows" in err
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and no more")
     code, _, err = run("--recipe", "amc23", "--input", tmp_path / "bad.parquet", "--out", tmp_path / "d")
     assert code == 2 and "bad.parquet: cannot be read" in err
