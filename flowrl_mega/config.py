@@ -260,6 +260,12 @@ class RewardSettings(Settings):
     code: CodeSettings = CodeSettings()
 
 
+class NonfiniteSettings(Settings):
+    most: int = Field(
+        10, ge=1, description="updates skipped in a row for a loss or gradient that is not finite; more end the run"
+    )
+
+
 class BatchSettings(Settings):
     mini_batch: int | None = Field(None, ge=1, description="sequences an optimizer step; null: the whole batch")
     tokens_per_microbatch: int = Field(16384, ge=1)
@@ -305,6 +311,7 @@ class Config(Settings):
     objective: dict[str, Any] = Field(default_factory=lambda: {"name": "flowrl"})
     optimizer: OptimizerSettings = OptimizerSettings()
     critic: CriticSettings | None = Field(None, description="the value function of objective ppo; {}: the defaults")
+    on_nonfinite: NonfiniteSettings = NonfiniteSettings()
     batch: BatchSettings = BatchSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

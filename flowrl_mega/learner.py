@@ -74,6 +74,18 @@ class Models:
         """Whether the critic is a second head on the policy's trunk."""
         return self.policy.with_value
 
+    def stuck(self, most: int, is_last: bool) -> str | None:
+        """Why the run can no longer learn, or None: one of its models has had `most` updates in a row refused, or in
+        all of the run (`is_last`) not made one."""
+        for name, (_, optimizer) in self.trained().items():
+            if optimizer.in_a_row >= most or (is_last and optimizer.skipped and not optimizer.updates):
+                return (
+                    f"the last {optimizer.in_a_row} updates of the {name} were skipped, because loss or gradient was "
+                    "not finite (on_nonfinite.most); see reward/mean and loss/* in metrics.jsonl; lower optimizer.lr, "
+                    "scale the rewards, or correct what gives infinities"
+                )
+        return None
+
     def trained(self) -> dict[str, tuple[Model, Optimizer]]:
         """The models that learn with their optimizers, the policy first: what a checkpoint holds."""
         found: dict[str, tuple[Model, Optimizer]] = {"policy": (self.policy, self.learner.optimizer)}

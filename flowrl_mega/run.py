@@ -66,7 +66,8 @@ class Run:
             self._evaluate_when_due(monitor)
             last, every = step == config.steps, config.checkpoint.every
             stop = self._on_any_rank(stop_requested())
-            fault = self._mismatch(metrics) or self.models.gate.fault
+            stuck = self.models.stuck(config.on_nonfinite.most, last)
+            fault = self._mismatch(metrics) or self.models.gate.fault or stuck
             if stop or fault or (every and step % every == 0) or (last and config.checkpoint.at_end):
                 self.save()
             if fault:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowrl_mega.config import RunError
 from flowrl_mega.model.architecture import Architecture
 from flowrl_mega.model.names import local_name
 
@@ -201,11 +202,19 @@ def generate(
 
 
 def draw(logits: Tensor, noise: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """One token a row and its log-prob under the temperature-scaled distribution (before top_p and top_k)."""
+    """One token a row and its log-prob under the temperature-scaled distribution (before top_p and top_k).
+
+    Raises RunError where logits are NaN or infinite: no token can be drawn.
+    """
+    logp = torch.log_softmax(logits / (sampling.temperature or 1.0), -1)
+    if bool(logp[:, 0].isnan().any()):  # one such logit makes all of its row NaN
+        raise RunError(
+            "the policy's logits are NaN or infinite, so no answer can be drawn: its weights have diverged; go on from "
+            "an earlier checkpoint with a lower optimizer.lr, or with other weights in model.path if this is step 1"
+        )
     if sampling.temperature == 0:
-        logp, token = torch.log_softmax(logits, -1).max(-1)
-        return token, logp
-    logp = torch.log_softmax(logits / sampling.temperature, -1)
+        best, token = logp.max(-1)
+        return token, best
     cumulative = _truncate(logp.exp(), sampling).cumsum(-1)
     total = cumulative[:, -1]
     point = torch.minimum(noise * total, torch.nextafter(total, torch.zeros_like(total)))  # never past the last id

@@ -70,15 +70,16 @@ def cost_metrics(seconds: Mapping[str, float], tokens: int, generated: int) -> d
     """The time and memory that a step took: the only metrics that differ between two runs of the same settings.
 
     seconds: by phase; they must add up to the step. tokens: prompt and response tokens trained on. generated: response
-    tokens. Memory is this rank's, in GB: the peak on a GPU, else what the process holds now.
+    tokens; a step that takes groups left by earlier ones generates nothing, and has no rate of it. Memory is this
+    rank's, in GB: the peak on a GPU, else what the process holds now.
     """
-    total = sum(seconds.values())
+    total, generating = sum(seconds.values()), seconds.get("generate", 0.0)
     on_gpu = torch.cuda.is_available()
     memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
     return {
         **{f"perf/{phase}_seconds": value for phase, value in seconds.items()},
         "perf/step_seconds": total,
         "perf/tokens_per_second": tokens / total,
-        "perf/generated_tokens_per_second": generated / seconds["generate"],
+        **({"perf/generated_tokens_per_second": generated / generating} if generating else {}),
         "perf/memory_gb": memory / 1e9,
     }

@@ -72,7 +72,7 @@ class Optimizer:
 
     `total_updates`: after how many updates a decay ends. `rates`: learning rates of other parameters than log Z's that
     are not the rest's, by pattern of their name. `updates` counts those that were made, `skipped` those refused for a
-    non-finite loss or gradient.
+    non-finite loss or gradient, `in_a_row` those of them since the last that was made.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Optimizer:
             wd_incr_steps=1,
             wd_incr_style="constant",
         )
-        self.updates = self.skipped = 0
+        self.updates = self.skipped = self.in_a_row = 0
         self.offload = Offload(self._state) if settings.offload else None
 
     def on_device(self) -> AbstractContextManager[Any]:
@@ -151,11 +151,13 @@ class Optimizer:
         norm = float(self.inner.get_grad_norm())
         if found_inf or not loss_is_finite or not math.isfinite(norm):
             self.skipped += 1
+            self.in_a_row += 1
             return {"grad_norm": Mean(norm), "skipped_updates": Max(self.skipped)}
         if self.settings.clip_grad > 0:
             clip_grad_by_total_norm_fp32(self.inner.get_parameters(), self.settings.clip_grad, norm)
         self.schedule.step(increment=1)
         self.inner.step_with_ready_grads()
         self.updates += 1
+        self.in_a_row = 0
         rate = self.inner.param_groups[0]["lr"]
         return {"grad_norm": Mean(norm), "lr": Mean(rate), "skipped_updates": Max(self.skipped)}

@@ -161,6 +161,7 @@ EVIDENCE: dict[str, Any] = {
             ("url", "http://127.0.0.1:9", "test_code_remote.py::test_said_at_start"),
         )
     },
+    "on_nonfinite.most": Tested("cli/test_cannot_learn.py::test_updates_that_are_all_skipped_end_the_run"),
     "rollout.engine": Refused("rollout.engine=nowhere.py:Engine"),
     "rollout.prompts_per_step": Trained("rollout.prompts_per_step=2"),
     "rollout.group_size": Trained("rollout.group_size=2"),
