@@ -13,9 +13,7 @@ AND = (
     r"\s*(?:\\(?:text|mbox|mathrm)\s*\{\s*(?:and|or)\s*\}"
     r"|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|\\l(?:and|or)(?![a-z]))\s*"
 )
-TOKEN = re.compile(
-    rf"(?P<and>{AND})|\\begin\b|\\end\b|\\[a-zA-Z]+|\\.|[()\[\]{{}}]|[,;]|=|<|>|[^\\()\[\]{{}},;=<>]", re.DOTALL
-)
+TOKEN = re.compile(rf"(?P<and>{AND})|\\begin\b|\\end\b|\\[a-zA-Z]+|\\.|[()\[\]{{}}]|[,;]|=|<|>")
 # Relations other than equality; with one of them it is no equation.
 OTHER = set(r"< > \le \leq \ge \geq \ne \neq \in \equiv \sim \lt \gt \subset \mid \approx \leqslant \geqslant".split())
 
@@ -91,13 +89,13 @@ def values_of_one_name(text: str) -> str | None:
 
 def elements(text: str) -> list[str] | None:
     """The elements of a tuple in round brackets, in order; None for anything else."""
-    text = re.sub(r"\\left\s*|\\right\s*|\\[bB]ig+[lr]?\s*", "", text).strip()
+    text = re.sub(r"\\left|\\right|\\[bB]ig+[lr]?", "", text).strip()
     return items(text[1:-1]) if len(text) > 2 and text[0] == "(" and _closes_last(text) else None
 
 
 def is_name(text: str) -> bool:
     """A letter (I, e and \\pi too) with its index, f(x), AB, \\angle A, or words in \\text."""
-    return NAME.fullmatch(text.strip()) is not None
+    return NAME.fullmatch(re.sub(r"\\left|\\right", "", text).strip()) is not None
 
 
 def _bare(name: str) -> str:
@@ -115,7 +113,7 @@ def _split(text: str, is_mark) -> list[str]:  # type: ignore[no-untyped-def]
             parts.append(text[start : token.start()].strip())
             start = token.end()
     parts.append(text[start:].strip())
-    return [part for part in parts if part] if len(parts) > 1 else parts
+    return [part for part in parts if part] or [""]
 
 
 def _closes_last(text: str) -> bool:

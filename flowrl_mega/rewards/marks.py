@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-GROUP = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace groups nothing
+GROUP = re.compile(r"\\.|[{}]")  # an escaped brace groups nothing
 
 NUMBER_GROUPS = re.compile(r"(?<![\d.])\d{1,3}(?:(?:,?\\!|\{,\}|\\,|\\ | )\d{3})+(?!\d)")
 MIXED = re.compile(r"(?<![\d./])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
@@ -15,7 +15,7 @@ UNIT = re.compile(
     weeks?|months?|years?|degrees?|dollars?|cents?|euros?|points?|people|students?|ways)(?:\s*\^\{?[23]\}?)?$""",
     re.VERBOSE | re.IGNORECASE,
 )
-WORDS = re.compile(r"[^\W\d_][^\W\d_\s'()-]*(?:[\s'()-]+[^\W\d_]+)*")
+WORDS = re.compile(r"[^\W\d_]+(?:[\s'()-]+[^\W\d_]+)*")
 
 TEXT = r"\\(?:text|textrm|textnormal|textsf|mbox|mathrm|mathsf|mathit|textbf|textit|operatorname)\s*\{"
 SPACE = r"(?:\s|\\[,;:! ]|\\quad)*"
@@ -23,7 +23,7 @@ POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|\d))?"
 TEXT_UNIT = rf"{TEXT}([^{{}}]*)\}}{POWER}"
 UNITS = re.compile(  # to the end: texts with powers, products of them, quotients
     rf"(?<=[\d}})%.]){SPACE}(?:\\[dt]?frac\s*\{{\s*{TEXT_UNIT}\s*\}}\s*\{{\s*{TEXT_UNIT}\s*\}}"
-    rf"|{TEXT_UNIT}(?:{SPACE}(?:/|\\cdot(?![a-z])|\\times|\\per)?{SPACE}{TEXT_UNIT}){{0,4}})$"
+    rf"|{TEXT_UNIT}(?:{SPACE}(?:(?:/|\\cdot|\\times|\\per){SPACE})?{TEXT_UNIT})*)$"
 )
 IN_TEXT = re.compile(TEXT + r"([^{}]*)\}")
 # What is written as a unit: up to five words, each with a power at most, nothing that counts or relates.
@@ -58,12 +58,12 @@ SYMBOLS |= {
     "、": ",",
     "。": ".",
 }
-SYMBOLS |= dict.fromkeys("\u00a0\u202f\u2009", " ") | dict.fromkeys("\u200b\ufeff\ufe0f✓✔", "")
+SYMBOLS |= dict.fromkeys("\u200b\ufeff\ufe0f✓✔", "")
 CIRCLE = r"(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree)"
 DEGREES = re.compile(rf"(?<=[\d}})]){SPACE}{CIRCLE}\s*(?:{TEXT}\s*[CFK]\s*\}}|[CF])?$")
 LEADING = re.compile(rf"^(?:{SPACE}(?:=|\\approx(?![a-z])|\\simeq|\\doteq|\\sim(?![a-z]))){SPACE}")
 LABEL = re.compile(
-    rf"^{TEXT}\s*(?:the\s+)?(?:final\s+)?(?:answer|ans|result|solution)\s*(?::|\bis\b:?|=)?\s*\}}\s*[:=]?", re.I
+    rf"^{TEXT}\s*(?:the\s+)?(?:final\s+)?(?:answer|ans|result|solution)\s*(?::|\bis\b:?|=)?\s*\}}\s*:?", re.I
 )
 
 
@@ -73,7 +73,7 @@ def tidy(text: str) -> str:
     Math-verify's own removal of units takes single letters too, so that 2h and 2 would be equal: it is switched off.
     It reads "1 000" as 1 * 000 and "5 1/2" as (5 + 1)/2.
     """
-    text = re.sub(r"(?<!\\)(?:\\[()\[\]]|\$)", "", latex(text)).strip(" \t\r\n*`").rstrip(" .,;")
+    text = re.sub(r"(?<!\\)(?:\\[()\[\]]|\$)", "", latex(text)).strip(" \t\r\n*`")
     text = _unwrap(text)
     text = LABEL.sub("", re.sub(r"\\(?:checkmark|blacksquare)(?![a-zA-Z])", "", text))
     text = LEADING.sub("", text).strip().rstrip(" .,;")
@@ -89,7 +89,7 @@ def latex(text: str) -> str:
     if not text.isascii():
         text = re.sub("(\\d)(?=[½¼¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])", r"\1 ", text)
         text = SUPERSCRIPT.sub(lambda match: f"^{{{match[0].translate(SUPERSCRIPTS)}}}", text)
-        text = ROOT.sub(lambda match: f"\\sqrt{{{match[1] or match[2] or match[3]}}}", text)
+        text = ROOT.sub(lambda match: f"\\sqrt{{{match[match.lastindex or 0]}}}", text)
         text = "".join(SYMBOLS.get(mark, mark) for mark in text)
         text = re.sub("(\\d+)\u2044(\\d+)", r"\\frac{\1}{\2}", unicodedata.normalize("NFKC", text))
         text = re.sub(r"(\d) (\\frac)", r"\1\2", text)
@@ -126,7 +126,7 @@ def group_end(text: str, start: int) -> int:
 def is_unit(text: str) -> bool:
     """Whether words after a number only name what it counts: no number, relation or operator among them."""
     text = text.strip()
-    plain = [word.casefold() for word in re.findall(r"[^\W\d_]+", text)]
+    plain = [word if word == "N" else word.casefold() for word in re.findall(r"[^\W\d]+", text)]  # N: newtons
     return UNIT_WORDS.fullmatch(text) is not None and not set(plain) & set(NO_UNIT)
 
 
@@ -163,7 +163,7 @@ def _read_text(match: re.Match[str]) -> str:
         return inner
     if not re.search(r"[^\W\d_]", inner):
         return inner
-    number = re.fullmatch(r"\s*(-?\$?[\d.,/]*\d)(\s*[^\W\d_].*)", inner, re.DOTALL)
+    number = re.fullmatch(r"\s*(-?[\d.,/]*\d)(\s*[^\W\d_].*)", inner, re.DOTALL)
     if number and match.start() == 0 and match.end() == len(match.string):
         return f"{number[1]}\\text{{{number[2]}}}"
     return match[0]
@@ -175,6 +175,6 @@ def _without_unit(text: str) -> str:
         head, word = text[: counted.start()], counted[1].lower()
         return f"{head}*12" if word == "dozen" else f"{head}\\times 10^{{{COUNTS[word]}}}"
     unit = UNITS.search(text)
-    if unit and all(is_unit(part) for part in unit.groups() if part is not None and part.strip()):
+    if unit and all(is_unit(part) for part in IN_TEXT.findall(unit[0]) if part.strip()):
         text = text[: unit.start()]
-    return DEGREES.sub("", UNIT.sub("", DEGREES.sub("", text)))
+    return DEGREES.sub("", UNIT.sub("", text))

@@ -18,9 +18,10 @@ FRACTION = re.compile(
 QUOTIENT = re.compile(rf"({DECIMAL})\s*/\s*({DECIMAL})")
 GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 PERCENT = re.compile(
-    r"\s*(?:\\?%|\s(?:percent|percentage|pct)|\\(?:text|mathrm|mbox)\s*\{\s*(?:percent|%|pct)\s*\})\s*$", re.I
+    r"(?:\\?%|\s(?:percent|percentage|pct)|\\(?:text|mathrm|mbox)\s*\{\s*(?:percent|%|pct)\s*\})\s*$", re.I
 )
-MARKS = re.compile(r"\\left|\\right|\\[,;:! ]|\\\$|[$\s]+$|^[+\s]+")
+MARKS = re.compile(r"\\left|\\right|\\[,;:! ]|\\\$|^\+")
+ENCLOSED = re.compile(r"\((.*)\)|\{(.*)\}", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,12 @@ class Number:
 def read(text: str) -> Number | None:
     """The number that the whole text is; None for anything else. Percent signs are not read: see `percent`."""
     text = MARKS.sub("", text.strip()).strip()
-    while text.startswith(("(", "{")) and text.endswith({"(": ")", "{": "}"}[text[0]]):
-        inner = text[1:-1].strip()
-        if re.search(r"[(){}]", inner):
-            break
-        text = inner
+    if found := ENCLOSED.fullmatch(text):
+        text = (found[1] or found[2] or "").strip()
     sign = -1 if text.startswith("-") else 1
     text = text[text.startswith("-") :].strip()
-    found = _unsigned(text)
-    return None if found is None else Number(sign * found.value, found.places)
+    number = _unsigned(text)
+    return None if number is None else Number(sign * number.value, number.places)
 
 
 def percent(text: str) -> str | None:
@@ -56,15 +54,15 @@ def same(a: Number, b: Number) -> bool:
     if a.value == b.value:
         return True
     for decimal, other in ((a, b), (b, a)):
-        if decimal.places >= PLACES and not other.places and not _ends(other.value):
+        if decimal.places >= PLACES and not _ends(other.value):
             return close(decimal, other.value)
     return False
 
 
 def close(decimal: Number, value: Fraction) -> bool:
     """Whether the decimal is the value, cut or rounded in its last place, with six digits beside leading zeros."""
-    last = Fraction(1, 10**decimal.places)
-    return abs(decimal.value) >= last * 10 ** (PLACES - 1) and abs(decimal.value - value) < last
+    last, sign = Fraction(1, 10**decimal.places), 1 if value > 0 else -1
+    return abs(decimal.value) >= last * 10 ** (PLACES - 1) and -last / 2 < sign * (value - decimal.value) < last
 
 
 def _ends(value: Fraction) -> bool:
@@ -95,9 +93,9 @@ def _unsigned(text: str) -> Number | None:
 
 
 def _decimal(text: str) -> Number:
-    return Number(Fraction(text.rstrip(".")), len(text.rstrip(".").partition(".")[2]))
+    return Number(Fraction(text), len(text.partition(".")[2]))
 
 
 def _scaled(mantissa: str, power: str) -> Number:
-    number, shift = _decimal(mantissa), int(power.replace(" ", ""))
+    number, shift = _decimal(mantissa), int("".join(power.split()))
     return Number(number.value * Fraction(10) ** shift, max(0, number.places - shift))
