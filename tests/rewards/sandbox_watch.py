@@ -110,7 +110,7 @@ def as_nobody(work: Callable[[dict[str, Any]], None], folder: Path, monkeypatch:
     shutil.copytree(Path(client.__file__).parent, package)
     for place in (package, *package.parents[:3]):
         place.chmod(0o755)
-    monkeypatch.setattr(client, "__file__", str(package / "client.py"))
+    monkeypatch.setattr(client, "SERVER", package / "server.py")
     child = os.fork()
     if child == 0:
         status = 1

@@ -239,11 +239,11 @@ def test_a_dead_server_is_an_error_and_is_replaced(monkeypatch):
 
 
 def test_the_server_holds_nothing_of_the_trainer(sandbox):
-    """Three descriptors and its socket, and no variable but two."""
+    """Three descriptors, its socket, a pipe to itself, and no variable but two."""
     server = psutil.Process(sandbox._server.pid)
     targets = [os.readlink(f"/proc/{server.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{server.pid}/fd")]
     assert sum(target.startswith("socket:") for target in targets) == 1
-    assert all(target == "/dev/null" or target.startswith(("socket:", "/tmp/")) for target in targets)
+    assert all(target == "/dev/null" or target.startswith(("socket:", "pipe:", "/tmp/")) for target in targets)
     assert set(server.environ()) <= {"PATH", "LANG", "LC_CTYPE"}
     assert "flowrl_mega.config" not in " ".join(server.cmdline())
 

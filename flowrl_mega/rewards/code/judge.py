@@ -204,6 +204,7 @@ def trouble(outcome: Outcome) -> Failure | None:
         "cpu": ("time-out", "used too much CPU time (reward.code.cpu_s)"),
         "memory": ("memory", "used too much memory (reward.code.memory_mb)"),
         "processes": ("processes", "started too many processes (reward.code.processes)"),
+        "supervisor": ("crash", "its supervisor was killed, as a program can without a user of its own"),
         "flood": ("output flood", "wrote too much (reward.code.output_kb)"),
     }.get(outcome.end) or ("crash", f"killed by {_signal(outcome.code)}")
 

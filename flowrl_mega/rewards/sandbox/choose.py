@@ -75,11 +75,13 @@ def accepted(settings: CodeSettings, way: str) -> tuple[Sandbox, str]:
     except BaseException:
         sandbox.close()
         raise
+    version = sandbox.memory()
+    memory = f"memory held by a cgroup ({version}) a program" if version else "memory summed 20 times a second"
     if way == "process":
         as_user = "AS ROOT" if found["user"] == 0 else f"as user {found['user']}"
-        return sandbox, f"process ({PROCESS}; programs run {as_user})"
+        return sandbox, f"process ({PROCESS}; {memory}; programs run {as_user})"
     maker = "by root" if way == "root" else "by this user"
-    return sandbox, f"namespaces, made {maker} ({NAMESPACES}, no privileges, a filter of system calls)"
+    return sandbox, f"namespaces, made {maker} ({NAMESPACES}, no privileges, a filter of system calls; {memory})"
 
 
 def wanting(faults: list[str]) -> str:

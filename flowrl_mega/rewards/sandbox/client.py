@@ -25,6 +25,7 @@ LIMITS = ("wall_s", "cpu_s", "memory_mb", "disk_mb", "processes", "open_files")
 GRACE = 10.0  # seconds beyond a program's wall time after which its supervisor must have answered
 CHUNK = 1 << 16
 SERVER = Path(__file__).with_name("server.py")
+REFUSED: dict[str, Any] = {"end": "refused", "why": "its supervisor and the fork server were killed"}
 FRAME = 64  # bytes that a waiting frame takes besides its own
 
 
@@ -36,7 +37,7 @@ class SandboxError(Exception):
 class Outcome:
     """How a program ended, and what it wrote."""
 
-    end: str  # exit, signal, wall, cpu, memory, processes or flood
+    end: str  # exit, signal, wall, cpu, memory, processes, flood or supervisor (which the program has killed)
     code: int  # exit status, or number of the signal
     stdout: str
     stderr: str
@@ -73,6 +74,10 @@ class Sandbox:
         with self.start(stdin, mode="stdin", parts=[code], prelude=prelude) as program:
             advance([program], lambda: program.ended)
             return program.outcome()
+
+    def memory(self) -> str:
+        """Which cgroups hold the memory of programs: v1, v2, or "" where none do. Asked once."""
+        return json.loads(self._requests.recv(CHUNK) or b"{}").get("memory", "")
 
     def alive(self) -> bool:
         return self._server.poll() is None
@@ -153,7 +158,7 @@ class Program:
 
     def outcome(self) -> Outcome:
         """How it ended. SandboxError: it was never started."""
-        end = self._end or {"end": "refused", "why": "its supervisor ended without a word"}
+        end = self._end or REFUSED
         if end["end"] == "refused":
             raise SandboxError(f"the sandbox could not be made: {end['why'].strip()}")
         texts = {name: data.decode("utf-8", "replace") for name, data in self._output.items()}
@@ -198,7 +203,7 @@ class Program:
         return bool(data)
 
     def _ends(self, message: bytes) -> None:
-        self._end = json.loads(message) if message else {"end": "refused", "why": "its supervisor was killed"}
+        self._end = json.loads(message.splitlines()[0]) if message else REFUSED
         self.ended = True  # nothing of it is left: what its pipes hold is the last of it
         for fd in [fd for fd, name in self.readers.items() if name != "control"]:
             while fd in self.readers and not self._flood and self._read(fd):

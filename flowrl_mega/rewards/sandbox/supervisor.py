@@ -19,6 +19,7 @@ import time
 import traceback
 from typing import NoReturn
 
+import cgroup  # type: ignore[import-not-found]
 import inside  # type: ignore[import-not-found]
 import jail  # type: ignore[import-not-found]
 
@@ -30,35 +31,44 @@ CLOCK, PAGE = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
 Paths = list[tuple[str, str]]  # each with the same without links
 
 
-def run(message: bytes, fds: list[int], interpreter: Paths, modules: Paths) -> NoReturn:
+def run(message: bytes, fds: list[int], interpreter: Paths, modules: Paths, place: cgroup.Place | None) -> NoReturn:
     """Everything of one request; ends this process."""
     try:
         request = json.loads(message)
         control, *streams = fds
-        end = Supervisor(request, interpreter, modules).supervise(control, streams)
-        os.write(control, json.dumps(end).encode())
+        end = Supervisor(request, interpreter, modules, place).supervise(control, streams)
+        os.write(control, word(**end))
     except BrokenPipeError:
         pass  # the worker has gone, or does not want to know
     except BaseException:
-        os.write(fds[0], json.dumps({"end": "refused", "why": traceback.format_exc(limit=-3)[-2000:]}).encode())
+        os.write(fds[0], word("refused", why=traceback.format_exc(limit=-3)[-2000:]))
     finally:
         os._exit(0)
 
 
+def word(end: str, **more: str | int) -> bytes:
+    """What the worker is told of a program's end: one line."""
+    return json.dumps({"end": end, **more}).encode() + b"\n"
+
+
 class Supervisor:
-    def __init__(self, request: dict, interpreter: Paths, modules: Paths) -> None:
+    def __init__(self, request: dict, interpreter: Paths, modules: Paths, place: cgroup.Place | None = None) -> None:
         self.limits = request["limits"]
         self.way = request["way"]  # "root" or "user": namespaces made with or without root's rights; "process"
-        self.outside_id = other_id() if os.geteuid() == 0 and (self.way == "root" or open_to_all(interpreter)) else None
+        self.outside_id = other_id() if has_own_user(self.way, interpreter) else None
         self.paths = [*interpreter, *modules]
+        self.place = place
+        self.group: cgroup.Group | None = None  # the server removes it
         self.foreign: set[str] = set()  # processes seen that are not the program's
 
     def supervise(self, control: int, streams: list[int]) -> dict:
         """Runs the program to its end; how it ended, when nothing of it is left."""
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.set_wakeup_fd(-1)
         os.setsid()
-        self.limits["count_processes"] = self.way != "process" or bool(self.outside_id)
+        exposed = self.way == "process" and not self.outside_id  # the program is of this process's user
+        self.limits["count_processes"] = not exposed
+        jail.prctl(jail.PR_SET_DUMPABLE, not exposed)  # it shall not write into this process, nor say on its pipe
         folder = None
         try:
             if self.way == "process":
@@ -78,6 +88,11 @@ class Supervisor:
 
     def start(self, streams: list[int], folder: str) -> tuple[int, int]:
         """The first process of the program (its namespaces' init) and a pipe with news: "status N" or a refusal."""
+        door = None
+        if self.place:
+            memory = (self.limits["memory_mb"] << 20) + os.fstat(streams[0]).st_size  # of which it has a copy
+            self.group = self.place.make(os.getpid(), memory, self.limits["processes"] + 2)
+            door = self.group.door()
         news, tell = os.pipe()
         here, there = socket.socketpair()
         if self.way == "user":
@@ -88,12 +103,12 @@ class Supervisor:
             jail.unshare(jail.NEWPID)
         else:
             jail.prctl(jail.PR_SET_SUBREAPER, 1)  # daemons become our children, not init's
-        first = os.fork()
+        first = self.group.fork(door) if self.group and door is not None else jail.fork()
         if first == 0:
             here.close()
             self.become(tell, streams, folder, there)
         there.close()
-        for fd in (tell, *streams):
+        for fd in (tell, *streams, *([] if door is None else [door])):
             os.close(fd)
         if self.way == "root" and here.recv(1):
             jail.map_ids(first, jail.INSIDE_ID, self.outside_id, self.outside_id)
@@ -144,6 +159,7 @@ class Supervisor:
         """The program's own process, from here on without rights."""
         try:
             tell = fcntl.fcntl(tell, fcntl.F_DUPFD, 64)  # out of the streams' way
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             os.setsid()
             os.chdir(folder)
             os.umask(0o077)
@@ -151,6 +167,7 @@ class Supervisor:
                 os.setgroups([])
                 os.setresgid(*[self.outside_id] * 3)
                 os.setresuid(*[self.outside_id] * 3)
+            jail.prctl(jail.PR_SET_DUMPABLE, 1)  # or it could not read /dev/stdin
             jail.prctl(jail.PR_SET_PDEATHSIG, jail.KILL)  # again: a change of user forgets it
             inside.take_streams(streams)
             jail.limit(self.limits)
@@ -193,7 +210,8 @@ class Supervisor:
             return "processes"
         if seconds > self.limits["cpu_s"]:
             return "cpu"
-        return "memory" if memory > self.limits["memory_mb"] << 20 else None
+        too_much = self.group.kills() if self.group else memory > self.limits["memory_mb"] << 20
+        return "memory" if too_much else None
 
     def count(self, first: int) -> tuple[int, float, int]:
         """Threads, CPU seconds and bytes of a process and all its descendants, beyond what it began with itself."""
@@ -225,8 +243,9 @@ class Supervisor:
     def end_all(self, first: int) -> float:
         """Kills the program and all that it started, and waits for it; CPU seconds where it ended by itself."""
         if self.way == "process" and self.outside_id and os.fork() == 0:
-            os.setresuid(*[self.outside_id] * 3)
-            os.kill(-1, signal.SIGKILL)  # all of this user at once: none can fork meanwhile
+            with contextlib.suppress(OSError):
+                os.setresuid(*[self.outside_id] * 3)
+                os.kill(-1, signal.SIGKILL)  # all of this user at once: none can fork meanwhile
             os._exit(0)
         with contextlib.suppress(ProcessLookupError):
             os.kill(first, signal.SIGKILL)  # the init of a pid namespace: the kernel ends all in it first
@@ -253,6 +272,8 @@ class Supervisor:
         kind, _, rest = said.partition(b" ")
         if kind == b"refused":
             return {"end": "refused", "why": rest.decode(errors="replace")}
+        if self.group and self.group.kills():  # of which of its processes is the kernel's choice
+            return {"end": "memory", "code": 0}
         if end != "itself":
             return {"end": end, "code": 0}
         status = int(rest) if kind == b"status" else jail.KILL
@@ -275,6 +296,17 @@ def facts_of(name: str) -> list[str]:
     return fields
 
 
+def children(parent: int) -> set[int]:
+    """All that run, or wait to be taken note of, whose parent this is."""
+    found = set()
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                if stat_fields(f"/proc/{name}/stat")[1] == str(parent):
+                    found.add(int(name))
+    return found
+
+
 def stat_fields(path: str) -> list[str]:
     with open(path, errors="replace") as file:  # a program may take a name that is no text
         return file.read().rpartition(")")[2].split()
@@ -286,6 +318,11 @@ def other_id() -> int:
     with open("/proc/self/uid_map") as file:
         maps = [[int(word) for word in line.split()] for line in file]
     return own if any(first <= own < first + count for first, _, count in maps) else 65534
+
+
+def has_own_user(way: str, interpreter: Paths) -> bool:
+    """Whether programs run as another user than this process, on the machine's own account."""
+    return os.geteuid() == 0 and (way == "root" or open_to_all(interpreter))
 
 
 def open_to_all(paths: Paths) -> bool:
