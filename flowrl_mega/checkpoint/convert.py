@@ -48,6 +48,7 @@ def hf_to_megatron(hf: Path, out: Path, dtype: torch.dtype | None = None, show: 
         arch = read_architecture(hf, "--hf")
         folder = HfFolder(hf)
         folder.check(arch)
+        folder.tell_left_alone()
         chunks, log_z, side = list(_model_chunks(folder, arch, dtype)), _log_z_chunks(hf), read_side_files(hf)
         check_target(out, sum(chunk.bytes for chunk in chunks + log_z))
     first, mine = rank() == 0, my_chunks(chunks)

@@ -167,7 +167,9 @@ def check_model(path: str | Path, arch: Architecture) -> None:
     if is_megatron(path):
         MegatronTensors(Path(path), arch)
     else:
-        HfFolder(path).check(arch)
+        folder = HfFolder(path)
+        folder.check(arch)
+        folder.tell_left_alone()
 
 
 def load_model(model: Model, path: str | Path) -> None:

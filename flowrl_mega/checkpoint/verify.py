@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from flowrl_mega.checkpoint.policy_tensors import MegatronTensors, checkpoint_architecture
 from flowrl_mega.checkpoint.state import load_megatron
 from flowrl_mega.config import Config, ConfigError
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.checks import check_layout
-from flowrl_mega.model.hf_folder import HfFolder
+from flowrl_mega.model.hf_folder import INDEX, HfFolder
 from flowrl_mega.model.layers import PackedRows
 from flowrl_mega.model.names import hf_shapes
 from flowrl_mega.model.policy import Policy
@@ -62,10 +65,12 @@ def compare_tensors(hf: Path, ckpt: Path) -> tuple[int, Difference]:
     """
     found = MegatronTensors(ckpt, read_architecture(ckpt, "--ckpt"))
     folder = HfFolder(hf)
+    folder.tell_left_alone()
+    stored = as_stored(folder)
     names = [name for name in found.slots if name in folder.tensors]  # not a tied head that is stored once
     worst, share = Difference(0.0, ""), -(-len(names) // dist.get_world_size())
     for name in names[dist.get_rank() * share :][:share]:
-        ours, theirs = found.read(name), folder.read(name).to(found.dtype(name))
+        ours, theirs = found.read(name), stored(name).to(found.dtype(name))
         if not torch.equal(ours, theirs):
             gap = (ours.double() - theirs.double()).abs().nan_to_num(nan=float("inf"))
             at = torch.unravel_index(gap.argmax(), gap.shape)
@@ -75,6 +80,19 @@ def compare_tensors(hf: Path, ckpt: Path) -> tuple[int, Difference]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, worst)
     return len(names), max(everyone, key=lambda d: d.size)
+
+
+def as_stored(folder: HfFolder) -> Callable[[str], Tensor]:
+    """Reads a tensor from the file that the folder's index names for it, with none of the code that conversion reads
+    with: it must not agree with a mistake of that. transformers honours no index: the last file that has it wins."""
+    index = folder.path / INDEX
+    named = json.loads(index.read_text())["weight_map"] if index.is_file() else folder.weight_map
+
+    def read(name: str) -> Tensor:
+        with safe_open(folder.path / named[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    return read
 
 
 def compare_logits(hf: Path, ckpt: Path, tp: int) -> Difference:
@@ -133,12 +151,13 @@ def whole_logits(policy: Policy, batch: PackedBatch) -> list[Tensor]:
 def _their_logits(hf: Path, ckpt: Path) -> list[Tensor]:
     """transformers' in fp32, from the folder's tensors in the checkpoint's precision."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
-    found = MegatronTensors(ckpt, read_architecture(ckpt, "--ckpt"))
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(hf), dtype=torch.float32).eval()
+    model.tie_weights()
+    found, stored = MegatronTensors(ckpt, read_architecture(ckpt, "--ckpt")), as_stored(HfFolder(hf))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(parameter.to(found.dtype(name)))
+            parameter.copy_(stored(name).to(found.dtype(name)))
         model.to(device)
         return [model(torch.tensor([p.prompt], device=device)).logits[0].cpu() for p in prompts(found.arch.vocab)]
 

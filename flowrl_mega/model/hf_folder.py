@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import struct
+import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -51,13 +55,32 @@ class Stored(NamedTuple):
 
 
 class HfFolder:
-    """The safetensors of one folder. Only their headers are read before `read` asks for a tensor."""
+    """The safetensors of one folder. Only their headers are read before `read` asks for a tensor.
+
+    With an index a tensor is that of the file which the index names for it, and what it does not name is left alone:
+    files may hold older copies, or tensors of another version. ConfigError where a tensor is not in its file, or where
+    it is in two files and there is no index.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.tensors: dict[str, Stored] = {}
-        for file in _weight_files(self.path):
-            self.tensors.update(_header(file))
+        self.path, named = Path(path), _index(Path(path))
+        headers = [_header(file) for file in _weight_files(self.path, named)]
+        self.tensors = _only_copies(headers) if named is None else _as_named(headers, named, self.path)
+        for name, stored in self.tensors.items():
+            _check_type(name, stored)
+        self.left_alone: list[str] = []  # what the index does not name: tensors, and files of weights
+        if named is not None:
+            copies = [(name, stored.file) for header in headers for name, stored in header.items()]
+            self.left_alone = [f"{name!r} in {file.name}" for name, file in copies if named.get(name) != file.name]
+            files = sorted(file.name for file in self.path.glob("model*.safetensors"))
+            self.left_alone += [file for file in files if file not in named.values()]
+
+    def tell_left_alone(self) -> None:
+        """Say on stderr, once in a job, what is not read though it lies there."""
+        if self.left_alone and os.environ.get("RANK", "0") == "0":
+            more = f" and {len(self.left_alone) - 3} more" if len(self.left_alone) > 3 else ""
+            what = ", ".join(self.left_alone[:3])
+            print(f"{self.path}: left alone, as {INDEX} does not name it: {what}{more}", file=sys.stderr)
 
     @property
     def weight_map(self) -> dict[str, str]:
@@ -109,27 +132,54 @@ def _disagreement(name: str, found: tuple[int, ...], wanted: tuple[int, ...], co
     return f"{text}; set its vocab_size = {found[0]}" if vocabulary else f"{text}; one of the two is of another model"
 
 
-def _weight_files(path: Path) -> list[Path]:
+def _index(path: Path) -> dict[str, str] | None:
+    """The name of each tensor's file, as the folder's index has it; None without one."""
+    index = path / INDEX
+    if not index.is_file():
+        return None
+    try:
+        named = {name: str(Path(file)) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index}: not an index of safetensors ({error!r}); get the model folder again") from None
+    for file in sorted(set(named.values())):
+        if Path(file).name != file:
+            raise ConfigError(f"{index}: names {file!r}, which is no file of this folder; get the model folder again")
+        if not (path / file).is_file():
+            raise ConfigError(f"{path}: {file} is missing, which {INDEX} names; get the model folder again")
+    return named
+
+
+SHARD = re.compile(r"(.+)-\d+-of-(\d+)")
+
+
+def _weight_files(path: Path, named: dict[str, str] | None) -> list[Path]:
     """The files that an index names; without one, model*.safetensors, or else all there are.
 
     Some folders hold the same weights once more under the names of another format (Mistral's consolidated.safetensors).
     """
-    index = path / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            missing = [name for name in names if not (path / name).is_file()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{index}: not an index of safetensors ({error!r}); get the model folder again") from None
-        if missing:
-            raise ConfigError(f"{path}: {missing[0]} is missing, which {INDEX} names; get the model folder again")
-        return [path / name for name in names]
+    if named is not None:
+        return [path / name for name in sorted(set(named.values()))]
     files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
     if not files:
         other = next(path.glob("*.bin"), None) or next(path.glob("*.pt"), None)
         fix = f"{other.name} must be saved as safetensors first" if other else "give a Hugging Face model folder"
         raise ConfigError(f"{str(path)!r}: holds no *.safetensors; {fix}")
+    _refuse_two_sets(path, files)
     return files
+
+
+def _refuse_two_sets(path: Path, files: list[Path]) -> None:
+    """model-00001-of-00003 beside model-00001-of-00002, or beside model.safetensors, is what two saves left."""
+    sets: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for file in files:
+        shard = SHARD.fullmatch(file.stem)
+        sets[(shard[1], shard[2]) if shard else ("", "")].append(file.name)
+    if len(sets) > 1:
+        first, second, *_ = (names[0] for names in sets.values())
+        raise ConfigError(
+            f"{path}: {first} and {second} are of two sets of files, and no {INDEX} says which one counts; "
+            "remove one set, or get the model folder again"
+        )
 
 
 def _header(file: Path) -> dict[str, Stored]:
@@ -143,16 +193,43 @@ def _header(file: Path) -> dict[str, Stored]:
     except Exception as error:  # the Rust reader has an exception class of its own
         raise ConfigError(f"{file}: broken or cut off ({error}); get the model folder again") from None
     header.pop("__metadata__", None)
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            supported = ", ".join(DTYPES)
-            raise ConfigError(
-                f"{file}: {name!r} is of type {entry['dtype']}, not one of {supported}; save it unquantized"
-            )
     return {
         name: Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
     }
+
+
+def _only_copies(headers: list[dict[str, Stored]]) -> dict[str, Stored]:
+    """The tensors of all files; refuses one that is in two."""
+    tensors: dict[str, Stored] = {}
+    for header in headers:
+        for name, stored in header.items():
+            if (other := tensors.setdefault(name, stored)) is not stored:
+                raise ConfigError(
+                    f"{stored.file.parent}: {other.file.name} and {stored.file.name} both hold {name!r}, and no "
+                    f"{INDEX} says which one counts; remove one of them, or get the model folder again"
+                )
+    return tensors
+
+
+def _as_named(headers: list[dict[str, Stored]], named: dict[str, str], path: Path) -> dict[str, Stored]:
+    """The tensors of the index, each from the file that it names; refuses one that is not there."""
+    copies = {(name, stored.file.name): stored for header in headers for name, stored in header.items()}
+    for name, file in named.items():
+        if (name, file) not in copies:
+            raise ConfigError(
+                f"{path / file}: holds no tensor {name!r}, and {INDEX} says that it does; get the model folder again"
+            )
+    return {name: copies[name, file] for name, file in named.items()}
+
+
+def _check_type(name: str, stored: Stored) -> None:
+    """Refuse types that the policy cannot have."""
+    if stored.code not in DTYPES:
+        supported = ", ".join(DTYPES)
+        raise ConfigError(
+            f"{stored.file}: {name!r} is of type {stored.code}, not one of {supported}; save it unquantized"
+        )
 
 
 WRITE_BYTES = 1 << 20  # bytes: a write of a whole mapped tensor at once takes twice as long, as does its fsync (ext4)

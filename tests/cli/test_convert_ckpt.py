@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 import pty
 import re
@@ -202,6 +203,26 @@ def test_verify_finds_nothing(small: Path, tmp_path: Path, monkeypatch: Patch, c
     said = (tmp_path / "log").read_text()
     assert said.count("all equal") == 1 and said.endswith("\nthe same model\n") and said.count("\n") == 3, said
     assert capfd.readouterr() == ("", "")
+
+
+def test_verify_goes_by_the_index(tmp_path: Path) -> None:
+    """transformers lets the last file win. A checkpoint of the copy that the index does not name is another model."""
+    hf = make("llama", tmp_path / "hf")  # with a tied head
+    tensors, name, other = load_file(hf / "model.safetensors"), "model.norm.weight", "model.embed_tokens.weight"
+    stale = 7 * tensors[name]
+    save_file({**tensors, name: stale}, hf / "model.safetensors")
+    checkpoint.hf_to_megatron(hf, tmp_path / "stale")
+    (hf / "model.safetensors").unlink()
+    save_file({n: tensor for n, tensor in tensors.items() if n != other}, hf / "model-1.safetensors")
+    save_file({other: tensors[other], name: stale}, hf / "model-2.safetensors")
+    files = {n: f"model-{2 if n == other else 1}.safetensors" for n in tensors}
+    (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    checkpoint.hf_to_megatron(hf, tmp_path / "right")
+    codes, said = verify(hf, tmp_path / "right", tmp_path / "log")
+    assert codes == [0] and said.count(f"'{name}' in model-2.safetensors") == 1, said
+    codes, said = verify(hf, tmp_path / "stale", tmp_path / "log 2")
+    assert codes == [1] and f"at {name}[" in said, said
+    assert float(re.search(r"logits   largest difference (\S+) of", said)[1]) > 1e-2
 
 
 def test_as_a_program() -> None:
