@@ -12,6 +12,7 @@ import torch
 from flowrl_mega import objectives, ops
 from flowrl_mega.checkpoint import check_checkpoint, check_model, find_checkpoint, is_megatron
 from flowrl_mega.config import Config, ConfigError
+from flowrl_mega.data.fit import check_prompts
 from flowrl_mega.data.load_prompts import PromptData, kinds_of, load_prompts, modules_of
 from flowrl_mega.model.architecture import Architecture, read_architecture
 from flowrl_mega.model.checks import check_head, check_layers, check_layout, check_megatron, check_pipeline
@@ -82,6 +83,7 @@ def check(inputs: Inputs, world: int, resume: str, checkpoint: Path | None, one_
         check_optimizer(config.critic.optimizer, "critic.optimizer")
     check_model(config.model.path, arch)
     _ = inputs.reward_description
+    check_prompts(inputs.data, config, arch.vocab, arch.max_positions)
     check_wandb(config.monitor.wandb)
     check_sequences(config, world // config.parallel.model_ranks)
     if not one_of_many:

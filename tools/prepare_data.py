@@ -88,6 +88,9 @@ def prepare(options: argparse.Namespace) -> int:
             raise ConfigError(f"--{name} is missing; --help shows an example")
     if options.recipe != GENERATED:
         recipe(options.recipe)  # before the tokenizer is loaded
+    from flowrl_mega.data.fit import model_vocabulary
+    from flowrl_mega.data.load_prompts import load_tokenizer
+
     plan = Plan(
         recipe=options.recipe,
         out=options.out,
@@ -104,9 +107,8 @@ def prepare(options: argparse.Namespace) -> int:
         count=options.count,
         seed=options.seed,
         task_args=_object(options.task_args),
+        vocab=model_vocabulary(options.model),
     )
-    from flowrl_mega.data.load_prompts import load_tokenizer
-
     report = make(plan, load_tokenizer(str(options.model)), _gold_check())
     print(report)
     print(f"{options.out} is ready" + (f"; {REFUSED} in it lists what was refused" if report.refused else ""))

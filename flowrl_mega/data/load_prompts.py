@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from flowrl_mega.data.loader import whole
 from flowrl_mega.data.modules import test_modules
 from flowrl_mega.data.prompts import Prompts, read_jsonl, tokenized
 from flowrl_mega.data.split import split
+from flowrl_mega.data.stop_ids import stop_ids
 from flowrl_mega.data.store import MappedStore, open_store
 from flowrl_mega.data.task import task_rows
 
@@ -40,7 +40,8 @@ def load_prompts(config: Config) -> PromptData:
         held_out = _read(data.held_out, data, tokenizer)
     elif data.held_out is not None:
         prompts, held_out = split(prompts, data.held_out, config.seed)
-    return PromptData(prompts, held_out, tokenizer, stop_ids(config.model.path, tokenizer))
+    ends = stop_ids(config.model.path, tokenizer, needed=not config.rollout.ignore_eos)
+    return PromptData(prompts, held_out, tokenizer, ends)
 
 
 def _read(path: str, data: DataSettings, tokenizer: Any) -> Prompts:
@@ -69,14 +70,6 @@ def modules_of(prompts: Prompts) -> set[str]:
 def load_tokenizer(path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers checks config.json's values, each in its own way
         first_line = str(error).strip().split("\n")[0]
         raise ConfigError(f"model.path = {path!r}: its tokenizer cannot be loaded ({first_line})") from None
-
-
-def stop_ids(path: str, tokenizer: Any) -> tuple[int, ...]:
-    """Ids of the end tokens: those in generation_config.json and the tokenizer's own, sorted."""
-    file = Path(path) / "generation_config.json"
-    named = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-    ids = named if isinstance(named, list) else [named]
-    return tuple(sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None}))

@@ -36,6 +36,7 @@ FORMAT = 1
 HEADER = "store.json"
 PARTS = {"tokens": "tokens.bin", "rows": "rows.jsonl", "images": "images.bin"}
 ENDS = {"tokens": "token_ends.npy", "rows": "row_ends.npy", "images": "image_ends.npy"}
+PIECE = 1 << 24  # tokens that are looked at at once
 FIX = "make it again with tools/prepare_data.py"
 
 
@@ -104,6 +105,14 @@ class MappedStore(Sequence[Prompt]):
     def lengths(self) -> np.ndarray:
         """[count] int64: tokens of every prompt."""
         return np.diff(self._token_ends, prepend=0)
+
+    def first_beyond(self, vocab: int) -> int | None:
+        """The first prompt with a token id of `vocab` or more; reads all tokens."""
+        for start in range(0, len(self._tokens), PIECE):
+            found = np.flatnonzero(self._tokens[start : start + PIECE] >= vocab)
+            if len(found):
+                return int(np.searchsorted(self._token_ends, start + found[0], side="right"))
+        return None
 
     def verify(self) -> None:
         """Read every file and compare with what was written; ConfigError names the first that has changed."""

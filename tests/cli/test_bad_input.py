@@ -129,6 +129,10 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
     "nothing left to train on": (["--data.held_out=0.99"], ["data.held_out = 0.99", "lower it"]),
     "nothing to evaluate on": (["--data.held_out=null"], ["evaluation.every = 2", "set data.held_out"]),
     "long prompts": (["--data.max_prompt_tokens=1"], ["data.max_prompt_tokens = 1", "raise it to 3"]),
+    "more tokens than positions": (
+        ["--rollout.max_tokens=126"],
+        ["rollout.max_tokens = 126: 129", "max_position_embeddings is 128", "lower rollout.max_tokens to 125"],
+    ),
     "no chat template": (["--data.chat_template=true"], ["data.chat_template = true", "data.chat_template=false"]),
     "no model": (["--model.path=no/model"], ["model.path = 'no/model'", "give a Hugging Face model folder"]),
     "engine's form": (["--rollout.engine=vllm"], ["rollout.engine = 'vllm'", "embedded, sglang", "module:Class"]),
@@ -307,6 +311,10 @@ def _unknown_type(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
 
 
+def _ends_nowhere(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 15]}')
+
+
 @pytest.mark.parametrize(
     ("change", "part"),
     [
@@ -315,6 +323,8 @@ def _unknown_type(folder: Path) -> None:
         (_no_tokenizer, "its tokenizer cannot be loaded"),
         (_unknown_type, "model_type = 'mamba' is not supported; one of llama"),
         (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
+        (lambda folder: (folder / "generation_config.json").write_text("{"), "generation_config.json: not valid JSON"),
+        (_ends_nowhere, "answers are to end at token 15 (eos_token_id), outside the model's vocabulary of 15"),
     ],
 )
 def test_broken_model_folder(change: Callable[[Path], None], part: str, tmp_path: Path, capsys: Capture) -> None:

@@ -50,7 +50,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     rows.write_text(
         "".join(f'{{"prompt": "{n}:", "target": {n}, "right_answers": ["1+2+3"]}}\n' for n in range(10, 20))
     )
-    model = make("qwen2", folder / "model", vocab=15)
+    model = make("qwen2", folder / "model", vocab=15, max_position_embeddings=8448)
     return [f"--model.path={model}", f"--data.path={rows}", f"--run_dir={folder / 'run'}"]
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TextIO
 
 from flowrl_mega.config import CodeSettings, ConfigError
 from flowrl_mega.data.chat import TEMPLATE_DATE, check_template, faults_of, render, writes_the_date
+from flowrl_mega.data.fit import CURE, beyond
 from flowrl_mega.data.prepare import contamination
 from flowrl_mega.data.prepare.problem import BAD_ANSWER, BROKEN, EMPTY, BadRow, Problem
 from flowrl_mega.data.prepare.recipes import GENERATED, Recipe, recipe
@@ -23,7 +24,7 @@ from flowrl_mega.data.prompts import Row, encode
 from flowrl_mega.data.store import decode_image, new_store
 
 DUPLICATE, OTHER_ANSWER, TOO_LONG = "duplicate", "duplicate with another answer", "too long"
-CONTAMINATED = "contaminated"
+CONTAMINATED, UNKNOWN = "contaminated", "outside the vocabulary"
 REFUSED, OVERLAPS = "refused.jsonl", "contamination.json"
 BATCH, BATCH_BYTES = 256, 1 << 22  # rows tokenised at a time
 
@@ -50,6 +51,7 @@ class Plan:
     count: int = 1000
     seed: int = 0
     task_args: dict[str, Any] = field(default_factory=dict)
+    vocab: int | None = None  # token ids that the model has rows for; None: not known
 
 
 class Item(NamedTuple):
@@ -106,7 +108,7 @@ def prepare(plan: Plan, tokenizer: Any, check_answer: GoldCheck | None) -> Repor
     made = {
         key: value
         for key, value in vars(plan).items()
-        if key not in ("out", "template_date") and value not in (None, [], {})
+        if key not in ("out", "template_date", "vocab") and value not in (None, [], {})
     }
     made |= {"inputs": [Path(name).name for name in plan.inputs], "against": [Path(n).name for n in plan.against]}
     made["recipe"] = Path(plan.recipe).name
@@ -260,7 +262,7 @@ def _digest(value: Any) -> bytes:
 def _tokenised(
     items: Iterator[Item], plan: Plan, tokenizer: Any, report: Report, listed: TextIO | None
 ) -> Iterator[tuple[Item, list[int]]]:
-    """The items with their token ids; a prompt without tokens or with too many is refused."""
+    """The items with their token ids; a prompt without tokens, with too many or with unknown ones is refused."""
     for batch in _batches(items):
         for item, ids in zip(batch, _encode(batch, plan, tokenizer), strict=True):
             if isinstance(ids, str):
@@ -270,6 +272,8 @@ def _tokenised(
             elif len(ids) > plan.max_prompt_tokens:
                 detail = f"{len(ids)} tokens, and --max-prompt-tokens is {plan.max_prompt_tokens}"
                 _refuse(item, TOO_LONG, detail, report, listed)
+            elif plan.vocab is not None and (fault := beyond(ids, plan.vocab, tokenizer)):
+                _refuse(item, UNKNOWN, f"{fault}; {CURE}", report, listed)
             else:
                 yield item, ids
 
