@@ -192,11 +192,10 @@ def _stored_map(path: Path, needed: set[str], known: set[str]) -> dict[str, str]
 def _write_beside_weights(ckpt: Path, folder: Path, tensors: MegatronTensors, files: dict[str, list[str]]) -> None:
     """config.json with the type of the weights, tokenizer and so on, the index of several files, and log Z."""
     side = {file.name: file.read_bytes() for file in side_files(ckpt)}
-    config, dtypes = json.loads(side["config.json"]), {tensors.dtype(name) for name in tensors.shapes}
-    if len(dtypes) == 1:
-        field = "torch_dtype" if "torch_dtype" in config else "dtype"
-        if config.get(field) != (name := str(dtypes.pop()).removeprefix("torch.")):
-            side["config.json"] = json.dumps({**config, field: name}, indent=2).encode()
+    config = json.loads(side["config.json"])
+    typed = _with_type(config, {tensors.dtype(name) for name in tensors.shapes})
+    if typed != config:
+        side["config.json"] = json.dumps(typed, indent=2).encode()
     write_side_files(side, folder)
     if list(files) != [SINGLE]:
         file_of = {name: file for file, names in files.items() for name in names}
@@ -204,6 +203,15 @@ def _write_beside_weights(ckpt: Path, folder: Path, tensors: MegatronTensors, fi
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
     _write_log_z(tensors.reader, folder / LOG_Z)
+
+
+def _with_type(config: dict[str, Any], dtypes: set[torch.dtype]) -> dict[str, Any]:
+    """config.json with the type of the weights under each of its two names that it has: some readers go by `dtype`,
+    older ones by `torch_dtype`. Weights of several types keep what was said, the same under both."""
+    names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
+    said = next((config[name] for name in names if config.get(name)), None)
+    value = str(*dtypes).removeprefix("torch.") if len(dtypes) == 1 else said
+    return {**config, **dict.fromkeys(names, value)} if value else config
 
 
 def _write_log_z(reader: Reader, folder: Path) -> None:

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from conversion_models import DTYPES, MODELS, STORED, contents, make_stored, require_same_weights, tensors
 from rank_pool import RankPool
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from flowrl_mega.checkpoint.convert import hf_to_megatron, megatron_to_hf
 
@@ -59,6 +60,51 @@ def test_another_type(name: str, stored: str, converted: str, tmp_path: Path) ->
         assert torch.equal(found[tensor_name], tensor.to(DTYPES[converted])), tensor_name
     config, changed = (json.loads((folder / "config.json").read_text()) for folder in (hf, back))
     assert changed == {**config, "dtype": {"fp32": "float32", "bf16": "bfloat16"}[converted]}
+
+
+# what config.json says -> what an export of weights of one type in it says, X being that type; of weights of two types
+TYPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "both names": (
+        {"dtype": "bfloat16", "torch_dtype": "bfloat16"},
+        {"dtype": "X", "torch_dtype": "X"},
+        {"dtype": "bfloat16", "torch_dtype": "bfloat16"},
+    ),
+    "two that differ": (
+        {"torch_dtype": "float16", "dtype": "float32"},
+        {"torch_dtype": "X", "dtype": "X"},
+        {"torch_dtype": "float32", "dtype": "float32"},
+    ),
+    "one of them null": (
+        {"dtype": None, "torch_dtype": "float16"},
+        {"dtype": "X", "torch_dtype": "X"},
+        {"dtype": "float16", "torch_dtype": "float16"},
+    ),
+    "the older name": ({"torch_dtype": "float16"}, {"torch_dtype": "X"}, {"torch_dtype": "float16"}),
+    "the newer name": ({"dtype": "float16"}, {"dtype": "X"}, {"dtype": "float16"}),
+    "neither": ({}, {"dtype": "X"}, {}),
+}
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "mixed"])
+@pytest.mark.parametrize("case", TYPES)
+def test_both_names_of_the_type_agree(case: str, stored: str, tmp_path: Path) -> None:
+    """transformers 5 reads dtype, 4 torch_dtype: one that stayed behind loads fp32 weights as bf16."""
+    said, of_one, of_two = TYPES[case]
+    hf = make_stored("qwen2.5", tmp_path / "hf", "bf16" if stored == "bfloat16" else "fp32")
+    if stored == "mixed":
+        weights = load_file(hf / "model.safetensors")
+        weights["model.norm.weight"] = weights["model.norm.weight"].bfloat16()
+        save_file(weights, hf / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "dtype"} | said))
+    back = there_and_back(hf, tmp_path)
+    found = json.loads((back / "config.json").read_text())
+    wanted = of_two if stored == "mixed" else {name: stored for name in of_one}
+    assert {name: found[name] for name in ("dtype", "torch_dtype") if name in found} == wanted
+    if wanted == said:
+        assert (back / "config.json").read_bytes() == (hf / "config.json").read_bytes()
+    if stored != "mixed":
+        assert str(AutoModelForCausalLM.from_pretrained(back).dtype) == f"torch.{stored}"
 
 
 @pytest.mark.ranks

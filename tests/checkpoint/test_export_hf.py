@@ -64,6 +64,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
     loaded.save_pretrained(folder, max_shard_size="30KB")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": config["dtype"]}))  # for old readers too
     return folder
 
 
@@ -96,7 +98,8 @@ def test_the_export_is_the_policy(dtype: str, runs: dict[str, Path], model: Path
 
     found, wanted = files(hf), files(model)
     assert found.keys() == wanted.keys() | {"log_z/log_z.safetensors", "log_z/log_z.json"}
-    config = {**json.loads(wanted["config.json"]), "dtype": str(DTYPES[dtype]).removeprefix("torch.")}
+    stored = str(DTYPES[dtype]).removeprefix("torch.")
+    config = {**json.loads(wanted["config.json"]), "dtype": stored, "torch_dtype": stored}
     assert json.loads(found["config.json"]) == config
     for name in wanted.keys() - {"config.json", "model.safetensors.index.json"}:
         assert name.endswith(".safetensors") or found[name] == wanted[name], name
