@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from flowrl_mega import objectives, ops
 from flowrl_mega.checkpoint import check_checkpoint, check_model, find_checkpoint, is_megatron
 from flowrl_mega.config import Config, ConfigError
+from flowrl_mega.data.digest import digest
 from flowrl_mega.data.fit import check_prompts
 from flowrl_mega.data.load_prompts import PromptData, kinds_of, load_prompts, modules_of
 from flowrl_mega.model.architecture import Architecture, read_architecture
@@ -23,6 +24,7 @@ from flowrl_mega.objectives import Objective
 from flowrl_mega.parallel import backends
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.optimizer import check_optimizer
+from flowrl_mega.resume import Resumption, resumption
 from flowrl_mega.rewards.load import Reward, load_reward
 from flowrl_mega.rollout import load_engine
 
@@ -35,6 +37,7 @@ class Inputs:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.resumed: Resumption | None = None  # what `check` found of a checkpoint to go on from
 
     @cached_property
     def arch(self) -> Architecture:
@@ -48,6 +51,11 @@ class Inputs:
     def data(self) -> PromptData:
         """The prompts, tokenized."""
         return load_prompts(self.config)
+
+    @cached_property
+    def data_digest(self) -> dict[str, Any]:
+        """The training data as a checkpoint knows them."""
+        return digest(self.data.prompts)
 
     @cached_property
     def reward(self) -> Reward:
@@ -90,7 +98,8 @@ def check(inputs: Inputs, world: int, resume: str, checkpoint: Path | None, one_
         check_engine(inputs, world)
     _check_run_dir(Path(config.run_dir), resume, checkpoint)
     if checkpoint and not one_of_many:
-        check_checkpoint(checkpoint, arch, objective.log_z, config.critic.trunk if config.critic else None)
+        state = check_checkpoint(checkpoint, arch, objective.log_z, config.critic.trunk if config.critic else None)
+        inputs.resumed = resumption(state, config, inputs.data.prompts, inputs.data_digest)
 
 
 def check_critic(inputs: Inputs) -> None:
@@ -219,6 +228,10 @@ def describe(inputs: Inputs, world: int, checkpoint: Path | None) -> str:
         f"tokens, {config.updates_per_step} update(s), {config.steps} steps; answers end at ids {list(stop_ids)}",
         "run folder": f"{config.run_dir}, " + (f"resuming {checkpoint}" if checkpoint else "from the start"),
     }
+    if inputs.resumed:
+        lines["compared"] = ("\n" + " " * 12).join(
+            inputs.resumed.lines
+        ) or "settings and data are those of the checkpoint"
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
 
 

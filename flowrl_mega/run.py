@@ -21,6 +21,7 @@ from flowrl_mega.model.generation import Sampling
 from flowrl_mega.monitor import Monitor
 from flowrl_mega.parallel.layout import Layout, raise_on_all_ranks
 from flowrl_mega.preflight import Inputs
+from flowrl_mega.resume import RUN, record, resumption
 from flowrl_mega.rollout import build_engine
 from flowrl_mega.rollout.group_queue import GroupQueue
 from flowrl_mega.rollout.mismatch import beyond_budget
@@ -83,6 +84,7 @@ class Run:
         config, objective = self.config.checkpoint, self.trainer.objective
         state = {
             "step": self.trainer.step_done,
+            RUN: record(self.config, self.inputs.data_digest),
             "rollout": self.queue.state_dict(),
             "objective": {name: getattr(objective, name) for name in objective.adapts},
         }
@@ -95,13 +97,16 @@ class Run:
             part.close()
 
     def _resume(self, checkpoint: Path) -> None:
-        """Fill all from the checkpoint. Checkpoints without a rollout state took prompts in order."""
+        """Fill all from the checkpoint, and say what differs from the run that saved it."""
         state, trainer = load_checkpoint(checkpoint, self.models.trained()), self.trainer
         adapts = trainer.objective.adapts
         adapted = {name: value for name, value in state.get("objective", {}).items() if name in adapts}
         trainer.objective = trainer.objective.model_copy(update=adapted)
-        cursor = state["step"] * self.config.rollout.prompts_per_step
-        self.queue.load_state_dict(state.get("rollout", {"cursor": cursor, "groups": []}))
+        resumed = resumption(state, self.config, self.inputs.data.prompts, self.inputs.data_digest)
+        self.queue.load_state_dict(resumed.rollout)
+        if self.layout.rank == 0:
+            for line in resumed.lines:
+                print(f"flowrl-mega: resuming {checkpoint}: {line}", file=sys.stderr)
         trainer.step_done = state["step"]
 
     def _monitor(self) -> Monitor | None:

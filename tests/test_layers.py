@@ -20,7 +20,7 @@ LEVELS = (
     {"run"},
     {"train"},
     {"experience", "evaluate", "preflight"},
-    {"learner", "grading"},
+    {"learner", "grading", "resume"},
     {"rollout", "data", "rewards", "evaluation", "checkpoint", "monitor"},
     {"model", "objectives"},
     {"parallel", "ops"},

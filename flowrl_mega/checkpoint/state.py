@@ -83,10 +83,13 @@ def save_checkpoint(
     return final
 
 
-def check_checkpoint(path: Path, arch: Architecture, log_z: LogZ | None, critic: str | None) -> None:
-    """Refuse a broken checkpoint, or one of another model; needs no ranks. `critic`: its trunk, or None."""
+def check_checkpoint(path: Path, arch: Architecture, log_z: LogZ | None, critic: str | None) -> dict[str, Any]:
+    """Refuse a broken checkpoint, or one of another model; returns its `trainer` state. Needs no ranks.
+
+    `critic`: its trunk, or None.
+    """
     verify_checkpoint(path)
-    _check_fits(path, arch, log_z, critic)
+    return _check_fits(path, arch, log_z, critic)["trainer"]
 
 
 def load_checkpoint(path: Path, trained: TrainedModels) -> dict[str, Any]:

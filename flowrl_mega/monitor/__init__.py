@@ -42,7 +42,7 @@ class Monitor:
         self.folder = RunFolder(run_dir)
         # A run that starts over must also lose the evaluation that its predecessor made before step 1.
         self.folder.truncate(resume_step if resume_step > 0 else -1)
-        self.folder.write_config(config)
+        self.folder.write_config(config, resume_step)
         self._sinks: list[Sink] = [self.folder]
         if wandb != "off":
             self._sinks.append(WandbLog(self.folder.path, config, wandb, project, resume=resume_step > 0))

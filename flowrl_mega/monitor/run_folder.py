@@ -33,8 +33,13 @@ class RunFolder:
                 f"run_dir = {self.path}: cannot be made ({error.strerror}); choose a folder that can be written"
             ) from None
 
-    def write_config(self, config: Mapping[str, Any]) -> None:
-        _replace(self.path / CONFIG, yaml.safe_dump(dict(config), sort_keys=False))
+    def write_config(self, config: Mapping[str, Any], resume_step: int = 0) -> None:
+        """Writes config.yaml. Another one, of the steps until `resume_step`, is kept as config.until_step_N.yaml."""
+        path, text = self.path / CONFIG, yaml.safe_dump(dict(config), sort_keys=False)
+        kept = self.path / f"config.until_step_{resume_step}.yaml"
+        if resume_step and path.is_file() and path.read_text() != text and not kept.exists():
+            os.replace(path, kept)
+        _replace(path, text)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._append(METRICS, [{"step": step, **metrics}])

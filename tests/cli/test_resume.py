@@ -251,3 +251,35 @@ def test_checkpoint_of_another_model(finished: Path, tmp_path: Path, capsys: pyt
     for resume in ("nowhere", str(finished / "run")):
         assert main(["train", str(finished / "config.yaml"), "--resume", resume]) == 2
         assert f"--resume {resume}: not a checkpoint folder" in capsys.readouterr().err
+
+
+def test_a_resume_says_what_is_different_and_mixes_nothing(model: Path, tmp_path: Path) -> None:
+    """Carried answers of another group size would stand under other prompts; the settings of both parts are kept."""
+    (tmp_path / "rewards.py").write_text(
+        "def score(row, response):\n    return float(len(response) % 2), f'of {row[\"prompt\"]}'\n"
+    )
+    config = write_config(
+        tmp_path,
+        model,
+        steps=1,
+        reward=f"{tmp_path}/rewards.py:score",
+        parallel={"tp": 1},
+        rollout={"prompts_per_step": 4, "group_size": 4, "max_tokens": 8, "oversample": 1.5},
+    )
+    Job(["train", str(config)], tmp_path / "log", world=1).run()
+    run_dir = tmp_path / "run"
+    before = (run_dir / "config.yaml").read_text()
+    changed = ["train", str(config), "--steps=2", "--rollout.group_size=2", "--batch.mini_batch=8"]
+    planned = Job([*changed, "--dry-run"], tmp_path / "dry", world=1, environments=[dict(os.environ)]).run()
+    assert "compared    rollout.group_size: 4 -> 2\n            2 of 2 carried prompts are asked again" in planned
+    said = Job(changed, tmp_path / "log", world=1).run()
+    assert f"resuming {run_dir}/checkpoints/step_1: rollout.group_size: 4 -> 2" in said
+    assert "2 of 2 carried prompts are asked again, because of rollout.group_size" in said
+    rows = [row for row in records(run_dir, "samples") if row["step"] == 2]
+    assert rows and all(row["reason"] == f"of {row['prompt']}" for row in rows)
+    assert (run_dir / "config.until_step_1.yaml").read_text() == before != (run_dir / "config.yaml").read_text()
+    again = Job([*changed, "--steps=3", "--optimizer.lr=0.5"], tmp_path / "log", world=1).run()
+    assert "step_2: optimizer.lr: 0.001 -> 0.5" in again and "group_size" not in again.split("step_2: optimizer")[1]
+    assert sorted(path.name for path in run_dir.glob("config*")) == [
+        "config.until_step_1.yaml", "config.until_step_2.yaml", "config.yaml",
+    ]  # fmt: skip

@@ -72,7 +72,7 @@ def test_sides(text, found):
 
 @pytest.mark.parametrize(
     "relation",
-    "< > \\le \\leq \\ge \\geq \\ne \\neq \\in \\equiv \\sim \\lt \\gt \\subset \\mid \\approx \\leqslant \\geqslant".split(),
+    r"< > \le \leq \ge \geq \ne \neq \in \equiv \sim \lt \gt \subset \mid \approx \leqslant \geqslant".split(),
 )
 def test_another_relation_is_no_equation(relation):
     assert sides(f"x=1 {relation} 2") is None
