@@ -127,6 +127,23 @@ def test_a_child_is_born_in_a_group_of_v2(cgroup):
         assert not Path(group.path).exists()
 
 
+def test_a_kernel_that_does_not_count_kills(place):
+    """Which ends a process all the same: the verdict would not say why."""
+    assert place.works()
+    assert not place._replace(kind=place.kind._replace(kills="memory.stat")).works()
+
+
+def test_a_new_group_of_a_living_server(place):
+    """In which no process is yet, is not cleaned away by another server. Nor is what has another name."""
+    group, other = place.make(1, MB, 14), Path(place.folder, "flowrl-0-3")
+    other.mkdir()
+    place._replace(prefix=place.prefix.replace(f"-{os.getpid()}-", "-1-")).clean()
+    there = Path(group.path).exists(), other.exists()
+    group.remove()
+    other.rmdir()
+    assert there == (True, True)
+
+
 @pytest.mark.parametrize(
     "kind, text, kills",
     [
@@ -271,6 +288,25 @@ def test_each_program_has_a_group(place, held):
     with running(held), running(held):
         assert len(groups_of(place, held)) == 2
     assert groups_of(place, held) == []
+
+
+@pytest.mark.slow
+def test_the_server_ends_after_its_programs(place, held):
+    """Where the worker has gone in between, and had not heard what the server says first: no group stays."""
+    server = Sandbox(LIMITS, held.way)
+    with running(server):
+        server._requests.close()
+        assert len(groups_of(place, server)) == 1
+    assert server._server.wait() == 0
+    assert groups_of(place, server) == []
+
+
+@pytest.mark.slow
+def test_the_first_word_counts(held):
+    """Where a supervisor was killed after it had said how its program ended, the server says something too."""
+    with running(held) as program:
+        program._ends(b'{"end": "exit", "code": 3}\n{"end": "refused"}\n')
+        assert (program.outcome().end, program.outcome().code) == ("exit", 3)
 
 
 @pytest.mark.slow

@@ -6,12 +6,18 @@ They harm nothing but their own supervisor, and are run by a user without rights
 
 from __future__ import annotations
 
+import os
+import resource
+import signal
+import tempfile
+import threading
+
 import pytest
 from sandbox_watch import adopting_orphans, as_nobody, left_over, programs
 
 from flowrl_mega.config import CodeSettings
 from flowrl_mega.rewards import code
-from flowrl_mega.rewards.sandbox.client import Sandbox
+from flowrl_mega.rewards.sandbox.client import Sandbox, SandboxError
 
 pytestmark = pytest.mark.slow
 
@@ -41,8 +47,27 @@ for _ in range(3):
                 time.sleep(1)
         os._exit(0)
 """
+FORGE = """
+for process in (init, supervisor):
+    try:
+        for name in os.listdir(f"/proc/{process}/fd"):
+            try:
+                os.write(os.open(f"/proc/{process}/fd/{name}", os.O_WRONLY | os.O_NONBLOCK), b"refused by the program")
+            except OSError:
+                pass
+    except OSError:
+        pass
+"""
+LIMIT = """
+import resource
+for process in (init, supervisor, parent(supervisor)):
+    try:
+        resource.prlimit(process, resource.RLIMIT_NPROC, (0, 0))
+    except OSError:
+        pass
+"""
 KILLED = ("crash", "its supervisor was killed")
-SLEEP = "\ntime.sleep(30)"
+SLEEP = "; time.sleep(30)"
 ATTACKS = {
     "kill": (f"os.kill(supervisor, signal.SIGKILL){SLEEP}", *KILLED),
     "kill, with daemons": (f"{DAEMON}\nos.kill(supervisor, signal.SIGKILL){SLEEP}", *KILLED),
@@ -50,6 +75,14 @@ ATTACKS = {
     "stop": (f"os.kill(supervisor, signal.SIGSTOP){SLEEP}", *KILLED),
     "stop and kill init": (f"os.kill(supervisor, signal.SIGSTOP)\nos.kill(init, signal.SIGKILL){SLEEP}", *KILLED),
     "interrupt": (f"os.kill(supervisor, signal.SIGINT)\ntime.sleep(0.1)\n{RIGHT}", "right", ""),
+    "interrupt itself": (
+        f"try:\n    os.kill(os.getpid(), signal.SIGINT){SLEEP}\nexcept KeyboardInterrupt:\n    pass\n{RIGHT}",
+        "right",
+        "",
+    ),
+    "its input by name": (f"open('/dev/stdin').read()\n{RIGHT}", "right", ""),
+    "a forged refusal": (FORGE + RIGHT, "right", ""),
+    "no processes for the server": (LIMIT + RIGHT, "right", ""),
     "kill init": (f"os.kill(init, signal.SIGKILL){SLEEP}", "crash", "killed by SIGKILL"),
 }
 
@@ -62,7 +95,7 @@ def orphans():
 
 @pytest.mark.parametrize("form", TESTS)
 def test_a_program_without_a_user_of_its_own(form, tmp_path, monkeypatch):
-    running = programs()
+    running, folders = programs(), set(os.listdir(tempfile.gettempdir()))
 
     def work(settings):
         sandbox = Sandbox(LIMITS.model_copy(update=settings), "process")
@@ -75,3 +108,43 @@ def test_a_program_without_a_user_of_its_own(form, tmp_path, monkeypatch):
 
     as_nobody(work, tmp_path, monkeypatch)
     assert left_over(running) == set()
+    left = set(os.listdir(tempfile.gettempdir())) - folders
+    ours = [name for name in left if name.startswith("program-")]
+    assert [name for name in ours if not os.path.exists(f"/proc/{name.split('-')[2]}")] == []
+
+
+def test_a_machine_without_processes(tmp_path, monkeypatch):
+    """For a moment, as when a program takes them all until it is ended: the next one waits. For long, it is an error of
+    the sandbox, which does not end by it."""
+
+    def work(settings):
+        sandbox = Sandbox(LIMITS.model_copy(update=settings), "process")
+        assert sandbox.run("print(5)", "").stdout == "5\n"
+        server, most = sandbox._server.pid, resource.getrlimit(resource.RLIMIT_NPROC)
+        resource.prlimit(server, resource.RLIMIT_NPROC, (0, most[1]))
+        later = threading.Timer(0.2, resource.prlimit, (server, resource.RLIMIT_NPROC, most))
+        later.start()
+        assert sandbox.run("print(5)", "").stdout == "5\n"
+        later.join()
+        resource.prlimit(server, resource.RLIMIT_NPROC, (0, most[1]))
+        with pytest.raises(SandboxError, match="fork: "):
+            sandbox.run("print(5)", "")
+        resource.prlimit(server, resource.RLIMIT_NPROC, most)
+        assert sandbox.run("print(5)", "").stdout == "5\n"
+        sandbox.close()
+
+    as_nobody(work, tmp_path, monkeypatch)
+
+
+def test_a_server_that_was_stopped(tmp_path, monkeypatch):
+    """Is taken for dead, so that another takes its place; one that runs or sleeps is not."""
+
+    def work(settings):
+        sandbox = Sandbox(LIMITS.model_copy(update=settings), "process")
+        assert sandbox.run("print(5)", "").stdout == "5\n" and sandbox.alive()
+        os.kill(sandbox._server.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, sandbox._server.pid, os.WSTOPPED | os.WNOWAIT)
+        assert not sandbox.alive()
+        sandbox.close()
+
+    as_nobody(work, tmp_path, monkeypatch)

@@ -136,10 +136,11 @@ class Place(NamedTuple):
 
     def clean(self) -> None:
         """Removes what dead servers have left. Of those in other pid namespaces nobody knows here whether they live."""
+        namespace = self.prefix[:-1].rpartition("-")[0]
         with contextlib.suppress(OSError):
             for name in os.listdir(self.folder):
                 start, _, server = name.rpartition("-")[0].rpartition("-")
-                if self.prefix.startswith(start + "-") and start and not os.path.exists(f"/proc/{server}"):
+                if start == namespace and not os.path.exists(f"/proc/{server}"):
                     with contextlib.suppress(OSError):
                         os.rmdir(f"{self.folder}/{name}")
 

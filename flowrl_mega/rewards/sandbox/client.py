@@ -80,6 +80,12 @@ class Sandbox:
         return json.loads(self._requests.recv(CHUNK) or b"{}").get("memory", "")
 
     def alive(self) -> bool:
+        """Whether its server can start programs. One that has been stopped, as a program without a user of its own can,
+        is ended: it would not answer, and never be replaced."""
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{self._server.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+                self._server.kill()
+                self._server.wait()
         return self._server.poll() is None
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """The system calls that a program is refused: what namespaces and limits do not hold. stdlib only.
 
 Network families that no network namespace covers (vsock reaches a virtual machine's host), memory that belongs to no
-process (memfd, System V), tracing, mounts and new namespaces. They answer EPERM; nothing else is filtered.
+process (memfd, System V), tracing, mounts, new namespaces, other processes' limits. They answer EPERM; nothing else is
+filtered.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ NUMBER_AT, MACHINE_AT, ARGUMENT_AT = 0, 4, 16  # offsets in struct seccomp_data
 
 NAMES = """socket ptrace process_vm_readv process_vm_writev kcmp mount umount2 pivot_root chroot unshare setns keyctl
 add_key request_key bpf perf_event_open userfaultfd memfd_create shmget msgget semget mq_open name_to_handle_at
-open_by_handle_at fanotify_init clone""".split()
+open_by_handle_at fanotify_init clone prlimit64""".split()
 MACHINES = {
     "x86_64": (
         0xC000003E,
-        "41 101 310 311 312 165 166 155 161 272 308 250 248 249 321 298 323 319 29 68 64 240 303 304 300 56",
+        "41 101 310 311 312 165 166 155 161 272 308 250 248 249 321 298 323 319 29 68 64 240 303 304 300 56 302",
     ),
     "aarch64": (
         0xC00000B7,
-        "198 117 270 271 272 40 39 41 51 97 268 219 217 218 280 241 282 279 194 186 190 180 264 265 262 220",
+        "198 117 270 271 272 40 39 41 51 97 268 219 217 218 280 241 282 279 194 186 190 180 264 265 262 220 261",
     ),
 }
 # open_tree move_mount fsopen fsconfig fsmount pidfd_getfd mount_setattr memfd_secret io_uring_setup _enter _register:
@@ -61,7 +62,7 @@ def _filter(name: str) -> bytes:
     """The filter as classic BPF: each step is (code, jump if true, jump if false, constant)."""
     machine, listed = MACHINES[name]
     numbers = dict(zip(NAMES, map(int, listed.split()), strict=True))
-    clone = numbers.pop("clone")
+    clone, limits = numbers.pop("clone"), numbers.pop("prlimit64")
     steps = [
         (LOAD, 0, 0, MACHINE_AT),
         (EQUAL, 1, 0, machine),
@@ -75,6 +76,11 @@ def _filter(name: str) -> bytes:
     for number in (*numbers.values(), *NEWER):
         steps += [(EQUAL, 0, 1, number), (RETURN, 0, 0, ERROR | errno.EPERM)]
     steps += [
+        (EQUAL, 0, 3, limits),
+        (LOAD, 0, 0, ARGUMENT_AT),
+        (EQUAL, 1, 0, 0),  # its own
+        (RETURN, 0, 0, ERROR | errno.EPERM),
+        (LOAD, 0, 0, NUMBER_AT),
         (EQUAL, 0, 3, clone),
         (LOAD, 0, 0, ARGUMENT_AT),
         (ANY_BIT, 0, 1, NEW_NAMESPACE),

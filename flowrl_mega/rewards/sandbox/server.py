@@ -105,6 +105,7 @@ class Server:
         control, _ = self.running.pop(process)
         if killed:
             self.end_orphans()
+            supervisor.remove_folder(process)
             word = supervisor.word("supervisor" if by_it else "refused", why="its supervisor was killed")
             with contextlib.suppress(OSError):  # the worker has gone
                 os.write(control, word)

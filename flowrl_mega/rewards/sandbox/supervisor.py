@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import tempfile
@@ -22,6 +21,7 @@ from typing import NoReturn
 import cgroup  # type: ignore[import-not-found]
 import inside  # type: ignore[import-not-found]
 import jail  # type: ignore[import-not-found]
+import removal  # type: ignore[import-not-found]
 
 FIRST_LOOK, LOOK = 0.02, 0.05  # seconds from the start to the first count of a program's processes; then between two
 LAST_FD = 1 << 16
@@ -68,11 +68,11 @@ class Supervisor:
         os.setsid()
         exposed = self.way == "process" and not self.outside_id  # the program is of this process's user
         self.limits["count_processes"] = not exposed
-        jail.prctl(jail.PR_SET_DUMPABLE, not exposed)  # it shall not write into this process, nor say on its pipe
+        jail.prctl(jail.PR_SET_DUMPABLE, not exposed)  # else it may write into this process and its pipes
         folder = None
         try:
             if self.way == "process":
-                folder = tempfile.mkdtemp(prefix="program-")
+                folder = tempfile.mkdtemp(prefix=folder_name(os.getpid()))
                 if self.outside_id:
                     os.chown(folder, self.outside_id, self.outside_id)
             first, news = self.start(streams, folder or "/tmp")
@@ -82,7 +82,7 @@ class Supervisor:
                 seconds = self.end_all(first)
         finally:
             if folder:
-                shutil.rmtree(folder, ignore_errors=True)
+                removal.remove(folder)
         said = os.read(news, 4096)  # what came before the end
         return self.outcome(end, said, seconds)
 
@@ -167,7 +167,6 @@ class Supervisor:
                 os.setgroups([])
                 os.setresgid(*[self.outside_id] * 3)
                 os.setresuid(*[self.outside_id] * 3)
-            jail.prctl(jail.PR_SET_DUMPABLE, 1)  # or it could not read /dev/stdin
             jail.prctl(jail.PR_SET_PDEATHSIG, jail.KILL)  # again: a change of user forgets it
             inside.take_streams(streams)
             jail.limit(self.limits)
@@ -294,6 +293,19 @@ def facts_of(name: str) -> list[str]:
             with contextlib.suppress(OSError):
                 fields[21] = max(fields[21], stat_fields(f"/proc/{name}/task/{thread}/stat")[21], key=int)
     return fields
+
+
+def folder_name(supervisor: int) -> str:
+    """How the name of its program's folder begins, in the temporary folder of all."""
+    return f"program-{os.stat('/proc/self/ns/pid').st_ino}-{supervisor}-"
+
+
+def remove_folder(supervisor: int) -> None:
+    """What a supervisor that was killed could not do."""
+    folder = tempfile.gettempdir()
+    for name in os.listdir(folder):
+        if name.startswith(folder_name(supervisor)):
+            removal.remove(f"{folder}/{name}")
 
 
 def children(parent: int) -> set[int]:
