@@ -13,12 +13,12 @@ from flowrl_mega.checkpoint.folder import is_megatron
 from flowrl_mega.checkpoint.stream import Reader
 from flowrl_mega.config import ConfigError
 from flowrl_mega.model.architecture import Architecture, read_architecture
-from flowrl_mega.model.hf_folder import CODES, HfFolder, ToWrite, side_files
+from flowrl_mega.model.hf_folder import CODES, EMBEDDING, HEAD, HfFolder, ToWrite, side_files
 from flowrl_mega.model.names import CheckpointSlot, checkpoint_slots, hf_shapes, joined_shape, kind_of, to_named
 
 WEIGHT_MAP = "hf_weight_map.json"  # which file of the Hugging Face folder holds which tensor
+OUTPUT = "output_layer.weight"  # the head, where it is not the embedding
 MOST_PADDING = 128 * 64  # rows of the vocabulary: Megatron fills it up to a multiple of 128 tp
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def checkpoint_architecture(ckpt: Path) -> Architecture:
@@ -45,6 +45,15 @@ class MegatronTensors:
     def _check(self) -> None:
         folder, found = self.reader.folder, self.reader.shapes
         fix = f"{folder / 'config.json'} is of another model, put the right one there"
+        known = {slot.key for slot in self.slots.values()}
+        model = ("embedding.", "decoder.", "output_layer.")
+        missing = sorted(known - found.keys())
+        unexpected = sorted(key for key in found if key.startswith(model) and key not in known)
+        if [OUTPUT] in (missing, unexpected):  # all the rest is there
+            what, tied = ("holds no", "true") if missing else ("unexpected", "false")
+            raise ConfigError(
+                f"{folder}: {what} tensor {OUTPUT!r}; set tie_word_embeddings = {tied} in {folder / 'config.json'}"
+            )
         for slot in dict.fromkeys(self.slots.values()):
             if slot.key not in found:
                 raise ConfigError(f"{folder}: holds no tensor {slot.key!r}; {fix}, or the checkpoint is no policy")
@@ -54,9 +63,7 @@ class MegatronTensors:
             padded = kind_of(slot.name) == "vocab" and 0 < shape[0] - wanted[0] < MOST_PADDING
             if shape != wanted and not (padded and shape[1:] == wanted[1:]):
                 raise ConfigError(f"{folder}: {slot.key!r} has shape {shape} instead of {wanted}; {fix}")
-        known = {slot.key for slot in self.slots.values()}
-        model = ("embedding.", "decoder.", "output_layer.")
-        if unexpected := sorted(key for key in found if key.startswith(model) and key not in known):
+        if unexpected:
             raise ConfigError(f"{folder}: unexpected tensor {unexpected[0]!r}; {fix}")
 
     def _whole_shape(self, slot: CheckpointSlot) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def _eos_ids(file: Path, tokenizers: int | None) -> list[int]:
     if any(type(i) is not int for i in ids):
         known = f" (the tokenizer's is {tokenizers})" if tokenizers is not None else ""
         raise ConfigError(
-            f"{file}: eos_token_id = {value!r}: must be a token's id or a list of ids{known}; write them there, or "
-            "remove the entry"
+            f"{file}: eos_token_id = {json.dumps(value)}: must be a token's id or a list of ids{known}; write them "
+            "there, or remove the entry"
         )
     return ids
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,16 +52,18 @@ def read_architecture(path: str | Path, setting: str = "model.path") -> Architec
     if not file.is_file():
         raise ConfigError(f"{setting} = {str(path)!r}: holds no config.json; give a Hugging Face model folder")
     try:
-        model_type = dict(json.loads(file.read_text())).get("model_type")
+        written = dict(json.loads(file.read_text()))
+        model_type = written.get("model_type")
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{file}: not valid JSON ({error}); get the model folder again") from None
     if model_type not in SUPPORTED:
         raise ConfigError(f"{file}: model_type = {model_type!r} is not supported; one of {', '.join(SUPPORTED)} is")
+    _refuse_numbers(written, file)
     try:
         hf = AutoConfig.from_pretrained(path)
     except Exception as error:  # transformers checks some values, each in its own way
-        first_line = str(error).strip().split("\n")[0]
-        raise ConfigError(f"{file}: refused by transformers ({first_line}); get the model folder again") from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{file}: refused by transformers ({reason}); get the model folder again") from None
     _refuse_unsupported(hf, file)
     rope_type = (hf.rope_parameters or {}).get("rope_type", "default")
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
@@ -81,6 +84,36 @@ def read_architecture(path: str | Path, setting: str = "model.path") -> Architec
         qk_norm=model_type == "qwen3",
         inv_freq=_inverse_frequencies(hf, rope_type, head_dim),
     )
+
+
+SIZES = """num_hidden_layers hidden_size num_attention_heads num_key_value_heads head_dim intermediate_size vocab_size
+    max_position_embeddings""".split()
+ROPE = {  # what is read of each kind's settings
+    "default": ("rope_theta",),
+    "linear": ("rope_theta", "factor"),
+    "llama3": ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def _refuse_numbers(written: dict[str, Any], file: Path) -> None:
+    """Refuse sizes below 1, and rotary settings that are no numbers above 0: transformers looks at few of them, and
+    computes with the others."""
+    for name in SIZES:
+        if type(written.get(name)) is int and written[name] < 1:
+            raise ConfigError(f"{file}: {name} = {written[name]}: must be 1 or more; get the model folder again")
+    found = {"rope_theta": written["rope_theta"]} if "rope_theta" in written else {}
+    for section in ("rope_scaling", "rope_parameters"):  # transformers 4's name and 5's
+        given = written.get(section)
+        if isinstance(given, dict):
+            kind = given.get("rope_type", given.get("type", "default"))
+            read = ROPE.get(kind, ()) if isinstance(kind, str) else ()
+            found |= {f"{section}.{name}": given[name] for name in read if name in given}
+    for name, value in found.items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ConfigError(
+                f"{file}: {name} = {json.dumps(value)}: must be a number above 0; write there what the model was "
+                "trained with, without quotes, or get the model folder again"
+            )
 
 
 def _inverse_frequencies(hf: Any, rope_type: str, head_dim: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ from flowrl_mega.config import ConfigError
 from flowrl_mega.model.architecture import Architecture
 from flowrl_mega.model.names import hf_shapes
 
+EMBEDDING, HEAD, STEM = "model.embed_tokens.weight", "lm_head.weight", "embed_tokens.weight"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -102,9 +103,9 @@ class HfFolder:
         if arch.tied:
             self._check_tied_head(found)
         config = self.path / "config.json"
+        if missing := [name for name in wanted if name not in found]:
+            raise ConfigError(f"{self.path}: {_lack(missing, list(found), config)}")
         for name, shape in wanted.items():
-            if name not in found:
-                raise ConfigError(f"{self.path}: holds no tensor {name!r}; incomplete, or {config} is of another model")
             stored = found.pop(name)
             if stored.shape != shape:
                 raise ConfigError(f"{stored.file}: {name!r} {_disagreement(name, stored.shape, shape, config)}")
@@ -116,14 +117,30 @@ class HfFolder:
 
     def _check_tied_head(self, found: dict[str, Stored]) -> None:
         """Some folders hold a tied head as well; then it must be the embedding."""
-        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-        if not found.pop(head, None) or embedding not in found:
+        if not found.pop(HEAD, None) or EMBEDDING not in found:
             return
-        if not torch.equal(self.read(head), self.read(embedding)):
+        if not torch.equal(self.read(HEAD), self.read(EMBEDDING)):
             raise ConfigError(
-                f"{self.path / 'config.json'}: tie_word_embeddings = true, but {head!r} is another tensor than "
-                f"{embedding!r}; set it to false"
+                f"{self.path / 'config.json'}: tie_word_embeddings = true, but {HEAD!r} is another tensor than "
+                f"{EMBEDDING!r}; set it to false"
             )
+
+
+def _lack(missing: list[str], found: list[str], config: Path) -> str:
+    """Why tensors of the model are missing, in words, and what to do: the flag, the prefix, or another model."""
+    tie = f"where the model's head is its embedding, set tie_word_embeddings = true in {config}"
+    if missing == [HEAD]:
+        return f"holds no tensor {HEAD!r}; {tie}, or else get the model folder again: it is incomplete"
+    prefixes = [name.removesuffix(STEM) for name in found if name.endswith(STEM)]
+    trunk = [name.removeprefix("model.") for name in missing if name != HEAD]
+    if len(prefixes) == 1 and prefixes[0] != "model." and all(prefixes[0] + name in found for name in trunk):
+        lack = f"names its tensors without the prefix 'model.': {prefixes[0] + trunk[0]!r} for 'model.{trunk[0]}'"
+        if prefixes[0]:
+            return f"{lack}; rename them (load_file and save_file of safetensors.torch)"
+        if any(name.endswith(HEAD) for name in missing):
+            return f"{lack}, and holds no {HEAD!r}: a model without a head; get the whole one, or {tie} first"
+        return f"{lack}; load it with transformers' AutoModelForCausalLM, which adds it, and save_pretrained() that"
+    return f"holds no tensor {missing[0]!r}; incomplete, or {config} is of another model"
 
 
 def _disagreement(name: str, found: tuple[int, ...], wanted: tuple[int, ...], config: Path) -> str:

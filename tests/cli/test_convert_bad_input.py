@@ -59,12 +59,16 @@ def write(name: str, text: str) -> Change:
 
 
 def config(**changes: Any) -> Change:
+    """config.json with other values."""
     return edited("config.json", lambda tree: {**tree, **changes})
 
 
 def edited(name: str, new: Callable[[Any], Any]) -> Change:
     """A JSON file with other contents."""
     return lambda folder: (folder / name).write_text(json.dumps(new(json.loads((folder / name).read_text()))))
+
+
+without_flag = edited("config.json", lambda tree: {k: v for k, v in tree.items() if k != "tie_word_embeddings"})
 
 
 def to(file: Callable[[str], Any]) -> Change:
@@ -187,6 +191,8 @@ def test_one_dtype_cures_mixed_types(copied: Callable[[str], Path], tmp_path: Pa
 
 NO_CHECKPOINT = ["--ckpt = '", "/copy': holds no .metadata", "give a checkpoint that"]
 AGAIN, MAP_FIX = "make or copy it again", "remove it for files of 5 GB"
+NO_HEAD, A_HEAD = "no tensor 'output_layer.weight'", "unexpected tensor 'output_layer.weight'"
+TIED, UNTIED = "set tie_word_embeddings = true in ", "set tie_word_embeddings = false in "
 MEGATRON: dict[str, tuple[str, Change, list[str]]] = {
     "no such folder": ("nothing", unchanged, NO_CHECKPOINT),
     "a model folder": ("tied", unchanged, NO_CHECKPOINT),
@@ -203,8 +209,9 @@ MEGATRON: dict[str, tuple[str, Change, list[str]]] = {
     "other size": ("tied ckpt", config(hidden_size=64), [STORED, "(101, 32) instead of (101, 64)", "config.json"]),
     "more rows": ("tied ckpt", config(vocab_size=102), [STORED, "(101, 32) instead of (102, 32)", "config.json"]),
     "far fewer rows": ("tied ckpt", stored(STORED, rows(101 + 8192)), [STORED, "(8293, 32) instead of (101, 32)"]),
-    "no head": ("tied ckpt", config(tie_word_embeddings=False), ["no tensor 'output_layer.weight'", "config.json"]),
-    "a head": ("files ckpt", config(tie_word_embeddings=True), ["unexpected tensor 'output_layer", "config.json"]),
+    "no head": ("tied ckpt", config(tie_word_embeddings=False), [NO_HEAD, TIED]),
+    "no flag": ("tied ckpt", without_flag, [NO_HEAD, TIED]),
+    "a head": ("files ckpt", config(tie_word_embeddings=True), [A_HEAD, UNTIED]),
     "quantized": ("tied ckpt", stored(STORED, Tensor.char), [STORED, "type torch.int8", "fp32, bf16 or fp16"]),
     "broken map": ("tied ckpt", write(MAP, "{"), [f"/copy/{MAP}: no map of names", MAP_FIX]),
     "map of numbers": ("tied ckpt", to(len), [f"/copy/{MAP}: no map of names", MAP_FIX]),

@@ -81,14 +81,14 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
     "null": ("null", ["holds null", "not a JSON object"]),
     "a number": ("5", ["holds 5", "not a JSON object"]),
     "a byte order mark": ('\ufeff{"eos_token_id": [5]}', ["not valid JSON", "BOM"]),
-    "a token's text": ('{"eos_token_id": "</s>"}', ["eos_token_id = '</s>'", "(the tokenizer's is 1)", "remove"]),
-    "an id as text": ('{"eos_token_id": "5"}', ["eos_token_id = '5'", "a token's id or a list"]),
-    "texts": ('{"eos_token_id": [5, "</s>"]}', ["eos_token_id = [5, '</s>']"]),
+    "a token's text": ('{"eos_token_id": "</s>"}', ["eos_token_id = \"</s>\"", "(the tokenizer's is 1)", "remove"]),
+    "an id as text": ('{"eos_token_id": "5"}', ["eos_token_id = \"5\"", "a token's id or a list"]),
+    "texts": ('{"eos_token_id": [5, "</s>"]}', ["eos_token_id = [5, \"</s>\"]"]),
     "a fraction": ('{"eos_token_id": 5.0}', ["eos_token_id = 5.0"]),
-    "true": ('{"eos_token_id": true}', ["eos_token_id = True"]),
+    "true": ('{"eos_token_id": true}', ["eos_token_id = true"]),
     "a list of lists": ('{"eos_token_id": [[5]]}', ["eos_token_id = [[5]]"]),
-    "a list of null": ('{"eos_token_id": [null]}', ["eos_token_id = [None]"]),
-    "an object": ('{"eos_token_id": {"id": 5}}', ["eos_token_id = {'id': 5}"]),
+    "a list of null": ('{"eos_token_id": [null]}', ["eos_token_id = [null]"]),
+    "an object": ('{"eos_token_id": {"id": 5}}', ["eos_token_id = {\"id\": 5}"]),
 }  # fmt: skip
 
 
