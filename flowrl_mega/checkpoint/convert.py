@@ -7,6 +7,7 @@ the trainer's checkpoints have them: either can be converted back, or trained fr
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -197,6 +198,9 @@ def _write_beside_weights(ckpt: Path, folder: Path, tensors: MegatronTensors, fi
     if typed != config:
         side["config.json"] = json.dumps(typed, indent=2).encode()
     write_side_files(side, folder)
+    vocabulary = [n for n in side if n.startswith(("tokenizer.", "vocab.")) or n.endswith((".model", ".tiktoken"))]
+    if "tokenizer_config.json" in side and not vocabulary:  # that of a tokenizer which has been deleted
+        print(f"{ckpt}: holds tokenizer_config.json and no tokenizer, and so does the export", file=sys.stderr)
     if list(files) != [SINGLE]:
         file_of = {name: file for file, names in files.items() for name in names}
         total = sum(tensors.bytes(name) for name in file_of)

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from flowrl_mega.checkpoint.convert import megatron_to_hf
 from flowrl_mega.checkpoint.folder import is_megatron, new_folder, remove_old, verify_checkpoint
 from flowrl_mega.checkpoint.policy_tensors import MegatronTensors, write_side_files
+from flowrl_mega.checkpoint.stream import AGAIN
 from flowrl_mega.config import ConfigError, LogZ
 from flowrl_mega.model.architecture import Architecture
 from flowrl_mega.model.hf_folder import HfFolder
@@ -167,7 +168,10 @@ def _quietly() -> Iterator[None]:
 
 def check_model(path: str | Path, arch: Architecture) -> None:
     """Refuse a model.path whose tensors are not those of its config.json, before any rank starts."""
-    if is_megatron(path):
+    if is_megatron(path) or any(Path(path).glob("*.distcp")):
+        for name in (".metadata", "metadata.json"):  # what the load needs; the other files are asked for by name
+            if not (Path(path) / name).is_file():
+                raise ConfigError(f"{path}: {name} is missing; {AGAIN}")
         MegatronTensors(Path(path), arch)
     else:
         folder = HfFolder(path)
