@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 OPEN, CLOSE = "([{", ")]}"
 AND = (
-    r"\s*(?:\\(?:text|mbox|mathrm)\s*\{\s*(?:and|or)\s*\}"
-    r"|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|\\l(?:and|or)(?![a-z]))\s*"
+    r"\\(?:text|mbox|mathrm)\s*\{\s*(?:and|or)\s*\}"
+    r"|(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])|\\l(?:and|or)(?![a-z])"
 )
-TOKEN = re.compile(rf"(?P<and>{AND})|\\begin\b|\\end\b|\\[a-zA-Z]+|\\.|[()\[\]{{}}]|[,;]|=|<|>")
+TOKEN = re.compile(rf"(?P<and>{AND})|\\[a-zA-Z]+|\\.|[()\[\]{{}}]|[,;]|=|<|>")
+SIZES = re.compile(r"\\left|\\right|\\[bB]ig+[lr]?")
 # Relations other than equality; with one of them it is no equation.
 OTHER = set(r"< > \le \leq \ge \geq \ne \neq \in \equiv \sim \lt \gt \subset \mid \approx \leqslant \geqslant".split())
 
@@ -89,17 +90,17 @@ def values_of_one_name(text: str) -> str | None:
 
 def elements(text: str) -> list[str] | None:
     """The elements of a tuple in round brackets, in order; None for anything else."""
-    text = re.sub(r"\\left|\\right|\\[bB]ig+[lr]?", "", text).strip()
+    text = SIZES.sub("", text).strip()
     return items(text[1:-1]) if len(text) > 2 and text[0] == "(" and _closes_last(text) else None
 
 
 def is_name(text: str) -> bool:
     """A letter (I, e and \\pi too) with its index, f(x), AB, \\angle A, or words in \\text."""
-    return NAME.fullmatch(re.sub(r"\\left|\\right", "", text).strip()) is not None
+    return NAME.fullmatch(SIZES.sub("", text).strip()) is not None
 
 
 def _bare(name: str) -> str:
-    return re.sub(r"[\s{}]|\\left|\\right|\\text|\\mathrm", "", name)
+    return re.sub(r"[\s{}]|\\text|\\mathrm", "", SIZES.sub("", name))
 
 
 def _split(text: str, is_mark) -> list[str]:  # type: ignore[no-untyped-def]

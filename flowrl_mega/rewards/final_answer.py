@@ -11,14 +11,12 @@ import re
 
 # An escaped brace groups nothing. A box without braces holds a number or a letter, \\boxed 3.
 TOKEN = re.compile(
-    r"\\(?:boxed|fbox)(?:\s*\{|\s*(?P<bare>-?\d+(?:\.\d+)?)|\s+(?P<letter>[A-Za-z])(?![A-Za-z]))|\\.|[{}]", re.DOTALL
+    r"\\(?:boxed|fbox)(?:\s*\{|\s*(?P<bare>-?\d+(?:\.\d+)?)|\s+(?P<letter>[A-Za-z])(?![A-Za-z]))|\\.|[{}]"
 )
 # Several boxes are one list if nothing but this is between them.
-LIST = re.compile(
-    r"(?:[\s$]|\\[()\[\]])*(?:[,;]|(?:[,;]\s*)?(?:and|or|\\text\s*\{\s*(?:and|or)\s*\}))(?:[\s$]|\\[()\[\]])*"
-)
+LIST = re.compile(r"(?:[\s$]|\\[)\]])*(?:[,;]|(?:[,;]\s*)?(?:and|or|\\text\s*\{\s*(?:and|or)\s*\}))(?:[\s$]|\\[(\[])*")
 LINE = re.compile(r"(?i)(?:\banswer\**\s*[:：]|(?:答案|正解|答え|정답|답)\**\s*[:：]|####)\**\s*([^\n]+)")
-SENTENCE = re.compile(r"(?i)\b(?:the|final)\s+answer\s+is(?![a-z])|答案(?:是|为|為)(?!\s*[:：])|정답은")
+SENTENCE = re.compile(r"(?i)\b(?:the|final)\s+answer\s+is(?![a-z])|答案(?:是|为|為)|정답은")
 SENTENCE_END = re.compile(r"\.\s|[\n。]")
 LONGEST_SENTENCE = 2000
 THINK_END, TAG, TAG_END = "</think>", "<answer>", "</answer>"

@@ -27,7 +27,7 @@ UNITS = re.compile(  # to the end: texts with powers, products of them, quotient
 )
 IN_TEXT = re.compile(TEXT + r"([^{}]*)\}")
 # What is written as a unit: up to five words, each with a power at most, nothing that counts or relates.
-ONE_UNIT = r"[^\W\d_]+\.?(?:\^?\{?-?[1-9]\}?)?"
+ONE_UNIT = r"[^\W\d_]+(?:\^?\{?-?[1-9]\}?)?"
 UNIT_WORDS = re.compile(rf"/?\s*{ONE_UNIT}(?:[\s/·*.-]+{ONE_UNIT}){{0,4}}[.,]?")
 NO_UNIT = """percent percentage pct and or not is are was wrong right correct but if when where than more less least
 most about approximately plus minus over divided mod modulo base to through by dozen dozens half halves third thirds
@@ -76,12 +76,12 @@ def tidy(text: str) -> str:
     text = re.sub(r"(?<!\\)(?:\\[()\[\]]|\$)", "", latex(text)).strip(" \t\r\n*`")
     text = _unwrap(text)
     text = LABEL.sub("", re.sub(r"\\(?:checkmark|blacksquare)(?![a-zA-Z])", "", text))
-    text = LEADING.sub("", text).strip().rstrip(" .,;")
+    text = LEADING.sub("", text).rstrip(" .,;")
     text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", BARE_ROOT.sub(r"\\sqrt{\1}", text))
     text = IN_TEXT.sub(_read_text, text).strip()
     text = NUMBER_GROUPS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     text = MIXED.sub(r"\1\\frac{\2}{\3}", text)
-    return _without_unit(text).strip()
+    return _without_unit(text)
 
 
 def latex(text: str) -> str:
@@ -175,6 +175,6 @@ def _without_unit(text: str) -> str:
         head, word = text[: counted.start()], counted[1].lower()
         return f"{head}*12" if word == "dozen" else f"{head}\\times 10^{{{COUNTS[word]}}}"
     unit = UNITS.search(text)
-    if unit and all(is_unit(part) for part in IN_TEXT.findall(unit[0]) if part.strip()):
+    if unit and all(is_unit(part) for part in IN_TEXT.findall(unit[0])):
         text = text[: unit.start()]
     return DEGREES.sub("", UNIT.sub("", text))

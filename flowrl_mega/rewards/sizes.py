@@ -18,7 +18,7 @@ class TooLarge(Exception):
 
 def check_size(expression: Any) -> None:
     """Raise TooLarge if a part of it is a power or a factorial with more than 50,000 digits."""
-    if isinstance(expression, sympy.Basic) or hasattr(expression, "atoms"):
+    if isinstance(expression, sympy.Basic | sympy.MatrixBase):
         _digits(expression)
 
 
@@ -28,7 +28,8 @@ def _digits(expression: Any) -> float:
         return _log(abs(expression.p)) - _log(expression.q)
     if isinstance(expression, sympy.Float):
         return float(sympy.log(abs(expression), 10)) if expression else 0.0
-    parts = [_digits(part) for part in getattr(expression, "args", ())]
+    is_matrix = isinstance(expression, sympy.MatrixBase)  # of which those that can be changed have no args
+    parts = [_digits(part) for part in (expression.flat() if is_matrix else expression.args)]
     name = type(expression).__name__
     if name == "Pow":
         size = _power(expression.args[0], parts)
@@ -57,7 +58,7 @@ def _times(log: float, factor: float) -> float:
 
 def _factorial(log: float) -> float:
     n = 10 ** min(log, 12.0)
-    return n * math.log10(n / math.e) if n > 3 else 0.0
+    return n * math.log10(n / math.e) + math.log10(2 * math.pi * n) / 2 if n > 3 else 0.0
 
 
 def _log(number: int) -> float:

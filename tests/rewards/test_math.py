@@ -14,7 +14,7 @@ import math_verify
 import pytest
 
 from flowrl_mega.config import MathSettings, RewardSettings
-from flowrl_mega.rewards import math
+from flowrl_mega.rewards import math, minerva
 from flowrl_mega.rewards.final_answer import final_answer
 from flowrl_mega.rewards.overlong import overlong_penalty
 
@@ -103,6 +103,12 @@ def test_dapo_gives_verls_verdict_on_every_pair(verl_rule):
             assert dapo(gold, response) == verls(verl_rule, response, gold), (gold, response)
 
 
+def test_the_normal_form_removes_what_verl_removes(verl_rule):
+    """In verl's order."""
+    assert minerva.SUBSTITUTIONS == verl_rule.SUBSTITUTIONS
+    assert minerva.REMOVED == verl_rule.REMOVED_EXPRESSIONS
+
+
 def test_dapo_gives_verls_verdict_on_noise(verl_rule):
     """Pieces of what the rule looks for, in any order: 4000 responses, with gold answers made of the same pieces."""
     pieces = (
@@ -136,7 +142,12 @@ def test_results_say_what_was_read_and_what_was_right():
     assert math.verify(row, "Answer: 0.6", SETTINGS) == (0.0, "0.6, not \\frac{1}{2}", "wrong")
     assert math.verify(row, "I think 1/2", SETTINGS) == (0.0, "no \\boxed{} and no 'Answer:'", "no answer")
     assert math.dapo.wrong == -1.0  # what a failed call scores
-    assert len(math.verify(row, f"\\boxed{{{'9' * 900}}}", SETTINGS)[1]) < 200
+
+
+def test_reasons_are_short():
+    """One line each."""
+    for given, shown in (("9" * 80, "9" * 80), ("9" * 81, "9" * 77 + "..."), ("x + \n  1", "x + 1")):
+        assert math.verify({"answer": "5"}, f"\\boxed{{{given}}}", SETTINGS)[1] == f"{shown}, not 5"
 
 
 @pytest.mark.parametrize(

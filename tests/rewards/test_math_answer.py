@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import signal
 import time
@@ -9,7 +10,7 @@ import time
 import pytest
 from math_verify.errors import TimeoutException
 
-from flowrl_mega.rewards import math, minerva
+from flowrl_mega.rewards import limits, math, minerva
 from flowrl_mega.rewards.final_answer import final_answer
 from flowrl_mega.rewards.limits import cpu_limit
 
@@ -37,7 +38,34 @@ from flowrl_mega.rewards.limits import cpu_limit
         ("答案是12。", "12"),
         ("정답: 12", "12"),
         ("Answer：12", "12"),
+        ("答案是：12", "12"),
+        ("答案为12", "12"),
+        ("答案為 12", "12"),
+        ("正解：12", "12"),
+        ("答え: 12", "12"),
+        ("답: 12", "12"),
+        ("정답은 12", "12"),
+        ("**答案** : 12", "12"),
         ("the answering is 12", None),
+        ("the answer isn't 12", None),
+        ("The  final  answer  is : 12 \nI think", "12"),
+        ("The answer is:\n12", "12"),
+        ("The answer is 11. The answer is 12.", "12."),
+        ("The answer is 12. \nThe answer is", "12"),
+        ("Our final answer is：12", "12"),
+        ("\\fbox{3}", "3"),
+        ("\\boxed {3}", "3"),
+        ("\\boxed \n X", "X"),
+        ("\\boxed  -12 apples", "-12"),
+        ("\\boxed xy", None),
+        ("\\boxed xY", None),
+        ("\\boxedx", None),
+        ("<answer> </answer>", None),
+        # Lists of boxes
+        *((f"\\boxed{{1}}{between}\\boxed{{2}}", "1, 2") for between in (",", ";", "and", " or ", "; or\n", ", and ")),
+        *((f"\\boxed{{1}}{between}\\boxed{{2}}", "1, 2") for between in ("$, $", "\\), \\(", " \\] and \\[ ")),
+        *((f"\\boxed{{1}} \\text{between} \\boxed{{2}}", "1, 2") for between in ("{and}", " { or }")),
+        *((f"\\boxed{{1}}{between}\\boxed{{2}}", "2") for between in (" ", ".", "+", ", or so", "\\text{so}")),
     ],
 )
 def test_where_the_answer_stands(response, answer):
@@ -111,16 +139,28 @@ def test_the_clock_ends_what_sleeps():
 def test_limits_nest():
     """The inner one leaves the outer one as it was, and the outer one counts inside of it."""
     before = signal.getsignal(signal.SIGPROF), signal.getsignal(signal.SIGALRM)
+    start = time.process_time()
     with pytest.raises(TimeoutException), cpu_limit(0.2):
         with pytest.raises(TimeoutException), cpu_limit(0.05):
             spin(5)
+        assert time.process_time() - start < 0.15
         spin(5)
+    assert 0.15 < time.process_time() - start < 0.28  # in both 0.2
     start = time.process_time()
     with pytest.raises(TimeoutException), cpu_limit(0.1), cpu_limit(50):
         spin(5)
     assert time.process_time() - start < 2
     assert (signal.getsignal(signal.SIGPROF), signal.getsignal(signal.SIGALRM)) == before
     assert signal.getitimer(signal.ITIMER_PROF)[0] == 0
+
+
+def test_the_limit_comes_again(monkeypatch):
+    """A library may catch every exception, and go on."""
+    monkeypatch.setattr(limits, "AGAIN_S", 0.05)
+    with pytest.raises(TimeoutException), cpu_limit(0.05):
+        with contextlib.suppress(TimeoutException):
+            spin(5)
+        spin(5)
 
 
 def bombs() -> list[str]:
@@ -147,6 +187,7 @@ def test_bombs_end():
 
 def test_a_bomb_is_too_hard_to_compare():
     """By its form, not by the clock; and it still equals itself."""
-    reward, why, kind = math.verify({"id": "t/1", "answer": "204"}, "\\boxed{9^{9^{9^{9}}}}")
-    assert (reward, kind) == (0.0, "time-out") and "TooLarge" in why
+    for bomb in ("9^{9^{9^{9}}}", "\\begin{pmatrix} 9^{9^{9}} \\\\ 1 \\end{pmatrix}"):
+        reward, why, kind = math.verify({"id": "t/1", "answer": "204"}, f"\\boxed{{{bomb}}}")
+        assert (reward, kind) == (0.0, "time-out") and "TooLarge" in why
     assert math.verify({"id": "t/1", "answer": "9^{9^{9}}"}, "\\boxed{9^{9^{9}}}")[0] == 1.0
