@@ -132,6 +132,16 @@ def test_rewards(run):
     assert all(row["per_second"] > 0 for row in rows)
 
 
+def test_rewards_against_an_earlier_checkout(run, tmp_path):
+    """Here against itself: the rewards are the same."""
+    (tmp_path / "math500.jsonl").write_text('{"answer": "\\\\frac{1}{2}"}\n{"answer": "5"}\n{"answer": ""}\n')
+    chosen = ["--rewards", "math:dapo", "code:score", "--against", BENCHMARKS.parents[1], "--data", tmp_path]
+    rows = run("rewards", "--answers", 4, "--programs", 1, "--rounds", 1, *chosen)
+    assert [row["set"] for row in rows] == ["table of pairs", "math500", "sums"]
+    assert [row["calls"] for row in rows] == [4, 2, 1]
+    assert all(row["other_rewards"] == 0 and row["of_before"] > 0 for row in rows)
+
+
 def test_sandbox(run, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setattr(importlib.import_module("sandbox"), "TURNS", 2)
