@@ -29,7 +29,7 @@ IN_TEXT = re.compile(TEXT + r"([^{}]*)\}")
 # What is written as a unit: up to five words, each with a power at most, nothing that counts or relates.
 ONE_UNIT = r"[^\W\d_]+(?:\^?\{?-?[1-9]\}?)?"
 UNIT_WORDS = re.compile(rf"/?\s*{ONE_UNIT}(?:[\s/·*.-]+{ONE_UNIT}){{0,4}}[.,]?")
-NO_UNIT = """percent percentage pct and or not is are was wrong right correct but if when where than more less least
+NO_UNIT = """percent percentage pct and or not is are was wrong but if when where than more less least
 most about approximately plus minus over divided mod modulo base to through by dozen dozens half halves third thirds
 gross hundred hundreds thousand thousands million millions billion billions trillion trillions zero one two three four
 five six seven eight nine ten eleven twelve hence so either maybe otherwise except without factorial i e x y z n
