@@ -12,6 +12,18 @@ STDIN = {"type": "stdin"}
 STUB = {"type": "check", "stub": "def f(x):\n"}
 DOCSTRING = 'def g():\n    """doc\n    ```\n    example\n    ```\n    """\n    return 1\n'
 AT_MARGIN = DOCSTRING.replace("    ```\n", "```\n")
+# Each hides quotes in a comment or a string, or has a whole string before one.
+HIDING = [
+    "# '''",
+    '# """',
+    'x = """a"""\'"""\'',
+    'x = \'"""\'',
+    "x = \"'''\"",
+    "x = 'a\\'\"\"\"'",
+    "x = \"a\\\"'''\"",
+    'x = \'"""',
+    "x = \"'''",
+]
 COMMENT = "x = 1  # don't '''\ny = '\"\"\"' + \"it's\"\n"
 
 
@@ -40,6 +52,14 @@ COMMENT = "x = 1  # don't '''\ny = '\"\"\"' + \"it's\"\n"
         ("```pycon\na\n```", None),
         ("```python2\na\n```", None),
         ("```text\na\n```\n```\nb\n```", "b\n"),
+        *((f"```{tag}\na\n```", None) for tag in ("python++", "python#", "python.el", "python_x", "pythons")),
+        # Before the fence
+        *((f"{mark}```\na\n```", "a\n") for mark in ("- ", "* ", "+ ", "> ", "1. ", "12)", "-\t", "\t", "  ", "<a>- ")),
+        *((f"{mark} ```\na\n```", None) for mark in ("1234567890.", "<a b>", "<<a>", "<a>b>", "<a`b>", "x", "1,")),
+        ("The code: ``` Python \na\n```", "a\n"),
+        ("The code: ```{python}\na\n```", "a\n"),
+        ("The code: ```python x\na\n```", None),
+        ("Not ```x``` but ```python\na\n```", None),
         # Margins
         ("  ```python\n  a\n  ```", "a\n"),
         ("1. Code:\n\n   ```python\n   if a:\n       b\n   ```\n", "if a:\n    b\n"),
@@ -49,7 +69,20 @@ COMMENT = "x = 1  # don't '''\ny = '\"\"\"' + \"it's\"\n"
         ("   ```python\n   a = '''\n x\n   '''\n   ```", "a = '''\nx\n'''\n"),
         ("```python\n\tif a:\n\t\tb\n```", "if a:\n\tb\n"),
         ("```python\na\n  ```", "a\n"),
+        ("```python\na\n\t```", "a\n"),
+        ("   ```python\n\nif a:\n    b\n   ```", "\nif a:\n    b\n"),
+        ("   ```python\n   \nif a:\n    b\n   ```", "\nif a:\n    b\n"),
         # Fences inside
+        *((f"```python\n{line}\n```\nmore ''' and \"\"\"\n```\nb\n```", f"{line}\n") for line in HIDING),
+        *((f"```python\n{line}\n    ```", f"{line}\n") for line in [*HIDING, "x = 'a'", 'x = "a"', "x  # a"]),
+        *(
+            (f"```python\nx = {before}{quotes}\n```\n{quotes}\n```", f"x = {before}{quotes}\n```\n{quotes}\n")
+            for before in ("", "'a' + ", '"a" + ')
+            for quotes in ("'''", '"""')
+        ),
+        ("```python\n'''\n```\n'''\na\n```", "'''\n```\n'''\na\n"),
+        ("```python\n'''\n```python\nx\n```\n'''\na\n```", "'''\n```python\nx\n```\n'''\na\n"),
+        ("```text\n'''\n```\nSo '''\n```\nb\n```", "b\n"),
         (f"```python\n{DOCSTRING}```\n", DOCSTRING),
         (f"```python\n{AT_MARGIN}```\n", AT_MARGIN),
         (f"  ```python\n{DOCSTRING}  ```\n", DOCSTRING),
@@ -59,7 +92,14 @@ COMMENT = "x = 1  # don't '''\ny = '\"\"\"' + \"it's\"\n"
         ("```python\n# ```\na\n```", "# ```\na\n"),
         ("```python\n'''broken\n```\nNow:\n```python\n'''b'''\n```", "'''b'''\n"),
         ("```python\n'''broken\n```\nThe end", "'''broken\n"),
+        ("```python\n'''broken\n```\nNow:\n```python\nx = '''a\nb'''\n```", "x = '''a\nb'''\n"),
+        ("```python\n'''broken\n```\ntext\n```\nThe end", "'''broken\n"),
+        ("```python\n'''broken\n    ```\nThe end", None),
+        ("```python\nx = '''\n```\n'''\ny = '''\nbroken", None),
+        ("```\n'''broken\n```\nThen:\n```\nb\n```", "b\n"),
+        ("```\n'''broken\n```\n```\nb\n```", "b\n"),
         ("```python\ndraft\n\nAgain:\n```python\na\n```", "a\n"),
+        ("```python\ndraft\n\nAgain:\n``` python\na\n```", "a\n"),
         # Around the fences
         ("```python\r\na\r\nb\r\n```\r\n", "a\nb\n"),
         ("```python\na\n```<|im_end|>", "a\n"),
@@ -75,7 +115,11 @@ COMMENT = "x = 1  # don't '''\ny = '\"\"\"' + \"it's\"\n"
         ("<think>\n```python\nnever closed\n</think>```python\nb\n```", "b\n"),
         ("<think>\n```python\na\n```\n</think>\nI do not know.", None),
         ("<think>\n```python\na\n```\n</think>\n<|im_end|>", "a\n"),
-        ("```python\nprint('</think>')\n```", "print('</think>')\n"),
+        *((f"<think>\n```python\na\n```\n</think>\n{rest}", None) for rest in ("<a b>", "<<a>", "<a>b>")),
+        *(
+            (f"```python\nprint({said})\n```", f"print({said})\n")
+            for said in ("'</think>'", "'</think> '", "' </think>'", '"</think> "', '" </think>"')
+        ),
     ],
 )
 def test_the_program_of_a_response(response, found):
@@ -90,6 +134,7 @@ def test_the_program_of_a_response(response, found):
         ("```python\n    return x\n```", "    return x\n"),
         ("  ```python\n      return x\n  ```", "    return x\n"),
         ("<think>\nHm.\n</think>\n    return x\n", "\n    return x\n"),
+        ("Code: ```python\n    return x\n```", "    return x\n"),
         ("Use ```", None),
         ("  \n", None),
     ],

@@ -14,9 +14,9 @@ from typing import Any
 BEFORE = r"[ \t]*(?:(?:<[^<>\s`]{1,40}>|[-*+>]|\d{1,9}[.)])[ \t]*)*"
 FENCE = re.compile(rf"({BEFORE})(`{{3,}})([^`]*)$")
 AFTER_TEXT = re.compile(r"(`{3,})([^`]*)$")
-CLOSING = re.compile(r"[ \t]*(`{3,})(?!`)")
+CLOSING = re.compile(r"[ \t]*(`{3,})")
 PYTHON = re.compile(r"\{?\.?(?:python|py)(?:3(?:\.\d+)?)?(?![\w+#.-])", re.IGNORECASE)  # py3, python:file.py, {python}
-PYTHON_ALONE = re.compile(rf"{PYTHON.pattern}\}}?\s*$", re.IGNORECASE)
+PYTHON_ALONE = re.compile(rf"{PYTHON.pattern}\}}?$", re.IGNORECASE)
 THOUGHT = re.compile(r"""(?<!["'])</think>(?!["'])""")  # not the string of a program
 TAG = re.compile(r"<[^<>\s]{1,40}>")
 TOKEN = re.compile(r"""#.*|'{3}|"{3}|'(?:\\.|[^'\\])*'?|"(?:\\.|[^"\\])*"?""")
