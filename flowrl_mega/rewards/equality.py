@@ -87,7 +87,7 @@ def _read_one(answer: str, seconds: int) -> Gold:
     if plain is not None and ("\\text" in answer or "\\mbox" in answer or max(map(len, plain.split())) > 2):
         return Gold(tidy(answer), plain)
     text = tidy(answer)
-    if plain is not None and TWO_LETTERS.fullmatch(text):
+    if TWO_LETTERS.fullmatch(text):
         return Gold(text, plain)
     if numbers.read(text) is None:
         try:
@@ -133,7 +133,7 @@ def _equal_percent(gold: str, given: str, of_gold: str | None, of_given: str | N
     if against is None:
         hundredth = number.value / 100
         return _equal(bare, other) or _equal(f"{hundredth.numerator}/{hundredth.denominator}", other)
-    hundredth_of = numbers.Number(number.value / 100, number.places and number.places + 2)
+    hundredth_of = numbers.Number(number.value / 100, number.places + 2)
     return numbers.same(number, against) or numbers.same(hundredth_of, against)
 
 
@@ -176,18 +176,14 @@ def _as_equations(gold: str, given: str) -> bool | None:
         assert of_given is not None
         if named_given is not None:
             return _equal(gold, named_given.value)
-        return _is_value(gold) and all(_equal(gold, side) for side in of_given)  # 2 + 3 = 5
+        return all(_equal(gold, side) for side in of_given)  # 2 + 3 = 5
     if of_given is None:
         if named_gold is not None:
             return _equal(named_gold.value, given)
-        return _is_identity(of_gold) and _is_value(given) and _equal(of_gold[-1], given)
+        return _is_identity(of_gold) and _equal(of_gold[-1], given)
     if named_gold is not None and named_given is not None and named_gold.name == named_given.name:
         return _equal(named_gold.value, named_given.value)
     return len(of_gold) == len(of_given) and _proportional(of_gold, of_given)
-
-
-def _is_value(text: str) -> bool:
-    return equations.sides(text) is None and not equations.is_name(text)
 
 
 def _is_identity(sides: list[str]) -> bool:
@@ -200,7 +196,7 @@ def _proportional(gold: list[str], given: list[str]) -> bool:
         if a is None or b is None:
             return all(_equal(x, y) for x, y in zip(gold, given, strict=True))
         if a == 0 or b == 0:  # holds always: any such equation is a multiple of any other
-            return a == b and _same_sides(gold, given)
+            return _same_sides(gold, given)
         if not a.free_symbols or not sympy.cancel(a / b).is_number:
             return False
     return True

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import math_verify
 import pytest
+import sympy
 
 from flowrl_mega.config import MathSettings, RewardSettings
 from flowrl_mega.rewards import math, minerva
@@ -226,10 +227,12 @@ def test_what_takes_too_long_is_wrong(response):
 
 
 @pytest.mark.parametrize("error", [RecursionError, MemoryError])
-def test_a_crash_is_wrong(monkeypatch, error):
+@pytest.mark.parametrize("where", [(math_verify, "verify"), (math_verify, "parse"), (sympy, "N")])
+def test_a_crash_is_wrong(monkeypatch, error, where):
     """Neither is an exception to the caller: the answer of a model brought it about."""
-    monkeypatch.setattr(math_verify, "verify", lambda *_, **__: (_ for _ in ()).throw(error("too much")))
-    assert verify("x^2", "\\boxed{x^3}")[::2] == (0.0, "time-out")
+    assert verify("y^2", "\\boxed{z^3}")[2] == "wrong"
+    monkeypatch.setattr(*where, lambda *_, **__: (_ for _ in ()).throw(error("too much")))
+    assert verify("y^2", f"\\boxed{{y+y^2-y+{error.__name__.lower()[:3]}-{where[1]}}}")[::2] == (0.0, "time-out")
 
 
 HOSTILE = {

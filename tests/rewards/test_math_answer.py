@@ -191,3 +191,4 @@ def test_a_bomb_is_too_hard_to_compare():
         reward, why, kind = math.verify({"id": "t/1", "answer": "204"}, f"\\boxed{{{bomb}}}")
         assert (reward, kind) == (0.0, "time-out") and "TooLarge" in why
     assert math.verify({"id": "t/1", "answer": "9^{9^{9}}"}, "\\boxed{9^{9^{9}}}")[0] == 1.0
+    assert math.verify({"id": "t/1", "answer": "9^{9^{9}}"}, "\\boxed{2^5}")[2] == "time-out"

@@ -44,6 +44,18 @@ x=1.5e3 == 1500 | x = 1.5\times10^3
 \frac{1}{3} != 0.33333 | 0.333334444 | 0.333
 \frac{2}{3} == 0.666667
 10^{-16}x != 2 \cdot 10^{-16}x
+10^{-16}abcdgh != 2 \cdot 10^{-16}abcdgh
+0 != \sqrt{2} \cdot 10^{-20}
+\sqrt{2} \cdot 10^{-7} != \sqrt{2} \cdot 10^{-7}+10^{-20}
+(1+\sqrt{2})^2-3-2\sqrt{2} == 0
+0.5x == \frac{x}{2}
+\frac{x}{3} != 0.3333x
+(0.1234567, 1) == (0.12345670, 1.0)
+(0.1234567, 1) != (0.1234568, 1) | x=0.1234568, y=1
+0.1234567, 1 == 1, 0.1234567
+0.1234567, 1 != 0.1234568, 1 | x=0.1234568, x=1
+\{0.1234567, 1\} != \{0.1234568, 1\}
+x=0.1234567, x=1 != 0.1234568, 1
 """,
     "percent": r"""
 12.5\% == 12.5 | 0.125 | \frac{1}{8} | 12.5% | 12.50\% | \frac{25}{2}\%
@@ -54,7 +66,14 @@ x=1.5e3 == 1500 | x = 1.5\times10^3
 33\frac{1}{3}\% != 33 | 33.3
 0.5 == 50\%
 0.5 != 5\%
-\frac{1}{3} != 33.3\%
+\frac{1}{3} != 33.3\% | 33.333\%
+\frac{1}{3} == 33.3333\%
+50\% == 50.0\% | \frac{2}{2^2} | 25 \cdot 2
+50\% != 0.5\% | \frac{2}{2^3} | 7^2
+x\% == x | \frac{x}{100} | x \%
+x\% != 100x | 2x
+\frac{2}{2^2} == 50\%
+\frac{2}{2^2} != 5\%
 """,
     "equations": r"""
 x^2-2x+10=0 == 2x^2-4x+20=0 | x^2+10=2x | 0 = x^2-2x+10
@@ -77,6 +96,22 @@ y=2x+1 == 2x-y+1=0 | y - 2x = 1 | 2y=4x+2 | 2x+1
 y=2x+1 != y=2x | 2x+y+1=0 | x=2y+1
 y=\frac{1}{x} == xy=1
 x^2+y^2=4 != x^2+y^2=2 | 4 | x+y=2
+x+1=y+1=2 == 2x+2=2y+2=4
+x+1=y+1=2 != x+1=y+1 | x+1=y+1=3
+x+1=y+1 != x+1=y+1=2
+2+3=4+1=5 == 5
+2+2=5=4 != 4
+1=2 != 3=5
+\{1,2\}=\{x\} == \{2,1\}=\{x\}
+\{1,2\}=\{x\} != \{1,3\}=\{x\} | 2x=4
+2x=4 != \{1,2\}=\{x\}
+\int_0^2 t dt=2x == 1=x | 2=2x
+\begin{vmatrix}1&2\\3&4\end{vmatrix}=-2 == \begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix} = -2
+2^4=16 == 16=2^4
+2^4=16 != 4^2=16
+\sin x\cos x=\frac{1}{2}\sin 2x == \cos x\sin x=\frac{1}{2}\sin(2x)
+x=\text{no way} == x = \text{no way}
+x=\text{no way} != x = \text{no say}
 """,
     "a number in an equation": r"""
 0 != x^2-5x+6=0 | 1=0
@@ -88,12 +123,19 @@ x+y=3 != 3
 """,
     "assignments": r"""
 x=3,y=4 == (3,4) | y=4, x=3 | x = 3 \text{ and } y = 4 | (x,y)=(3,4) | 3, 4 | x=3.0; y=4
-x=3,y=4 != (4,3) | x=4,y=3 | x=3 | 4, 3 | x=3,z=4 | (3,4,5)
+x=3,y=4 != (4,3) | x=3,y=5 | x=4,y=3 | x=3 | 4, 3 | x=3,z=4 | (3,4,5)
 a=1,b=2,c=3 == (1,2,3) | c=3, a=1, b=2
 a=1,b=2,c=3 != (3,2,1) | (1,2)
 m=2, n=5 == 2, 5 | (2, 5)
 m=2, n=5 != 5, 2
 (3,4) == x=3, y=4
+2, 5 == m=2, n=5 | n=5, m=2
+2, 5 != m=2, n=6
+a=5 \text{ cm}, b=3 \text{ cm} == (5,3)
+(5,3) == a=5 \text{ cm}, b=3 \text{ kg}
+1, x == x, 1
+1, x != 1, 2
+1, 2 != 1, x
 (3,4) != x=4, y=3
 x=1, x=2 == 2, 1 | x=2 \text{ or } x=1 | \{1,2\} | x = 1, 2
 x=1, x=2 != 1 | 1, 3 | y=1, y=2
@@ -106,6 +148,8 @@ x=1, x=2 != 1 | 1, 3 | y=1, y=2
 3000000 == 3 \text{ million} | 3 million | 3 \text{ million dollars}
 3000000 != 3 \text{ thousand} | 3
 57 == 5\text{7}
+5 \text{ or more} == 5\text{or more}
+5 \text{ or more} != 5 | 6 \text{ or more} | 5 \text{ or less}
 36 == 3 \text{ dozen eggs}
 42 == 42 \frac{\text{m}}{\text{s}} | 42 \text{ m} \cdot \text{s}^{-1} | 42 \text{ m}/\text{s} | 42\ \mathrm{m}
 42 != 42 \frac{1}{2} | 42 \frac{\text{1}}{\text{2}}
@@ -136,6 +180,11 @@ No != on | ON
 IV == \text{IV}
 IV != VI | 4
 xy == yx
+cat != act
+\text{ab} == ab
+\text{ab} != ba
+\mbox{ab} == ab
+\mbox{ab} != ba
 """,
     "lists in JSON": r"""
 ["34"] == 34 | 34.0
@@ -143,7 +192,12 @@ xy == yx
 ["34", "36"] == 34 | 36.0
 ["34", "36"] != 35 | 34, 36
 ["\\frac{1}{2}"] == 0.5
-[1,2] != (1,2)
+["34", 5] != 34
+[5] == 5 | 5.0
+[5] != 6
+[5.5] == 5.5 | \frac{11}{2}
+[1,2] == [1, 2]
+[1,2] != (1,2) | 1
 """,
 }
 
@@ -162,6 +216,32 @@ def pairs() -> list[tuple[str, str, bool]]:
 def test_equal(gold, given, right):
     """In a box, with the settings of a run but for the time."""
     assert (math.verify({"id": "t/1", "answer": gold}, f"So it is \\boxed{{{given}}}.", SETTINGS)[0] == 1.0) == right
+
+
+TWO_LETTERS = "no on up in of to is it if or go do so we he me my by ok am us al ed NO On IV IX XI Ba Be Bi Bo Bu By"
+
+
+@pytest.mark.parametrize("word", TWO_LETTERS.split())
+def test_words_of_two_letters(word):
+    """No products."""
+    for given in (word, word[::-1]):
+        assert (math.verify({"answer": word}, f"\\boxed{{{given}}}", SETTINGS)[0] == 1.0) == (given == word)
+
+
+def test_the_longest_answer():
+    """On both sides: 1000 characters."""
+    for length, right in ((1000, True), (1001, False)):
+        text = "1".rjust(length, "0")
+        assert (math.verify({"answer": "1"}, f"\\boxed{{{text}}}", SETTINGS)[0] == 1.0) == right
+        assert (math.check_gold(text) is None) == right
+
+
+def test_gold_answers_in_blanks():
+    for answer in (' ["34"] ', " [34]\n"):
+        assert math.verify({"answer": answer}, "\\boxed{34}", SETTINGS)[0] == 1.0
+    for answer in ("[]", '["34", " "]'):
+        assert "braces" not in (math.check_gold(answer) or "")
+        assert math.verify({"answer": '["34", " "]'}, "\\boxed{34}", SETTINGS)[0] == 0.0
 
 
 def test_as_many_as_written():

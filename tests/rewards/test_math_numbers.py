@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 
+from flowrl_mega.rewards.equality import numbers_as_powers
 from flowrl_mega.rewards.numbers import percent, read, same
 
 
@@ -125,3 +126,16 @@ def test_decimals_of_what_has_no_end(endless, decimal, equal):
     """Both ways; what has an end must be written to it."""
     a, b = read(endless), read(decimal)
     assert same(a, b) is same(b, a) is equal
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("(1.5e3, 2)", "((1.5\\times 10^{3}), 2)"),
+        (".25E-12+1.e+2", "(.25\\times 10^{-12})+(1.\\times 10^{+2})"),
+        ("12e34", "(12\\times 10^{34})"),
+        *((text, text) for text in ("x1e3", "\\1e3", "}1e3", "1e3x", "1e3.5", "1e", "e3", "1e3_2", "1 e3")),
+    ],
+)
+def test_exponents_inside_of_formulas(text, read):
+    assert numbers_as_powers(text) == read
