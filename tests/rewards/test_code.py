@@ -244,7 +244,12 @@ def test_a_method_of_a_class():
         ([1, 2], [1, 2, 3], False),
         ({"a": (1,)}, {"a": [1]}, True),
         ({"a": 1}, {"a": 1, "b": 2}, False),
+        ({"a": 1, "b": 2}, {"a": 1, "b": 3}, False),
         ({1: 2}, {"1": 2}, False),
+        ({(1,): 2}, {"a": 2}, False),
+        ({"a": 1, (1,): 2}, {"a": 1, "b": 2}, False),
+        ([1, 2], [1, 3], False),
+        ([1], 1, False),
         ({1, 2}, [1, 2], False),
         (2**100, 2**100, True),
         (2**100, 2**100 + 1, False),
@@ -263,6 +268,11 @@ def test_values_are_compared_as_python_does(value, expected, equal):
     """Against Python's own ==, but that a tuple is a list. What travels is tagged JSON."""
     assert (with_lists(value) == expected) is equal
     assert same(expected, json.loads(codec.encode(value))) is equal
+
+
+def test_other_values_than_numbers_are_not_decoded():
+    """Nothing of a program's is hashed, and 1+0j is not 1."""
+    assert not any(same(expected, json.loads(codec.encode(1 + 0j))) for expected in (1, 1.0, [1]))
 
 
 def with_lists(value):
@@ -288,6 +298,11 @@ def test_values_travel(value):
         ("5", "5\n", True),
         ("5\n6", "5  \n6\n\n", True),
         ("5\n6", "5 6", False),
+        ("5\n6", "5", False),
+        ("5", "5\n6", False),
+        ("5\n6", "5\n7", False),
+        ("a\n yes", "a\nyes ", True),
+        ("a\nyes ", "a\n yes", True),
         ("1.0", "1.000", True),
         ("1.0 2", "1 2.00", True),
         ("1.0 2", "1 2.00 3", False),
