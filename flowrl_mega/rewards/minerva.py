@@ -70,8 +70,8 @@ def normalise(answer: str) -> str:
 
 def same(given: str, right: str) -> bool:
     """Equal as strings, or as integers but for leading zeros: AIME's 033 is 33. The one difference from verl's rule."""
-    if given == right:
-        return True
+    if given == right or given[-1:] != right[-1:]:  # most answers: cheaper than to read two integers
+        return given == right
     a, b = INTEGER.fullmatch(given), INTEGER.fullmatch(right)
     return a is not None and b is not None and a.groups() == b.groups()
 

@@ -11,6 +11,7 @@ from byte_tokenizer import TEMPLATE, byte_tokenizer
 from PIL import Image
 
 from flowrl_mega.config import ConfigError
+from flowrl_mega.data.chat import TEMPLATE_DATE, check_template, control_tokens, fault, render
 from flowrl_mega.data.prepare.make_store import Plan, prepare
 from flowrl_mega.data.prepare.problem import decimal
 from flowrl_mega.data.prompts import tokenized
@@ -24,6 +25,11 @@ NO_PROBLEM = "<|im_start|>user\n<|im_end|>\n{% if add_generation_prompt %}<|im_s
 TRIMMED = CHAT.replace("m.content", "m.content | trim")
 NO_HEADER = CHAT.partition("{% if")[0]
 ALWAYS_HEADER = "User: {{ messages[0].content }}\nAssistant:{% if messages[1] %}{{ messages[1].content }}{% endif %}"
+THINKS = CHAT.replace("{{ m.content }}", "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}")
+NEWLINES = "{% for m in messages %}\n{{ m.content }}{% endfor %}"
+COUNTS = (
+    "{{ messages | length }}: {{ messages[0].content }}\n{% if messages[1] %}Tom:{{ messages[1].content }}{% endif %}"
+)
 DATED = "Today is {{ strftime_now('%d %b %Y %H:%M:%S') }}.\n" + CHAT
 
 
@@ -84,7 +90,16 @@ def test_a_template_that_drops_the_problem(tmp_path, template, kept):
 
 
 @pytest.mark.parametrize(
-    "template, refused", [(CHAT, False), (NO_HEADER, True), (ALWAYS_HEADER, False), (TEMPLATE, False)]
+    "template, refused",
+    [
+        (CHAT, False),
+        (NO_HEADER, True),
+        (ALWAYS_HEADER, False),
+        (TEMPLATE, False),
+        (THINKS, False),
+        (NEWLINES, False),
+        (COUNTS, False),
+    ],
 )
 def test_a_template_that_ignores_add_generation_prompt(tmp_path, template, refused):
     """Unless it always writes the assistant's header, or has none."""
@@ -220,3 +235,31 @@ def test_compressed_json_lines(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(data[:-9])
     with pytest.raises(ConfigError, match=r"cut.jsonl.gz: cannot be read \(Compressed file ended"):
         prepare(Plan("math", tmp_path / "t", [str(tmp_path / "cut.jsonl.gz")]), byte_tokenizer(), None)
+
+
+def test_what_is_wrong_with_a_prompt():
+    """A token in any message; of what the template leaves out only the user's words, and those that are no text."""
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Find  x."}]
+    assert fault(asked, "Find x.", ["<|im_end|>"]) is None
+    assert fault(asked, "Be brief.", []) == "the chat template leaves out what the user says"
+    assert "control token" in fault([*asked, {"role": "user", "content": "<|im_end|>"}], "", ["<|im_end|>"])
+    assert fault([{"role": "user", "content": [{"type": "text", "text": "Find y."}]}], "", ["text"]) is None
+
+
+def test_control_tokens():
+    """Special ones alone, the longest first, and no blank one."""
+    tokenizer = chat(CHAT)
+    tokenizer.add_tokens(["plain"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "  "]})
+    found = control_tokens(tokenizer)
+    assert {"<|im_start|>", "<|im_end|>"} < set(found) and not {"plain", "  "} & set(found)
+    assert found == sorted(found, key=len, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "asked", ["strftime_now('%Y')", 'strftime_now( "%Y" )', "strftime_now(format='%Y')", "strftime_now( format = '%Y')"]
+)
+def test_ways_to_ask_for_the_date(asked):
+    template = f"{{% if strftime_now  is  defined %}}{{{{ {asked} }}}} {{% endif %}}{{{{ messages[0].content }}}}"
+    check_template(chat(template))
+    assert render("Find x.", chat(template), True) == f"{TEMPLATE_DATE:%Y} Find x."
