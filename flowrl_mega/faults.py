@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from flowrl_mega import run_lock
 from flowrl_mega.config import ConfigError, RunError
 
 BAD_INPUT, CANNOT_GO_ON, INTERRUPTED, CRASHED = 2, 70, 130, 1
@@ -141,6 +142,7 @@ class _Member:
                 if fault := self.record.read():
                     if not self.done.wait(GRACE_S):
                         self.record.store.add("left", 1)
+                        run_lock.release_all()
                         sys.stdout.flush()
                         sys.stderr.flush()
                         os._exit(fault.code)

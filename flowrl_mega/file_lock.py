@@ -10,6 +10,7 @@ import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 @contextmanager
@@ -20,9 +21,14 @@ def locked(path: Path) -> Iterator[None]:
     then runs unlocked, so what it writes must appear in one step (os.replace) and be the same from every process.
     """
     with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
+        wait_for(file)
         yield
+
+
+def wait_for(file: IO[str]) -> None:
+    """Lock an open file until it is closed; waits for whoever holds it, and does nothing where there are no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise

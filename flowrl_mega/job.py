@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from flowrl_mega.checkpoint import find_checkpoint, is_megatron, step_of
@@ -15,6 +16,7 @@ from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.launch import launch, rank_environment, started_by_launcher
 from flowrl_mega.preflight import Inputs, check, describe
 from flowrl_mega.run import Run
+from flowrl_mega.run_lock import run_lock
 
 DONE, STOPPED = 0, 75
 
@@ -24,8 +26,17 @@ def train(
 ) -> int:
     """The `train` command; returns the exit code. `arguments` are the command line's, for ranks that we start.
 
-    `checked`: this is a rank whose parent has already checked everything.
+    `checked`: this is a rank whose parent has already checked everything, and holds the run folder's lock. Of ranks
+    that others started the first one holds it, before the checks: what they find must not change until the run begins.
     """
+    holds = not checked and not dry_run and (not started_by_launcher() or os.environ["RANK"] == "0")
+    with run_lock(Path(config.run_dir)) if holds else nullcontext():
+        return _train(config, arguments, resume, dry_run, checked, stop_requested)
+
+
+def _train(
+    config: Config, arguments: list[str], resume: str, dry_run: bool, checked: bool, stop_requested: Callable[[], bool]
+) -> int:
     is_rank = started_by_launcher()
     world = int(os.environ["WORLD_SIZE"]) if is_rank else layouts.world_size(config.parallel)
     checkpoint = find_checkpoint(Path(config.run_dir), resume)

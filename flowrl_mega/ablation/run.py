@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from flowrl_mega.ablation.report import Records, write_report
 from flowrl_mega.config import Config, ConfigError
 from flowrl_mega.config_file import load_config
 from flowrl_mega.monitor.run_folder import CONFIG, EVALUATION, METRICS, RunFolder
+from flowrl_mega.run_lock import run_lock
 from flowrl_mega.settings import flat
 
 DONE, STOPPED = 0, 75
@@ -89,15 +91,17 @@ def ablate(
         raise ConfigError(f"--seeds {seeds}: must be at least 1")
     cells = grid(path, overrides, axes)
     runs = [run_of(cell, i) for i in range(seeds) for cell in cells]  # all cells once before any of them twice
-    for run in runs:
-        run.check_folder()
-    to_do = [run for run in runs if not run.finished()]
-    check({run.cell: run.config for run in to_do})
-    if dry_run:
-        print("\n".join(f"{run.folder}: {run.steps_done()} of {run.config.steps} steps" for run in runs))
-        return DONE
-    failed, code = _run_all(to_do, stop_requested)
-    report(Path(cells[0].config.run_dir), cells, runs, failed)
+    folder = Path(cells[0].config.run_dir)
+    with nullcontext() if dry_run else run_lock(folder):  # each run takes the lock of its own folder, too
+        for run in runs:
+            run.check_folder()
+        to_do = [run for run in runs if not run.finished()]
+        check({run.cell: run.config for run in to_do})
+        if dry_run:
+            print("\n".join(f"{run.folder}: {run.steps_done()} of {run.config.steps} steps" for run in runs))
+            return DONE
+        failed, code = _run_all(to_do, stop_requested)
+        report(folder, cells, runs, failed)
     return code
 
 

@@ -97,6 +97,7 @@ def test_one_message_and_one_exit_code(
     assert codes == [code, code], said
     assert said.count(MESSAGE) == 1 and f"flowrl-mega: {MESSAGE}\n" in said and "Traceback" not in said, said
     assert seconds < 10
+    assert not (tmp_path / "run" / "run.lock").exists(), "also where rank 0 hung and was ended"
 
 
 @pytest.mark.parametrize("failures", ["0:crash", "1:crash", "1:crash 0:hang"])

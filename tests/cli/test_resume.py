@@ -70,7 +70,8 @@ def test_killed_and_resumed(
     assert -signal.SIGKILL in codes, (tmp_path / "log").read_text()
     assert steps(run_dir) == left
     assert [path.name for path in run_dir.glob("checkpoints/.step_*")] == unfinished
-    Job(["train", str(config), "--resume", "auto"], tmp_path / "log").run()
+    said = Job(["train", str(config), "--resume", "auto"], tmp_path / "log").run()
+    assert said.count("taken over, its owner is gone") == (codes[0] == -signal.SIGKILL), "rank 0 holds the lock"
     assert_same_records(run_dir, finished / "run")
     assert steps(run_dir) == ["step_4", "step_6"]
     assert not list(run_dir.glob("checkpoints/.step_*"))
