@@ -5,7 +5,7 @@ Exit codes:
 0    done
 2    the input or the settings are wrong (one message, no traceback)
 70   the run cannot go on (one message, no traceback)
-75   stopped on request (SIGTERM), with a checkpoint saved
+75   stopped on request (SIGTERM, or SIGHUP from a closed terminal), with a checkpoint saved
 130  interrupted (Ctrl-C)
 else the program failed; the traceback is on stderr. 128 + N: signal N ended a rank
 
@@ -24,6 +24,7 @@ from pathlib import Path
 
 from flowrl_mega.config import ConfigError, RunError
 from flowrl_mega.config_file import load_config
+from flowrl_mega.hangup import outlive_the_terminal, stop_signals
 
 BAD_INPUT, CANNOT_GO_ON, INTERRUPTED = 2, 70, 130
 
@@ -89,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="start the servers of rollout.* alone", allow_abbrev=False)
     for command, run in ((train, _train), (ablate, _ablate), (serve, _serve)):
         command.set_defaults(run=run)
-        command.add_argument("config", help="YAML file of settings; --section.field=value changes one of them")
+        words = "YAML file of settings; --section.field=value changes one of them"
+        command.add_argument("config", type=os.path.expanduser, help=words)
     ablate.add_argument(
         "--vary",
         action="append",
@@ -102,7 +104,12 @@ def _parser() -> argparse.ArgumentParser:
     ablate.add_argument("--seeds", type=int, default=3, help="runs per combination, with seed, seed + 1, ... (3)")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other hosts connect")
     serve.add_argument("--port", type=int, help="port of the first server; the others take the ports after it")
-    train.add_argument("--resume", default="auto", help="auto (the run folder's newest checkpoint), never, or a folder")
+    train.add_argument(
+        "--resume",
+        default="auto",
+        type=os.path.expanduser,
+        help="auto (the run folder's newest checkpoint), never, or a folder",
+    )
     for command in (train, ablate):
         command.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and stop")
     train.add_argument("--checked", action="store_true", help=argparse.SUPPRESS)  # given to ranks that we start
@@ -110,22 +117,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class StopRequest:
-    """True once SIGTERM has come, which asks to save at the end of this step and stop; also one during the imports."""
+    """True once SIGTERM or SIGHUP has come, which ask to save at the end of this step and stop; also one during the
+    imports."""
 
     def __init__(self) -> None:
         self.received = False
-        self._previous = signal.signal(signal.SIGTERM, self._receive)
+        self._previous = {number: signal.signal(number, self._receive) for number in stop_signals()}
 
     def _receive(self, number: int, frame: object) -> None:
         self.received = True
+        if number == signal.SIGHUP:
+            outlive_the_terminal()
 
     def __call__(self) -> bool:
         return self.received
 
     def withdraw(self) -> None:
-        """Restore the previous handler; one that was installed meanwhile stays."""
-        if signal.getsignal(signal.SIGTERM) == self._receive:
-            signal.signal(signal.SIGTERM, self._previous)
+        """Restore the previous handlers; one that was installed meanwhile stays."""
+        for number, handler in self._previous.items():
+            if signal.getsignal(number) == self._receive:
+                signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from flowrl_mega.settings import ConfigError as ConfigError
+from flowrl_mega.settings import PathText, Settings, path
 from flowrl_mega.settings import RunError as RunError
-from flowrl_mega.settings import Settings
 
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise"]
 
@@ -31,7 +31,7 @@ class LogZ(Settings):
 
 
 class ModelSettings(Settings):
-    path: str = Field(description="Hugging Face folder with *.safetensors and tokenizer, or a Megatron checkpoint")
+    path: PathText = Field(description="Hugging Face folder with *.safetensors and tokenizer, or a Megatron checkpoint")
     dtype: Literal["fp32", "bf16"] = "fp32"
     logits_budget_mb: int = Field(256, ge=1, description="logits kept for the backward pass; more is recomputed")
     spec: Literal["auto", "local", "te"] = Field(
@@ -91,13 +91,15 @@ class DaliSettings(Settings):
 
 
 class DataSettings(Settings):
-    path: str | None = Field(
+    path: PathText | None = Field(
         None,
         description="prompt store (tools/prepare_data.py), or JSON lines: a 'prompt' each and what rewards read",
     )
-    task: str | None = Field(None, description="instead of a file: sums, or a class of yours as module:Class")
+    task: PathText | None = Field(None, description="instead of a file: sums, or a class of yours as module:Class")
     task_args: dict[str, Any] = Field(default_factory=dict)
-    held_out: float | str | None = Field(None, description="prompts kept for evaluation: a share, or a JSON lines file")
+    held_out: float | PathText | None = Field(
+        None, description="prompts kept for evaluation: a share, or a JSON lines file"
+    )
     chat_template: bool = False
     template_date: date = Field(
         date(2024, 7, 26), description="what a chat template that writes today's date gets: prompts stay the same"
@@ -127,7 +129,9 @@ class SyncSettings(Settings):
         "retract",
         description="answers under way: go on with keys and values made anew, with the old ones, or are waited for",
     )
-    folder: str | None = Field(None, description="transfer disk: where all servers can read; null: run_dir/weights")
+    folder: PathText | None = Field(
+        None, description="transfer disk: where all servers can read; null: run_dir/weights"
+    )
     timeout_s: float = Field(300.0, gt=0, description="for one sync; less than parallel.timeout_s: other ranks wait")
 
 
@@ -137,7 +141,7 @@ class MismatchSettings(Settings):
 
 
 class RolloutSettings(Settings):
-    engine: str = Field("embedded", description="embedded, sglang, or a class of yours as module:Class")
+    engine: PathText = Field("embedded", description="embedded, sglang, or a class of yours as module:Class")
     prompts_per_step: int = Field(16, ge=1)
     group_size: int = Field(8, ge=1, description="answers a prompt (G)")
     max_tokens: int = Field(64, ge=1, description="longest answer, the end token included")
@@ -153,10 +157,10 @@ class RolloutSettings(Settings):
     mismatch: MismatchSettings = MismatchSettings()
     # what follows is read by engine sglang, and by one of yours as it likes
     servers: Annotated[int, Field(ge=1)] | list[str] = Field(1, description="how many to start, or the URLs of others'")
-    python: str | None = Field(None, description="interpreter that has sglang; null: this one")
+    python: PathText | None = Field(None, description="interpreter that has sglang; null: this one")
     server_args: dict[str, Any] = Field(default_factory=dict, description="SGLang's own flags, passed on")
     colocated: bool = Field(False, description="servers on the trainer's GPUs, memory released while it trains")
-    api_key_file: str | None = Field(None, description="file with the key that the servers ask for")
+    api_key_file: PathText | None = Field(None, description="file with the key that the servers ask for")
     concurrency: int = Field(1024, ge=1, description="prompts under way at a server")
     request_timeout_s: float = Field(1800.0, gt=0, description="a prompt without answer in this time ends the job")
     hang_s: float = Field(60.0, gt=0, description="a server silent for so long is asked whether it lives")
@@ -193,7 +197,7 @@ class CriticSettings(Settings):
     trunk: Literal["own", "shared"] = Field(
         "own", description="a model of its own, or a second head on the policy's last hidden states"
     )
-    path: str | None = Field(None, description="what its own trunk starts from, as model.path; null: model.path")
+    path: PathText | None = Field(None, description="what its own trunk starts from, as model.path; null: model.path")
     value_coef: float = Field(0.5, gt=0, description="weight of the value loss beside the policy's, shared trunk only")
     warmup_steps: int = Field(0, ge=0, description="first steps, in which its own trunk learns and the policy waits")
     optimizer: OptimizerSettings = Field(
@@ -214,7 +218,7 @@ class CodeSettings(Settings):
         "or file isolation, limits alone",
     )
     score: Literal["all", "fraction"] = Field("all", description="1 if all tests pass, else 0; or the share that does")
-    python: str | None = Field(None, description="interpreter of the programs; null: this one's")
+    python: PathText | None = Field(None, description="interpreter of the programs; null: this one's")
     packages: tuple[str, ...] = Field(
         ("numpy",),
         description="with python=null: modules of this environment that programs and tests may import beside the "
@@ -242,7 +246,7 @@ class MathSettings(Settings):
 class RewardSettings(Settings):
     """What a reward function gets as its third argument, if it takes one."""
 
-    function: str = Field(
+    function: PathText = Field(
         description="module:function or file.py:function; (row, response[, settings]) -> float, (float, why) or "
         "(float, why, kind)"
     )
@@ -272,10 +276,17 @@ class BatchSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: by time and at the end only")
+    minutes: float = Field(
+        30.0, ge=0, description="a step that ends so long after the last checkpoint is saved; 0: not by time"
+    )
     keep_last: int = Field(2, ge=1)
     at_end: bool = True
     export_hf: bool = Field(False, description="with each checkpoint the policy as a Hugging Face folder, step_N/hf")
+
+    def is_due(self, step: int, seconds: float) -> bool:
+        """Whether a checkpoint is to follow this step, which ends so long after the last one."""
+        return bool(self.every and step % self.every == 0) or 0 < 60 * self.minutes <= seconds
 
 
 class EvaluationSettings(Settings):
@@ -298,7 +309,7 @@ class MonitorSettings(Settings):
 
 
 class Config(Settings):
-    run_dir: str = Field(description="the run folder: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/")
+    run_dir: PathText = Field(description="the run folder: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/")
     steps: int = Field(ge=1)
     seed: int = Field(0, ge=0, description="rules everything: prompts, sampling, initial weights")
     model: ModelSettings
@@ -320,8 +331,11 @@ class Config(Settings):
     @field_validator("objective", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
-        """Setting one of its fields does not unset the default's name."""
-        return {"name": "flowrl", **value} if isinstance(value, dict) else value
+        """Setting one of its fields does not unset the default's name, which may be that of a file, too."""
+        if not isinstance(value, dict):
+            return value
+        name = value.get("name", "flowrl")
+        return {**value, "name": path(name) if isinstance(name, str) else name}
 
     @field_validator("reward", mode="before")
     @classmethod

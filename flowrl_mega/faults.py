@@ -104,7 +104,8 @@ class _Member:
 
     def fail(self, error: BaseException) -> int:
         """Record `error`, or find that another rank's fault came first; prints or logs it; returns the exit code."""
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's to the others: this one ends with the fault's code
+        for number in (signal.SIGTERM, signal.SIGHUP):  # torchrun's to the others: this one ends with the fault's code
+            signal.signal(number, signal.SIG_IGN)
         self._end_watch()
         mine, first = self._fault(error), None
         lost_peer = _lost_peer(error)

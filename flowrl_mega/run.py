@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,7 @@ class Run:
         if checkpoint:
             self._resume(checkpoint)
         self.engine.sync(self.models.policy, version=self.trainer.step_done)
+        self.saved_at = time.monotonic()
 
     def run(self, stop_requested: Callable[[], bool] = lambda: False) -> bool:
         """Train to the last step; False when it stopped before that, on request and with a checkpoint saved."""
@@ -65,11 +67,12 @@ class Run:
                 monitor.log(step, metrics)
                 monitor.samples(step, samples)
             self._evaluate_when_due(monitor)
-            last, every = step == config.steps, config.checkpoint.every
+            last = step == config.steps
             stop = self._on_any_rank(stop_requested())
+            due = self._on_any_rank(config.checkpoint.is_due(step, time.monotonic() - self.saved_at))
             stuck = self.models.stuck(config.on_nonfinite.most, last)
             fault = self._mismatch(metrics) or self.models.gate.fault or stuck
-            if stop or fault or (every and step % every == 0) or (last and config.checkpoint.at_end):
+            if stop or fault or due or (last and config.checkpoint.at_end):
                 self.save()
             if fault:
                 raise RunError(fault)
@@ -90,6 +93,7 @@ class Run:
         }
         folder, trained = Path(self.config.run_dir), self.models.trained()
         save_checkpoint(folder, trained, state, config.keep_last, self.side_files, config.export_hf)
+        self.saved_at = time.monotonic()
 
     def close(self) -> None:
         """End what was started: servers, reward workers, readers."""

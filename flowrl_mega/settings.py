@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 
 class ConfigError(ValueError):
@@ -27,6 +29,19 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+
+
+def path(text: str) -> str:
+    """Made whole here, since no shell sees a `~` in YAML or after the = of a flag."""
+    if not text:
+        raise ValueError("must not be empty")
+    whole = os.path.expanduser(text)
+    if whole.startswith("~"):
+        raise ValueError(f"no such user has a home folder; for a name that begins with ~ write ./{text}")
+    return whole
+
+
+PathText = Annotated[str, AfterValidator(path)]  # of a file or folder, also as in path/to/file.py:name; ~ is the home
 
 
 @dataclass(frozen=True)
@@ -118,11 +133,20 @@ def _own_names(model: type[Settings], location: tuple[str | int, ...]) -> list[s
     return [str(part) for part in location]
 
 
-def section_of(model: type[Settings], field: str) -> type[Settings] | None:
+def section_of(model: type[Settings] | None, field: str) -> type[Settings] | None:
     """The settings that are a field's own, also where null may stand in their place."""
-    annotation = model.model_fields[field].annotation if field in model.model_fields else None
+    annotation = model.model_fields[field].annotation if model and field in model.model_fields else None
     kinds = [kind for kind in (get_args(annotation) or (annotation,)) if kind is not type(None)]
     return kinds[0] if len(kinds) == 1 and isinstance(kinds[0], type) and issubclass(kinds[0], Settings) else None
+
+
+def kinds_of(model: type[Settings] | None, field: str) -> set[Any]:
+    """The types that a field takes, without what is annotated to them; none where there is no such field."""
+    if model is None or field not in model.model_fields:
+        return set()
+    annotation = model.model_fields[field].annotation
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return {get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds}
 
 
 def _names_at(model: type[Settings], path: list[str]) -> list[str]:

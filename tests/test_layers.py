@@ -26,9 +26,9 @@ LEVELS = (
     {"parallel", "ops"},
     {"faults"},
     {"config_file"},
-    {"config_moves", "config_rules", "imports", "run_lock"},
+    {"config_moves", "config_rules", "imports", "run_lock", "json_file"},
     {"config"},
-    {"settings", "metrics", "file_lock"},
+    {"settings", "metrics", "file_lock", "hangup"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from flowrl_mega.config import Config, ConfigError
-from flowrl_mega.config_file import load_config
+from flowrl_mega.config_file import load_config, read_yaml, with_texts
 
 LONGEST_NAME = 120  # of a cell: file systems allow 255 bytes
 Choice = dict[str, Any]  # dotted names of settings and their values
@@ -56,23 +56,24 @@ def read_axis(text: str) -> list[Choice]:
     if not values:
         raise ConfigError(f"--vary {text}: its values are empty or not YAML; {form}")
     if len(names) == 1:
-        return [{name: value} for value in values]
-    for value in values:
+        return [{name: with_texts(name, value, written)} for value, written in values]
+    for value, _ in values:
         if not isinstance(value, list) or len(value) != len(names):
             raise ConfigError(f"--vary {text}: {value!r} is no list of {len(names)} values, one for each of {name}")
-    return [dict(zip(names, value, strict=True)) for value in values]
+    return [dict(zip(names, map(with_texts, names, *both), strict=True)) for both in values]
 
 
-def _read_values(listed: str) -> list[Any]:
-    """The values in "V1, V2" or "[V1, V2]"; empty where one is missing, or the text is not YAML."""
+def _read_values(listed: str) -> list[tuple[Any, Any]]:
+    """The values in "V1, V2" or "[V1, V2]", each also as it is written; empty where one is missing, or the text is not
+    YAML."""
     if listed.rstrip().endswith(","):  # YAML would ignore the comma; the user has probably lost a value
         return []
     try:
-        values = yaml.safe_load(f"[{listed}]")
+        values, written = read_yaml(f"[{listed}]")
     except yaml.YAMLError:
         return []
     has_own_brackets = len(values) == 1 and isinstance(values[0], list)
-    return values[0] if has_own_brackets else values
+    return list(zip(*((values[0], written[0]) if has_own_brackets else (values, written)), strict=True))
 
 
 def grid(path: str, overrides: Sequence[str], axes: Sequence[Sequence[Choice]]) -> list[Cell]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 
 from flowrl_mega.faults import INTERRUPTED, Fault, FaultRecord
+from flowrl_mega.hangup import outlive_the_terminal, stop_signals
 
 Ranks = list[subprocess.Popen[bytes]]
 AGREED = (2, 70, 75)  # wrong input, cannot go on, stopped on request: all ranks are about to end so by themselves
@@ -105,9 +106,9 @@ def launch(
 
     A rank that a signal ended counts as 128 + its number, as in a shell. When one fails, the others get ENDS_S to end
     by themselves (`grace_s` where they are about to: the codes `agreed`) and are killed. A failure that is none of
-    `agreed` is the last line on stderr. SIGTERM and SIGINT are passed on to all ranks. Past `timeout_s` all are killed
-    and the code is 124. Each rank writes to this process's own output. Should this process be killed, the kernel ends
-    its ranks.
+    `agreed` is the last line on stderr. SIGTERM, SIGINT and, unless it is ignored, SIGHUP are passed on to all ranks.
+    Past `timeout_s` all are killed and the code is 124. Each rank writes to this process's own output. Should this
+    process be killed, the kernel ends its ranks.
     """
     ranks: Ranks = []
 
@@ -115,8 +116,10 @@ def launch(
         for rank in ranks:
             if rank.poll() is None:
                 rank.send_signal(number)
+        if number == signal.SIGHUP:
+            outlive_the_terminal()
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, pass_on) for number in (*stop_signals(), signal.SIGINT)}
     try:
         store = rendezvous_store()
         for rank in range(world):

@@ -1,12 +1,15 @@
-"""What ranks are made to do before they train: die by SIGKILL at one exact place, as a kill -9 there would."""
+"""What ranks are made to do before they train: die by SIGKILL at one exact place, as a kill -9 there would; be told to
+stop; or have a clock of their own."""
 
 from __future__ import annotations
 
 import os
 import signal
+from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
-from flowrl_mega import train
+from flowrl_mega import run, train
 from flowrl_mega.checkpoint import folder, state
 
 
@@ -31,6 +34,24 @@ def while_saving() -> None:
 def while_removing() -> None:
     """Step 4 has its name; the older checkpoints are still there."""
     _at_second_call_of_rank_0(state, "remove_old")
+
+
+def hung_up() -> None:
+    """Rank 1 alone is told in step 3 that its terminal was closed."""
+    update = train.Trainer.update
+
+    def told(self: train.Trainer, mini_batch: Any) -> dict[str, float]:
+        if self.step_done == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGHUP)
+        return update(self, mini_batch)
+
+    train.Trainer.update = told  # type: ignore[method-assign]
+
+
+def late_on_rank_1() -> None:
+    """Its clock goes on by years a step."""
+    if os.environ["RANK"] == "1":
+        run.time = SimpleNamespace(monotonic=count(step=1e9).__next__)  # type: ignore[assignment]
 
 
 def _in_second_update_of(step: int) -> None:

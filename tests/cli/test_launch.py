@@ -105,7 +105,7 @@ def test_ranks_that_stop_on_request_get_time_for_it() -> None:
     assert launch(script("rank or time.sleep(2.5)\nsys.exit(75)"), 2, timeout_s=50) == 75
 
 
-@pytest.mark.parametrize(("number", "wanted"), [("SIGTERM", 75), ("SIGINT", 130)])
+@pytest.mark.parametrize(("number", "wanted"), [("SIGTERM", 75), ("SIGINT", 130), ("SIGHUP", 75)])
 def test_signals_are_passed_on(number: str, wanted: int, tmp_path: Path) -> None:
     code = (
         f"signal.signal(signal.{number}, lambda *_: os._exit({wanted})); "
@@ -116,6 +116,18 @@ def test_signals_are_passed_on(number: str, wanted: int, tmp_path: Path) -> None
     os.kill(job.pid, getattr(signal, number))
     job.join(timeout=30)
     assert job.exitcode == wanted
+
+
+def test_under_nohup_a_hangup_stays_ignored(tmp_path: Path) -> None:
+    """By the launcher, and by its ranks, which inherit that."""
+    ignored = "signal.getsignal(signal.SIGHUP) == signal.SIG_IGN"
+    code = f"open(f'{tmp_path}/{{rank}}', 'w').close(); time.sleep(1); sys.exit(75 if {ignored} else 3)"
+    job = FORKSERVER.Process(target=_launch, args=(script(code), signal.SIG_IGN))
+    job.start()
+    _await(tmp_path / "0", tmp_path / "1")
+    os.kill(job.pid, signal.SIGHUP)
+    job.join(timeout=30)
+    assert job.exitcode == 75
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")
@@ -138,7 +150,8 @@ def _launched(command: list[str]) -> Any:
     return job
 
 
-def _launch(command: list[str]) -> None:
+def _launch(command: list[str], on_hangup: signal.Handlers = signal.SIG_DFL) -> None:
+    signal.signal(signal.SIGHUP, on_hangup)
     sys.exit(launch(command, 2, timeout_s=50))
 
 

@@ -77,6 +77,21 @@ def test_killed_and_resumed(
     assert not list(run_dir.glob("checkpoints/.step_*"))
 
 
+def test_a_closed_terminal_saves_on_all_ranks(finished: Path, model: Path, tmp_path: Path) -> None:
+    config, run_dir = write_config(tmp_path, model, checkpoint={"every": 0}), tmp_path / "run"
+    assert Job(["train", str(config)], tmp_path / "log", before="crashes:hung_up").wait() == [75, 75]
+    assert steps(run_dir) == ["step_3"], (tmp_path / "log").read_text()
+    Job(["train", str(config)], tmp_path / "log").run()
+    assert_same_records(run_dir, finished / "run")
+
+
+def test_all_ranks_save_when_it_is_time_on_one(model: Path, tmp_path: Path) -> None:
+    """Their clocks differ: one that saved alone would wait for ever."""
+    config = write_config(tmp_path, model, checkpoint={"minutes": 1e6, "at_end": False}, steps=2)
+    Job(["train", str(config)], tmp_path / "log", before="crashes:late_on_rank_1").run()
+    assert steps(tmp_path / "run") == ["step_1", "step_2"]
+
+
 @pytest.mark.integration
 def test_sigterm_saves_and_the_run_goes_on_under_torchrun(finished: Path, model: Path, tmp_path: Path) -> None:
     """Both as a user starts them: processes of their own, one that launches its ranks and one under torchrun."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flowrl_mega.config import Config, ConfigError, RewardSettings
+from flowrl_mega.config import CheckpointSettings, Config, ConfigError, RewardSettings
 from flowrl_mega.config_file import load_config
 from flowrl_mega.settings import Settings, validated
 
@@ -113,3 +113,21 @@ def test_a_section_inside_the_tree_names_its_place() -> None:
         validated(Section, {"rat": 1}, "objective")
     with pytest.raises(ConfigError, match=r"^objective = 3: must be a mapping"):
         validated(Section, 3, "objective")
+
+
+@pytest.mark.parametrize(
+    ("settings", "due"),
+    [
+        ({}, [3]), ({"minutes": 0}, []), ({"minutes": 1e-9}, [1, 2, 3, 4]), ({"every": 2}, [2, 4]),
+        ({"minutes": 0, "every": 2}, [2, 4]), ({"minutes": 10}, [1, 2, 3, 4]), ({"minutes": 10.1}, [2, 4]),
+        ({"minutes": 20.5, "every": 2}, [2, 4]), ({"minutes": 20, "every": 3}, [2, 3]), ({"minutes": 30}, [3]),
+    ],
+)  # fmt: skip
+def test_when_a_checkpoint_is_due(settings: dict[str, float], due: list[int]) -> None:
+    """Of four steps of ten minutes each; the time counts from the last checkpoint."""
+    checkpoint, saved, found = CheckpointSettings(**settings), 0, []
+    for step in (1, 2, 3, 4):
+        if checkpoint.is_due(step, 600.0 * (step - saved)):
+            found.append(step)
+            saved = step
+    assert found == due

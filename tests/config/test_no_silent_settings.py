@@ -247,6 +247,7 @@ EVIDENCE: dict[str, Any] = {
     "batch.mini_batch": Planned("batch.mini_batch=4"),
     "batch.tokens_per_microbatch": Trained("batch.tokens_per_microbatch=24"),
     "checkpoint.every": Trained("checkpoint.every=1"),
+    "checkpoint.minutes": Trained("checkpoint.minutes=1e-9"),
     "checkpoint.keep_last": Trained("checkpoint.keep_last=1", ("checkpoint.every=1",)),
     "checkpoint.at_end": Trained("checkpoint.at_end=true"),
     "checkpoint.export_hf": Trained("checkpoint.export_hf=true", ("checkpoint.at_end=true",)),

@@ -80,9 +80,10 @@ def test_one_crash_is_forgiven(pool: Pool, tmp_path: Path) -> None:
 
 
 def test_signals_meant_for_the_job_do_not_end_a_worker(pool: Pool) -> None:
-    """A scheduler's SIGTERM and Ctrl-C reach every process of the job; the step under way still needs its scores."""
+    """A scheduler's SIGTERM, Ctrl-C and a closed terminal's SIGHUP reach every process of the job; the step under way
+    still needs its scores."""
     process = int(pool.submit({}, "who").result().reason)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(process, number)
     both = [pool.submit({"seconds": 0.2}, "wait") for _ in range(2)]
     assert str(process) in {future.result().reason for future in both}
