@@ -1,8 +1,9 @@
 """Log-probs of given tokens straight from hidden states, over a tensor-parallel vocabulary.
 
-Logits are made a chunk of the vocabulary at a time (a chunk of rows would read and write all of the weight's gradient
-again), and without gradient nothing of the size rows x vocabulary ever exists. The tensor-parallel combination is ONE
-all-gather of four numbers a row, combined in rank order, so that every rank holds the same bits.
+Logits are made a chunk of the vocabulary at a time, and without gradient nothing of the size rows x vocabulary ever
+exists. A chunk has the same columns however many rows there are, so that a row's statistics do not depend on the other
+rows; where that would be too much, its rows come in blocks. The tensor-parallel combination is ONE all-gather of four
+numbers a row and chunk, combined in the order of the vocabulary, so that every rank holds the same bits.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from flowrl_mega.ops import checks
 from flowrl_mega.ops.kernels import Kernels, Name, kernels_for
 from flowrl_mega.ops.liger import liger_logprob
 from flowrl_mega.ops.logprob import row_gradient
-from flowrl_mega.ops.torch_ops import combine, stats_dtype
+from flowrl_mega.ops.torch_ops import stats_dtype
 
 IGNORE = -100
-# Logits of one chunk. CPU: near the cache, yet a GEMM at full speed. CUDA: enough work for every multiprocessor.
-_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
-_NARROWEST = 256  # columns of a chunk, however many rows there are: narrower GEMMs waste the machine
+# Columns of a chunk, and rows of a block. CPU: logits near the cache (16 MB), yet a GEMM at full speed. CUDA: enough
+# work for every multiprocessor from a few hundred rows on, 512 MB at most; each further block of rows reads and writes
+# all of the weight's gradient again, in a fortieth of the time of its GEMMs.
+_COLUMNS = {"cpu": 2048, "cuda": 8192}
+_ROWS = {"cpu": 2048, "cuda": 16384}
+_ALIGNED = 8  # columns: 16 bytes of bf16, below which GEMMs leave their fast kernels
 
 
 class Shard(NamedTuple):
@@ -58,7 +62,8 @@ def lm_head_logprob(
 ) -> HeadOutput:
     """log softmax(hidden @ weight.T / temperature)[target] and its entropy, by row and summed over each sequence.
 
-    hidden [T, H] (the same on all ranks of `group`), weight [V', H] (this rank's rows of the vocabulary). rows [R]
+    hidden [T, H] (the same on all ranks of `group`), weight [V', H] (this rank's rows of the vocabulary; V' too is the
+    same on all ranks). rows [R]
     int64 selects the response rows before anything is multiplied; None: all T. target [R] int64 ids; -100 gives 0 (its
     hidden row must be finite: leave rows out by `rows`).
     cu_seqlens [B + 1] offsets into the R rows; None: one sequence.
@@ -98,12 +103,17 @@ class _Call(NamedTuple):
     budget: int
     kernels: Kernels
 
-    def chunks(self, hidden: Tensor) -> list[slice]:
-        """This shard's columns, a chunk of logits each. A shard that is all padding still has a (void) chunk."""
-        bytes_ = _CHUNK_BYTES[hidden.device.type]
-        width = max(_NARROWEST, bytes_ // (4 * max(1, hidden.shape[0])))
-        valid = self.shard.valid
-        return [slice(first, min(first + width, valid)) for first in range(0, valid, width)] or [slice(0, 0)]
+    def columns(self, weight: Tensor) -> list[slice]:
+        """This shard's chunks of the vocabulary without its padding, equally many on every rank: some may be void."""
+        width, valid = _COLUMNS[weight.device.type], self.shard.valid
+        firsts = range(0, max(1, weight.shape[0]), width)
+        return [slice(min(first, valid), min(first + width, valid)) for first in firsts]
+
+    def chunks(self, hidden: Tensor, weight: Tensor) -> list[tuple[slice, slice]]:
+        """(columns, rows) of each block of logits, the rows of a chunk one after the other."""
+        height, count = _ROWS[hidden.device.type], hidden.shape[0]
+        blocks = [slice(first, min(first + height, count)) for first in range(0, max(1, count), height)]
+        return [(columns, rows) for columns in self.columns(weight) for rows in blocks]
 
     def vocab_range(self, columns: slice) -> tuple[int, int, int]:
         """vocab_start, vocab_valid and ignore_index of a chunk."""
@@ -123,14 +133,14 @@ class _LmHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         k, budget = call.kernels, call.budget
         parts, kept = [], []
-        for columns in call.chunks(hidden):
-            logits = _logits(hidden, weight[columns])
-            parts.append(k.logprob_stats(logits, target, inv_temperature, *call.vocab_range(columns), True))
+        for columns, rows in call.chunks(hidden, weight):
+            logits = _logits(hidden[rows], weight[columns])
+            of_rows = target[rows], _of_rows(inv_temperature, rows)
+            parts.append(k.logprob_stats(logits, *of_rows, *call.vocab_range(columns), True))
             budget -= logits.numel() * logits.element_size()
             kept.append(logits if budget >= 0 else None)
             del logits  # one chunk that is not kept, not two
-        stats = combine(torch.stack(parts), inv_temperature).to(parts[0].dtype) if len(parts) > 1 else parts[0]
-        shards = _gather(stats, call.group)
+        shards = _gather(_stacked(parts, len(call.columns(weight))), call.group)
         logp, entropy, maximum, log_sum, sequence = k.segment_reduce(
             shards, target, inv_temperature, cu_seqlens, IGNORE
         )
@@ -145,27 +155,33 @@ class _LmHead(torch.autograd.Function):
         hidden, weight, target, cu_seqlens, inv_temperature, maximum, log_sum = ctx.saved_tensors
         call, kept = ctx.call, ctx.kept
         grad = row_gradient(grads[0], grads[2], cu_seqlens)
-        rows = (target, grad, maximum, log_sum, inv_temperature)
-        d_hidden = d_weight = None
+        of_rows = (target, grad, maximum, log_sum, inv_temperature)
+        d_hidden = d_weight = reduced = None
         if ctx.needs_input_grad[0]:
-            d_hidden = torch.zeros_like(hidden, dtype=stats_dtype(hidden.dtype))
+            d_hidden = torch.empty_like(hidden, dtype=stats_dtype(hidden.dtype))
         if ctx.needs_input_grad[1]:
             d_weight = ctx.main_grad
             if d_weight is None:
-                d_weight = torch.zeros_like(weight, dtype=stats_dtype(weight.dtype))
-        for i, columns in enumerate(call.chunks(hidden)):
+                d_weight = torch.empty_like(weight, dtype=stats_dtype(weight.dtype))
+                d_weight[call.shard.valid :].zero_()
+        chunks = call.chunks(hidden, weight)
+        for i, (columns, rows) in enumerate(chunks):
             logits, kept[i] = kept[i], None  # overwritten below; a second backward makes it again
             if logits is None:
-                logits = _logits(hidden, weight[columns])
-            d_logits = _d_logits(call.kernels, logits, rows, call.vocab_range(columns), weight)
+                logits = _logits(hidden[rows], weight[columns])
+            those = tuple(_of_rows(value, rows) for value in of_rows)
+            d_logits = _d_logits(call.kernels, logits, those, call.vocab_range(columns), weight)
             del logits
             if d_hidden is not None:
-                _add_product(d_hidden, d_logits, weight[columns])
+                _add_product(d_hidden[rows], d_logits, weight[columns], is_first=columns.start == 0)
+                if i + 1 == len(chunks) and call.group is not None and call.reduce_gradient:
+                    reduced = dist.all_reduce(d_hidden, group=call.group, async_op=True)  # beside the last product
             if d_weight is not None:
-                _add_product(d_weight[columns], d_logits.t(), hidden)
+                is_first = rows.start == 0 and ctx.main_grad is None
+                _add_product(d_weight[columns], d_logits.t(), hidden[rows], is_first)
         if d_hidden is not None:
-            if call.group is not None and call.reduce_gradient:
-                dist.all_reduce(d_hidden, group=call.group)
+            if reduced is not None:
+                reduced.wait()
             d_hidden = d_hidden.to(hidden.dtype)
         # Megatron's hook adds a weight's `grad` to its main_grad; what is there already must not come again.
         if d_weight is not None:
@@ -173,39 +189,63 @@ class _LmHead(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None, None
 
 
+def _of_rows(value: Tensor, rows: slice) -> Tensor:
+    """A block's part of a number a row; one number for all rows stays one."""
+    return value[rows] if value.numel() > 1 else value
+
+
+def _stacked(parts: list[Tensor], chunks: int) -> Tensor:
+    """[chunks, 4, R] of the statistics of every block, those of a chunk one after the other."""
+    blocks = len(parts) // chunks
+    if blocks > 1:
+        parts = [torch.cat(parts[first : first + blocks], 1) for first in range(0, len(parts), blocks)]
+    return torch.stack(parts) if chunks > 1 else parts[0][None]
+
+
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """[R, width] in fp32: a bf16 logit of 16 to 32 has a step of 0.125, far too coarse for sums over a long answer."""
-    if hidden.dtype in (torch.float32, torch.float64):
-        return hidden @ weight.t()
+    """[R, width] in fp32: a bf16 logit of 16 to 32 has a step of 0.125, far too coarse for sums over a long answer.
+
+    Rows begin at multiples of 16 bytes, whatever the width.
+    """
+    width, dtype = weight.shape[0], stats_dtype(hidden.dtype)
+    out = hidden.new_empty(hidden.shape[0], -(-width // _ALIGNED) * _ALIGNED, dtype=dtype)[:, :width]
+    if hidden.dtype == dtype:
+        return torch.mm(hidden, weight.t(), out=out)
     if hidden.is_cuda:
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    return hidden.float() @ weight.t().float()
+        return torch.mm(hidden, weight.t(), out_dtype=dtype, out=out)
+    return torch.mm(hidden.float(), weight.t().float(), out=out)
 
 
 def _d_logits(
     k: Kernels, logits: Tensor, rows: tuple[Tensor, ...], vocab_range: tuple[int, int, int], weight: Tensor
-) -> Any:
-    """The gradient of the logits: in their place, or on a GPU in the type of its fast GEMM."""
+) -> Tensor:
+    """The gradient of the logits, in rows as `_logits` makes them: in their place, or on a GPU in the type of its fast
+    GEMM."""
     if weight.is_cuda and weight.dtype != logits.dtype:
-        return k.logprob_backward(logits, *rows, *vocab_range, weight.dtype)
+        width = logits.shape[1]
+        whole = logits.as_strided((logits.shape[0], logits.stride(0)), (logits.stride(0), 1)) if width else logits
+        return k.logprob_backward(whole, *rows, *vocab_range, weight.dtype)[:, :width]
     k.logprob_backward_(logits, *rows, *vocab_range)
     return logits
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, accumulated in the type of `total`."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
+    """total += a @ b, or the first time total = a @ b, accumulated in the type of `total`; on a GPU inside the GEMM."""
+    beta = 0.0 if is_first else 1.0  # 0: what is there is not read
     if a.dtype == total.dtype:
-        total.addmm_(a, b.to(a.dtype))
-    elif a.is_cuda and total.dtype == torch.float32:
-        total.add_(torch.mm(a, b, out_dtype=torch.float32))
+        torch.addmm(total, a, b.to(a.dtype), beta=beta, out=total)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    elif is_first:
+        total.copy_(a @ b.to(a.dtype))
     else:
         total.add_(a @ b.to(a.dtype))
 
 
 def _gather(stats: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The statistics of all shards in rank order, [W, 4, R]."""
+    """The statistics [n, 4, R] of all shards in rank order, [W n, 4, R]."""
     if group is None:
-        return stats[None]
-    shards = stats.new_empty(group.size(), *stats.shape)
-    dist.all_gather_into_tensor(shards.flatten(0, 1), stats, group=group)
+        return stats
+    shards = stats.new_empty(group.size() * stats.shape[0], *stats.shape[1:])
+    dist.all_gather_into_tensor(shards, stats, group=group)
     return shards

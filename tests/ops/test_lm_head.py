@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 import pytest
 import torch
 from oracle import IGNORED, same_bits
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowrl_mega.ops import HeadOutput, Shard, lm_head, lm_head_logprob
 
@@ -94,8 +96,8 @@ def test_half_logits_would_be_seen():
 @pytest.mark.parametrize("through", ["rows", "sums", "both"])
 def test_gradcheck(through, backend, monkeypatch):
     """Against finite differences in float64, over several chunks, kept and made again."""
-    monkeypatch.setattr(lm_head, "_NARROWEST", 4)
-    monkeypatch.setitem(lm_head._CHUNK_BYTES, "cpu", 0)
+    monkeypatch.setitem(lm_head._COLUMNS, "cpu", 4)
+    monkeypatch.setitem(lm_head._ROWS, "cpu", 3)
     c = head_case(torch.float64, rows=5, vocab=11)
     c.target[1] = IGNORED
     offsets, rows = torch.tensor([0, 1, 1, 4]), torch.tensor([0, 1, 3, 4])
@@ -139,12 +141,13 @@ def test_ignored_rows(backend):
     assert all(torch.equal(x[::3], torch.zeros_like(x[::3])) for x in found[:3])
 
 
+@pytest.mark.parametrize("rows", [1, 12, 36, 1000])
 @pytest.mark.parametrize("columns", [1, 3, 8, 529, 530, 1000])
-def test_chunks_do_not_change_the_result(columns, backend, monkeypatch):
-    """A column at a time, a last chunk of one column, one chunk for all."""
+def test_chunks_do_not_change_the_result(columns, rows, backend, monkeypatch):
+    """A column at a time, a last chunk of one column, one chunk for all; a row at a time, a last block of one row."""
     c = head_case()
-    monkeypatch.setattr(lm_head, "_NARROWEST", 1)
-    monkeypatch.setitem(lm_head._CHUNK_BYTES, "cpu", 4 * ROWS * columns)
+    monkeypatch.setitem(lm_head._COLUMNS, "cpu", columns)
+    monkeypatch.setitem(lm_head._ROWS, "cpu", rows)
     assert error(ours(c, 0.6, backend=backend), head_oracle(c, 0.6)) < TOLERANCE
 
 
@@ -152,8 +155,7 @@ def test_chunks_do_not_change_the_result(columns, backend, monkeypatch):
 @pytest.mark.parametrize("columns", [64, 1000])
 def test_padded_rows_of_the_weight_are_never_read(columns, padding, backend, monkeypatch):
     """Megatron pads the vocabulary for its ranks; what lies there may be anything, and its gradient is 0."""
-    monkeypatch.setattr(lm_head, "_NARROWEST", columns)
-    monkeypatch.setitem(lm_head._CHUNK_BYTES, "cpu", 0)
+    monkeypatch.setitem(lm_head._COLUMNS, "cpu", columns)
     c = head_case()
     padded = c._replace(weight=torch.cat([c.weight, torch.full((110, HIDDEN), padding)]))
     wanted, found = (
@@ -208,7 +210,9 @@ def test_a_tied_weight_gets_both_gradients(main_grad, backend):
 def test_what_is_frozen_gets_no_gradient(frozen, backend, monkeypatch):
     """Nor is its GEMM paid for."""
     products, real = [], lm_head._add_product
-    monkeypatch.setattr(lm_head, "_add_product", lambda total, a, b: products.append(total.shape) or real(total, a, b))
+    monkeypatch.setattr(
+        lm_head, "_add_product", lambda total, *args, **more: products.append(total.shape) or real(total, *args, **more)
+    )
     c = head_case()
     hidden = c.hidden.clone().requires_grad_(frozen != "hidden")
     weight = c.weight.clone().requires_grad_(frozen != "weight")
@@ -238,3 +242,59 @@ def test_scoring_and_training_give_the_same_bits(backend):
     with torch.no_grad():
         scored = lm_head_logprob(c.hidden, c.weight, c.target, backend=backend)
     assert all_same(scored, trained)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 50, 211])
+@pytest.mark.parametrize("vocab", [530, 1009, 1024])
+def test_every_row_of_logits_begins_at_16_bytes(rows, vocab, backend, monkeypatch):
+    """On a GPU the GEMMs of unaligned rows take 3.5 times as long; both they and the kernels read rows 16 bytes at a
+    time. Whatever the numbers of rows and of ids: most vocabularies are odd somewhere."""
+    found = []
+    monkeypatch.setitem(lm_head._COLUMNS, "cpu", 256)
+    for name in ("_logits", "_d_logits"):
+        real = getattr(lm_head, name)
+        monkeypatch.setattr(lm_head, name, lambda *args, real=real: found.append(real(*args)) or found[-1])
+    ours(head_case(rows=rows, vocab=vocab), backend=backend, logits_budget_bytes=0)
+    assert len(found) == 3 * -(-vocab // 256)
+    assert all(x.stride() == (-(-x.shape[1] // 8) * 8, 1) and x.data_ptr() % 16 == 0 for x in found)
+
+
+def test_a_row_does_not_depend_on_how_many_others_there_are(backend, monkeypatch):
+    """In another micro-batch pi_old would else have other bits than pi_theta. Of the head's own work: whether a GEMM
+    gives a row the same bits among others is the library's affair, so there is none here."""
+    monkeypatch.setitem(lm_head._COLUMNS, "cpu", 64)
+    monkeypatch.setattr(lm_head, "_logits", lambda h, w: (h[:, None] * w).sum(-1))
+    c = head_case(rows=300)
+    whole = ours(c, 0.6, backend=backend)
+    for count in (1, 7, 299):
+        part = ours(HeadCase(c.hidden[:count], c.weight, c.target[:count], c.grad[:count]), 0.6, backend=backend)
+        assert same_bits(part.logp, whole.logp[:count]) and same_bits(part.entropy, whole.entropy[:count])
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 19])
+def test_a_chunk_costs_one_product_and_one_reading(chunks, native, monkeypatch):
+    """What else there is does not grow with the chunks: on a GPU each op is a launch, once 475 for 19 chunks."""
+    monkeypatch.setitem(lm_head._COLUMNS, "cpu", 530 // chunks + 1)
+    c = head_case()
+    lm_head_logprob(c.hidden, c.weight, c.target)
+    with Counted() as counted, torch.no_grad():
+        lm_head_logprob(c.hidden, c.weight, c.target)
+    per_chunk = {"aten.mm.out", "flowrl.logprob_stats.default"}
+    assert all(counted.calls[name] == chunks for name in per_chunk)
+    rest = {name for name in counted.calls if name not in per_chunk and name not in VIEWS}
+    assert all(counted.calls[name] <= 4 for name in rest - {"aten.new_empty.default"}), counted.calls
+
+
+VIEWS = {"aten.slice.Tensor", "aten.t.default", "aten.transpose.int", "aten.view.default", "aten.detach.default"}
+
+
+class Counted(TorchDispatchMode):
+    """Calls of every op, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.calls[str(op)] += 1
+        return op(*args, **(kwargs or {}))

@@ -16,8 +16,7 @@ CHUNK = 4 * ROWS * WIDTH  # bytes of one chunk's logits
 
 @pytest.fixture(autouse=True)
 def chunks(monkeypatch):
-    monkeypatch.setattr(lm_head, "_NARROWEST", 1)
-    monkeypatch.setitem(lm_head._CHUNK_BYTES, "cpu", CHUNK)
+    monkeypatch.setitem(lm_head._COLUMNS, "cpu", WIDTH)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +51,8 @@ def test_a_second_backward_makes_the_kept_logits_again(backend, monkeypatch):
 def test_without_gradient_only_one_chunk_exists(how, backend, monkeypatch):
     """Reference and old policy are scored over the whole vocabulary: 10.8 GB of logits in one report."""
     rows, vocab, width = 64, 8192, 512
-    monkeypatch.setitem(lm_head._CHUNK_BYTES, "cpu", chunk := 4 * rows * width)
+    monkeypatch.setitem(lm_head._COLUMNS, "cpu", width)
+    chunk = 4 * rows * width
     c = head_case(rows=rows, vocab=vocab)
     mode = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(how, torch.enable_grad)
     with mode():

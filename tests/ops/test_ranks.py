@@ -92,8 +92,8 @@ def on_rank(
 
 
 def in_narrow_chunks(*args: Any, **options: Any) -> OfRank:
-    """50 columns each: the ranks of one case then have unlike numbers of chunks."""
-    with mock.patch.object(lm_head, "_NARROWEST", 50), mock.patch.dict(lm_head._CHUNK_BYTES, cpu=0):
+    """50 columns and 5 rows each: the ranks of one case then have unlike numbers of chunks that are not void."""
+    with mock.patch.dict(lm_head._COLUMNS, cpu=50), mock.patch.dict(lm_head._ROWS, cpu=5):
         return on_rank(*args, **options)
 
 

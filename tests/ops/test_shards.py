@@ -10,7 +10,6 @@ from oracle import DTYPES, ENTROPY, IGNORED, LOGP, Case, Result, agrees, case, e
 from torch import Tensor
 
 from flowrl_mega.ops.kernels import TORCH, Kernels
-from flowrl_mega.ops.torch_ops import combine
 
 VOCAB, TAU = 301, 0.6
 
@@ -110,8 +109,8 @@ def test_native_and_torch_shards_mix(dtype, kernels):
         assert excess(logp, wanted.logp, LOGP) <= 1 and excess(entropy, wanted.entropy, ENTROPY) <= 1
 
 
-def test_chunks_of_a_shard_can_be_combined_first(kernels):
-    """The lm-head does so with its chunks; a shard without any number must stay one that weighs nothing."""
+def test_chunks_count_as_shards(kernels):
+    """The lm-head hands on those of all ranks; one without any number must stay one that weighs nothing."""
     c = case(6, VOCAB)
     c.logits[1, :152] = -torch.inf  # the first shard
     c.logits[2, :76] = c.logits[5, :76] = -torch.inf
@@ -122,9 +121,8 @@ def test_chunks_of_a_shard_can_be_combined_first(kernels):
         kernels.logprob_stats(x, c.target, tau, first, valid, IGNORED, True)
         for x, first, valid in split(c, 5, 76, torch.nan)
     ]
-    shards = [combine(torch.stack(part), tau).float() for part in (chunks[:2], chunks[2:4], chunks[4:])]
-    assert torch.equal(shards[0][:3, 1], torch.tensor([-torch.inf, 0.0, 0.0]))
-    logp, entropy, *_ = kernels.segment_reduce(torch.stack(shards), c.target, tau, torch.tensor([0, 6]), IGNORED)
+    assert torch.equal(chunks[0][:3, 1], torch.tensor([-torch.inf, 0.0, 0.0]))
+    logp, entropy, *_ = kernels.segment_reduce(torch.stack(chunks), c.target, tau, torch.tensor([0, 6]), IGNORED)
     assert wanted.logp[5].isnan()
     assert excess(logp, wanted.logp, LOGP) <= 1 and excess(entropy, wanted.entropy, ENTROPY) <= 1
 
