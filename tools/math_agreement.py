@@ -4,7 +4,7 @@
 
 Every distinct gold answer of a file is graded in up to three forms: as it is; rewritten as models write it (\\dfrac for
 \\frac, 27 for 27.0, without $, unit or "x ="), where that changes it; and the next problem's answer that differs. Both
-rules read the same response, 2 KB that end in an "Answer:" line. One process.
+rules read the same response, 2 KB that end in an "Answer:" line. How fast they are says benchmarks/rewards.py.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 from flowrl_mega.rewards.minerva import normalise
@@ -22,8 +20,8 @@ from flowrl_mega.rewards.minerva import normalise
 FILES = "aime24 aime25 amc23 math500 olympiadbench gsm8k_test gsm8k_train flowrl_train_aime flowrl_train_math".split()
 PAIRS = Path(__file__).parents[1] / "tests/rewards/math_pairs.tsv"
 THOUGHTS = "Let us see what follows from that, step by step.\n" * 40
-HEAD = """| answers | form | graded | both right | both wrong | DAPO only | math-verify only | DAPO/s | math-verify/s |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+HEAD = """| answers | form | graded | both right | both wrong | DAPO only | math-verify only |
+| --- | --- | --- | --- | --- | --- | --- |"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -86,17 +84,9 @@ def row(name: str, form: str, pairs: list[tuple[str, str]]) -> str:
     from flowrl_mega.rewards.math import dapo, verify
 
     calls = [({"id": name, "answer": gold}, f"{THOUGHTS}\nAnswer: {given}") for gold, given in pairs]
-    by_dapo, dapo_s = timed(dapo(*call)[0] > 0 for call in calls)
-    by_verify, verify_s = timed(verify(*call)[0] > 0 for call in calls)
-    count = Counter(zip(by_dapo, by_verify, strict=True))
+    count = Counter((dapo(*call)[0] > 0, verify(*call)[0] > 0) for call in calls)
     verdicts = [count[both] for both in ((True, True), (False, False), (True, False), (False, True))]
-    cells = [name, form, len(calls), *verdicts, f"{len(calls) / dapo_s:,.0f}", f"{len(calls) / verify_s:,.0f}"]
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def timed(verdicts: Iterator[bool]) -> tuple[list[bool], float]:
-    start = time.perf_counter()
-    return list(verdicts), time.perf_counter() - start
+    return f"| {' | '.join(map(str, [name, form, len(calls), *verdicts]))} |"
 
 
 if __name__ == "__main__":
