@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from flowrl_mega import objectives, ops
-from flowrl_mega.checkpoint import check_checkpoint, check_model, find_checkpoint, is_megatron
+from flowrl_mega.checkpoint import check_checkpoint, check_model, critic_in_checkpoint, find_checkpoint, is_megatron
 from flowrl_mega.config import Config, ConfigError
 from flowrl_mega.data.digest import digest
 from flowrl_mega.data.fit import check_prompts
@@ -99,6 +99,9 @@ def check(inputs: Inputs, world: int, resume: str, checkpoint: Path | None, one_
     _check_run_dir(Path(config.run_dir), resume, checkpoint)
     if checkpoint and not one_of_many:
         state = check_checkpoint(checkpoint, arch, objective.log_z, config.critic.trunk if config.critic else None)
+        if config.critic and config.critic.trunk == "own":
+            path = config.critic.path or config.model.path
+            critic_in_checkpoint(checkpoint, read_architecture(path, "critic.path"), f"critic.path = {path!r}")
         inputs.resumed = resumption(state, config, inputs.data.prompts, inputs.data_digest)
 
 

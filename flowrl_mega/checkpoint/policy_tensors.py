@@ -102,6 +102,23 @@ class MegatronTensors:
         return self.reader.read(slot.key, (slot.layer, *offset), (1, *shape))[0]
 
 
+def critic_in_checkpoint(path: Path, arch: Architecture, setting: str) -> None:
+    """Refuse to go on from a run's checkpoint whose critic, a model of its own, has other sizes than `arch`.
+
+    `setting` is where the user said which model the critic is.
+    """
+    found, shapes = Reader(path).shapes, hf_shapes(arch)
+    for slot in checkpoint_slots(arch):
+        key = f"critic.{slot.key}"
+        layers = () if slot.layer is None else (arch.layers,)
+        wanted = (*layers, *joined_shape([shapes[name] for name in slot.hf]))
+        if kind_of(slot.name) != "vocab" and found.get(key, wanted) != wanted:  # padding makes the vocabulary longer
+            raise ConfigError(
+                f"{setting}: the critic in {path} is of another model: its {key!r} is {found[key]}, this one's would "
+                f"be {wanted}; name the model that it was, or choose another run_dir"
+            )
+
+
 def read_side_files(model: str | Path) -> dict[str, bytes]:
     """The files beside the weights of a model folder (or checkpoint), by name: read early, as they may go away."""
     path = Path(model)
