@@ -25,6 +25,7 @@ from pathlib import Path
 from flowrl_mega.config import ConfigError, RunError
 from flowrl_mega.config_file import load_config
 from flowrl_mega.hangup import outlive_the_terminal, stop_signals
+from flowrl_mega.launched import speaks, started_by_launcher
 
 BAD_INPUT, CANNOT_GO_ON, INTERRUPTED = 2, 70, 130
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except (ConfigError, RunError) as error:
         # Settings are read before the ranks of torchrun or srun meet, and all find the same: the first one says so.
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        if speaks():
             print(f"flowrl-mega: {error}", file=sys.stderr)
         return BAD_INPUT if isinstance(error, ConfigError) else CANNOT_GO_ON
     except KeyboardInterrupt:
@@ -56,7 +57,6 @@ def _train(options: argparse.Namespace, stop: StopRequest) -> int:
     config = load_config(options.config, options.overrides)
     from flowrl_mega import job
     from flowrl_mega.faults import run_as_rank
-    from flowrl_mega.parallel.launch import started_by_launcher
 
     train = partial(job.train, config, options.arguments, options.resume, options.dry_run, options.checked, stop)
     return run_as_rank(train, Path(config.run_dir)) if started_by_launcher() else train()

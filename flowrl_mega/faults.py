@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -82,22 +83,9 @@ class _Member:
     """This rank's share in the record: watches it, writes to it, and leaves the job."""
 
     def __init__(self, folder: Path) -> None:
-        if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-            raise ConfigError(
-                "RANK is set, and MASTER_ADDR or MASTER_PORT is not; start the ranks with torchrun or srun"
-            )
         self.rank, self.world, self.folder = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), folder
         self.hosts = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        self.record = FaultRecord(
-            dist.TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=self.hosts,
-                timeout=timedelta(minutes=5),
-                wait_for_workers=False,
-                multi_tenant=True,  # the process group's store is the same server
-            )
-        )
+        self.record = FaultRecord(_store(self.hosts))
         self.done = threading.Event()
         self.watch = threading.Thread(target=self._watch, name="faults", daemon=True)
         self.watch.start()
@@ -175,6 +163,29 @@ class _Member:
         except OSError:
             return None
         return path
+
+
+def _store(hosts: bool) -> dist.TCPStore:
+    """The job's store, which is at MASTER_ADDR and MASTER_PORT, or will be."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    place = f"MASTER_ADDR = {address!r}, MASTER_PORT = {port}"
+    try:
+        return dist.TCPStore(
+            address,
+            port,
+            is_master=hosts,
+            timeout=timedelta(minutes=5),
+            wait_for_workers=False,
+            multi_tenant=True,  # the process group's store is the same server
+        )
+    except dist.DistError as error:
+        if hosts:
+            raise ConfigError(f"{place}: rank 0 cannot listen there ({_last_line(error)}); name another port") from None
+        try:
+            socket.getaddrinfo(address, port)
+        except OSError as unknown:
+            raise ConfigError(f"{place}: no such host ({unknown.strerror}); name that of rank 0") from None
+        raise
 
 
 def _lost_peer(error: BaseException | None) -> bool:

@@ -26,7 +26,7 @@ LEVELS = (
     {"parallel", "ops"},
     {"faults"},
     {"config_file"},
-    {"config_moves", "config_rules", "imports", "run_lock", "json_file"},
+    {"config_moves", "config_rules", "imports", "run_lock", "launched", "json_file"},
     {"config"},
     {"settings", "metrics", "file_lock", "hangup"},
 )

@@ -20,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from flowrl_mega.config import ConfigError
+from flowrl_mega.launched import speaks, started_by_launcher
 
 DONE, DIFFERENT, BAD_INPUT, FAULT, INTERRUPTED = 0, 1, 2, 70, 130
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return verify(options, arguments) if options.command == "verify" else convert(options)
     except (ConfigError, PermissionError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if speaks():
             print(f"convert_ckpt: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
@@ -70,7 +71,6 @@ def convert(options: argparse.Namespace) -> int:
     import torch.distributed as dist
 
     from flowrl_mega import checkpoint  # seconds, so only after the arguments have been looked at
-    from flowrl_mega.parallel.launch import started_by_launcher
 
     if started_by_launcher():
         dist.init_process_group("gloo", timeout=timedelta(days=1))  # the first to be done waits for the last
@@ -88,7 +88,7 @@ def verify(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     import flowrl_mega.checkpoint  # noqa: F401  before torch is asked about devices
     from flowrl_mega.checkpoint import verify as check
     from flowrl_mega.parallel import layout as layouts
-    from flowrl_mega.parallel.launch import launch, started_by_launcher
+    from flowrl_mega.parallel.launch import launch
 
     check.check_inputs(options.hf, options.ckpt, options.tp)
     if not started_by_launcher():

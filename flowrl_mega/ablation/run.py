@@ -17,6 +17,7 @@ from flowrl_mega.ablation.grid import Cell, grid, read_axes
 from flowrl_mega.ablation.report import Records, write_report
 from flowrl_mega.config import Config, ConfigError
 from flowrl_mega.config_file import load_config
+from flowrl_mega.launched import started_by_launcher
 from flowrl_mega.monitor.run_folder import CONFIG, EVALUATION, METRICS, RunFolder
 from flowrl_mega.run_lock import run_lock
 from flowrl_mega.settings import flat
@@ -90,6 +91,8 @@ def ablate(
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds}: must be at least 1")
     cells = grid(path, overrides, axes)
+    if started_by_launcher():
+        raise ConfigError("ablate starts the ranks of its runs itself; start it once, without torchrun or srun")
     runs = [run_of(cell, i) for i in range(seeds) for cell in cells]  # all cells once before any of them twice
     folder = Path(cells[0].config.run_dir)
     with nullcontext() if dry_run else run_lock(folder):  # each run takes the lock of its own folder, too
@@ -118,11 +121,8 @@ def check(configs: Mapping[str, Config]) -> None:
     if not configs:
         return
     from flowrl_mega import preflight  # with torch and megatron: a wrong name in --vary was told before
-    from flowrl_mega.parallel.launch import started_by_launcher
     from flowrl_mega.parallel.layout import world_size
 
-    if started_by_launcher():
-        raise ConfigError("ablate starts the ranks of its runs itself; start it once, without torchrun or srun")
     for name, config in configs.items():
         try:
             preflight.check(preflight.Inputs(config), world_size(config.parallel), "auto", checkpoint=None)

@@ -1,13 +1,12 @@
 """Start the ranks of a job on this machine, and bring all of them down when one fails.
 
-torchrun and srun start ranks too; then this module only reads their environment.
+torchrun and srun start ranks too (launched.py).
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -23,35 +22,6 @@ from flowrl_mega.hangup import outlive_the_terminal, stop_signals
 Ranks = list[subprocess.Popen[bytes]]
 AGREED = (2, 70, 75)  # wrong input, cannot go on, stopped on request: all ranks are about to end so by themselves
 ENDS_S = 5.0  # longer than ranks take to end by themselves after another's fault (faults.GRACE_S)
-
-
-def started_by_launcher() -> bool:
-    """True where torchrun or srun (or we) already started this process as one rank of a job.
-
-    srun names things differently; it is translated to torchrun's names here, so that nobody else has to know.
-    """
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return True
-    # A shell inside an allocation is a "step" of one task, too; only srun with several tasks means a job of ranks.
-    if "SLURM_PROCID" not in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
-        return False
-    env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = (
-        env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"], env["SLURM_LOCALID"]
-    )  # fmt: skip
-    # Tasks by node, as in "4(x2),3"; should nodes differ, the first is where rank 0 starts its servers.
-    env["LOCAL_WORLD_SIZE"] = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
-    env.setdefault("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"]))
-    step = 64 * int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])  # jobs that share a node need ports of their own
-    env.setdefault("MASTER_PORT", str(15000 + step % 15000))
-    return True
-
-
-def _first_host(nodes: str) -> str:
-    """Task 0's host: the first of a SLURM node list ("gpu[003-010,020],login1" -> "gpu003")."""
-    names = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
-    assert names, f"SLURM_STEP_NODELIST = {nodes!r}"
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", names[0])
 
 
 def rank_environment(rank: int, world: int, port: int = 0) -> dict[str, str]:

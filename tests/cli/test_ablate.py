@@ -79,8 +79,9 @@ def test_refused_before_anything_runs(case: str, trains: Trains, model: Path, tm
 
 
 def test_not_as_one_of_many(model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
     assert cli.main(["ablate", str(write_config(tmp_path, model)), *BETAS]) == 2
     assert "without torchrun or srun" in capsys.readouterr().err
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,8 @@ import torch
 from jobs import write_config
 from tiny_models import make
 
-from flowrl_mega import cli
+from flowrl_mega import cli, faults
+from flowrl_mega.config import ConfigError
 from flowrl_mega.ops import build, kernels
 from flowrl_mega.parallel import backends
 
@@ -365,6 +367,44 @@ def test_a_rank_that_nobody_can_meet(
     monkeypatch.setenv("WORLD_SIZE", "2")
     message = refused(capsys, tmp_path, str(write_config(tmp_path, model)))
     assert "MASTER_ADDR" in message and "torchrun or srun" in message
+    monkeypatch.setenv("RANK", "2")  # and nobody else will say it
+    assert "RANK = 2, WORLD_SIZE = 2" in refused(capsys, tmp_path, str(write_config(tmp_path, model)))
+
+
+@pytest.mark.parametrize("hosts", [True, False])
+def test_a_place_to_meet_that_is_none(hosts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program has the port; or the host is nobody's name, and the others have been waited for long enough."""
+
+    def store(*args: object, **kwargs: object) -> None:
+        raise torch.distributed.DistNetworkError("timed out")
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1" if hosts else "no-such-host.invalid")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        if not hosts:
+            monkeypatch.setattr(torch.distributed, "TCPStore", store)
+        words = "rank 0 cannot listen there .*address already in use.*another port" if hosts else "no such host"
+        with pytest.raises(ConfigError, match=f"MASTER_ADDR = .*, MASTER_PORT = {port}: {words}"):
+            faults._store(hosts)
+    if not hosts:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        with pytest.raises(torch.distributed.DistNetworkError):  # a host that is there may be late
+            faults._store(hosts)
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "SLURM_PROCID"])
+def test_a_place_that_is_left_over(
+    name: str, model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It breaks no run, and silences no message."""
+    monkeypatch.setenv(name, "3")
+    config = str(write_config(tmp_path, model))
+    assert "stepps: no such setting" in refused(capsys, tmp_path, config, "--stepps=3")
+    monkeypatch.setenv(name, "3")
+    assert cli.main(["train", config, "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert "2 = tp 2 x dp 1" in said.out and said.err.count("left over") == (name != "SLURM_PROCID")
 
 
 def test_a_process_of_its_own_answers_before_it_imports_torch(model: Path, tmp_path: Path) -> None:
@@ -388,6 +428,7 @@ def test_under_srun_the_first_rank_alone_speaks(
 ) -> None:
     """Settings are refused before srun's names are translated to torchrun's: each of 32 ranks said so."""
     monkeypatch.setenv("SLURM_PROCID", rank)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     assert cli.main(["train", str(write_config(tmp_path, model)), "--stepps=3"]) == 2
     assert capsys.readouterr().err.count("stepps: no such setting") == messages
 

@@ -118,7 +118,9 @@ def test_a_traceback_is_that_of_the_rank_that_failed(
 @pytest.mark.parametrize(
     ("world", "overrides", "words"),
     [
-        (3, [], "parallel.tp = 2: does not divide the 3 ranks started"),
+        (3, [], "parallel.tp = 2: does not divide the 3 ranks started; start 2"),
+        (1, [], "parallel.tp = 2: does not divide the 1 ranks started; start 2"),
+        (1, ["--parallel.pp=2"], "parallel.tp x parallel.pp = 2 x 2: does not divide the 1 ranks started; start 4"),
         (2, ["--parallel.dp=2"], "2 x 2: 2 ranks were started; start 4"),
     ],
 )
@@ -130,6 +132,15 @@ def test_what_all_ranks_find_before_the_start(
     assert codes == [2] * world
     assert said.count(words) == 1 and said.count("\n") == 1, said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "3", "LOCAL_RANK": "7"}, {"RANK": "0", "WORLD_SIZE": "1"}])
+def test_a_rank_by_hand_trains_alone(environment: dict[str, str], model: Path, tmp_path: Path) -> None:
+    """A rank left over from elsewhere, and the only one of its job: neither meets anybody, whatever else is set."""
+    others = {"MASTER_ADDR": "nowhere", "MASTER_PORT": "http", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    arguments = ["train", config(tmp_path, model), "--parallel.tp=1", "--steps=1", "--checkpoint.at_end=false"]
+    Job(arguments, tmp_path / "log", environments=[environment | others]).run()
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def launched(work: Path, failures: str, world: int, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -1,4 +1,4 @@
-"""Starting ranks: exit codes, time-outs, signals, and the environments of torchrun and srun."""
+"""Starting ranks: exit codes, time-outs, signals, and their environments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jobs import FORKSERVER
 
 from flowrl_mega.config import ParallelSettings
 from flowrl_mega.parallel import layout as layouts
-from flowrl_mega.parallel.launch import launch, rank_environment, reserve_port, started_by_launcher
+from flowrl_mega.parallel.launch import launch, rank_environment, reserve_port
 
 pytestmark = pytest.mark.slow
 
@@ -177,70 +177,3 @@ def test_cores_are_shared_out_but_the_users_own_word_counts(monkeypatch: pytest.
     assert rank_environment(0, 4 * cores, 1)["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert rank_environment(0, 2, 1)["OMP_NUM_THREADS"] == "7"
-
-
-SRUN = {
-    "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9",
-    "SLURM_LOCALID": "1", "SLURM_NTASKS": "16", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1",
-    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
-}  # fmt: skip
-
-
-@pytest.fixture
-def clean(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setattr(os, "environ", {name: v for name, v in os.environ.items() if not name.startswith("SLURM_")})
-    return monkeypatch
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
-        ("gpu07", "gpu07"),
-        ("gpu07,gpu09", "gpu07"),
-        ("gpu[003-010]", "gpu003"),
-        ("gpu[003,005-007],login1", "gpu003"),
-        ("rack[1-2]-gpu[04-08]", "rack1-gpu04"),
-        ("node1.cluster,node2.cluster", "node1.cluster"),
-    ],
-)
-def test_srun(nodes: str, first: str, clean: pytest.MonkeyPatch) -> None:
-    """Rank 0 listens on the step's first host, which need not be where srun was called (the launch node)."""
-    os.environ.update(SRUN, SLURM_STEP_NODELIST=nodes)
-    assert started_by_launcher()
-    found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
-    assert found == {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": first}
-    assert os.environ["LOCAL_WORLD_SIZE"] == "8"
-    assert 1024 < int(os.environ["MASTER_PORT"]) < 32768, "below the ports that the system hands out"
-
-
-def test_steps_of_one_job_have_ports_of_their_own(clean: pytest.MonkeyPatch) -> None:
-    ports = set()
-    for job, step in [("4711", "0"), ("4711", "1"), ("4712", "0")]:
-        os.environ.update(SRUN, SLURM_STEP_NODELIST="a", SLURM_JOB_ID=job, SLURM_STEP_ID=step)
-        os.environ.pop("MASTER_PORT", None)
-        for name in ("RANK", "WORLD_SIZE"):
-            os.environ.pop(name, None)
-        assert started_by_launcher()
-        ports.add(os.environ["MASTER_PORT"])
-    assert len(ports) == 3
-
-
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {},
-        {"SLURM_PROCID": "0", "SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"},  # an sbatch script, outside srun
-        {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # srun --pty bash
-    ],
-)
-def test_alone(environment: dict[str, str], clean: pytest.MonkeyPatch) -> None:
-    os.environ.update(environment)
-    assert not started_by_launcher()
-    assert "RANK" not in os.environ
-
-
-def test_torchrun(clean: pytest.MonkeyPatch) -> None:
-    """Its word goes before srun's: torchrun may run as one task a node."""
-    os.environ.update(SRUN, RANK="1", WORLD_SIZE="2", MASTER_ADDR="there", MASTER_PORT="1")
-    assert started_by_launcher()
-    assert (os.environ["RANK"], os.environ["MASTER_ADDR"]) == ("1", "there")
