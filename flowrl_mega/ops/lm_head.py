@@ -1,13 +1,16 @@
 """Log-probs of given tokens straight from hidden states, over a tensor-parallel vocabulary.
 
 Logits are made a chunk of the vocabulary at a time, and without gradient nothing of the size rows x vocabulary ever
-exists. A chunk has the same columns however many rows there are, so that a row's statistics do not depend on the other
-rows; where that would be too much, its rows come in blocks. The tensor-parallel combination is ONE all-gather of four
-numbers a row and chunk, combined in the order of the vocabulary, so that every rank holds the same bits.
+exists. Statistics are those of tiles, the same columns however many rows there are, so that a row's do not depend on
+the others: a chunk is one tile or several, and where one is too much, its rows come in blocks. The tensor-parallel
+combination is ONE all-gather of four numbers a row and tile, combined in the order of the vocabulary: every rank holds
+the same bits.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,11 +25,12 @@ from flowrl_mega.ops.logprob import row_gradient
 from flowrl_mega.ops.torch_ops import stats_dtype
 
 IGNORE = -100
-# Columns of a chunk, and rows of a block. CPU: logits near the cache (16 MB), yet a GEMM at full speed. CUDA: enough
-# work for every multiprocessor from a few hundred rows on, 512 MB at most; each further block of rows reads and writes
-# all of the weight's gradient again, in a fortieth of the time of its GEMMs.
-_COLUMNS = {"cpu": 2048, "cuda": 8192}
-_ROWS = {"cpu": 2048, "cuda": 16384}
+# Columns of a tile, and logits of a chunk. CPU: near the cache, yet a GEMM at full speed. CUDA: enough work for every
+# multiprocessor; each further block of rows reads and writes all of the weight's gradient again, in a twentieth of the
+# time of its GEMMs.
+_TILE = {"cpu": 2048, "cuda": 8192}
+_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+_MOST_TILES = 32  # of a chunk
 _ALIGNED = 8  # columns: 16 bytes of bf16, below which GEMMs leave their fast kernels
 
 
@@ -103,17 +107,23 @@ class _Call(NamedTuple):
     budget: int
     kernels: Kernels
 
-    def columns(self, weight: Tensor) -> list[slice]:
-        """This shard's chunks of the vocabulary without its padding, equally many on every rank: some may be void."""
-        width, valid = _COLUMNS[weight.device.type], self.shard.valid
+    def tiles(self, weight: Tensor) -> list[slice]:
+        """This shard's tiles without its padding, equally many on every rank: some may be void."""
+        width, valid = _TILE[weight.device.type], self.shard.valid
         firsts = range(0, max(1, weight.shape[0]), width)
         return [slice(min(first, valid), min(first + width, valid)) for first in firsts]
 
-    def chunks(self, hidden: Tensor, weight: Tensor) -> list[tuple[slice, slice]]:
-        """(columns, rows) of each block of logits, the rows of a chunk one after the other."""
-        height, count = _ROWS[hidden.device.type], hidden.shape[0]
-        blocks = [slice(first, min(first + height, count)) for first in range(0, max(1, count), height)]
-        return [(columns, rows) for columns in self.columns(weight) for rows in blocks]
+    def chunks(self, hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, dict[int, slice], slice]]:
+        """(columns, the tiles that they are by number, rows) of each block of logits, chunk by chunk."""
+        count, tiles = hidden.shape[0], self.tiles(weight)
+        fits = _CHUNK_BYTES[weight.device.type] // (4 * _TILE[weight.device.type])  # rows of a tile
+        height = max(1, fits)
+        step = min(_MOST_TILES, 1 << max(0, (fits // max(1, count)).bit_length() - 1))
+        for first in range(0, len(tiles), step):
+            own = dict(list(enumerate(tiles))[first : first + step])
+            columns = slice(own[first].start, own[max(own)].stop)
+            for row in range(0, max(1, count), height):
+                yield columns, own, slice(row, min(row + height, count))
 
     def vocab_range(self, columns: slice) -> tuple[int, int, int]:
         """vocab_start, vocab_valid and ignore_index of a chunk."""
@@ -132,15 +142,18 @@ class _LmHead(torch.autograd.Function):
         call: _Call,
     ) -> tuple[Tensor, Tensor, Tensor]:
         k, budget = call.kernels, call.budget
-        parts, kept = [], []
-        for columns, rows in call.chunks(hidden, weight):
+        kept: list[Tensor | None] = []
+        parts: dict[int, list[Tensor]] = defaultdict(list)  # of each tile, a block of rows after another
+        for columns, tiles, rows in call.chunks(hidden, weight):
             logits = _logits(hidden[rows], weight[columns])
             of_rows = target[rows], _of_rows(inv_temperature, rows)
-            parts.append(k.logprob_stats(logits, *of_rows, *call.vocab_range(columns), True))
+            for number, tile in tiles.items():
+                own = logits[:, tile.start - columns.start : tile.stop - columns.start]
+                parts[number].append(k.logprob_stats(own, *of_rows, *call.vocab_range(tile), True))
             budget -= logits.numel() * logits.element_size()
             kept.append(logits if budget >= 0 else None)
-            del logits  # one chunk that is not kept, not two
-        shards = _gather(_stacked(parts, len(call.columns(weight))), call.group)
+            del logits, own  # one chunk that is not kept, not two
+        shards = _gather(_stacked(parts.values()), call.group)
         logp, entropy, maximum, log_sum, sequence = k.segment_reduce(
             shards, target, inv_temperature, cu_seqlens, IGNORE
         )
@@ -164,8 +177,7 @@ class _LmHead(torch.autograd.Function):
             if d_weight is None:
                 d_weight = torch.empty_like(weight, dtype=stats_dtype(weight.dtype))
                 d_weight[call.shard.valid :].zero_()
-        chunks = call.chunks(hidden, weight)
-        for i, (columns, rows) in enumerate(chunks):
+        for i, (columns, _, rows) in enumerate(call.chunks(hidden, weight)):
             logits, kept[i] = kept[i], None  # overwritten below; a second backward makes it again
             if logits is None:
                 logits = _logits(hidden[rows], weight[columns])
@@ -174,7 +186,7 @@ class _LmHead(torch.autograd.Function):
             del logits
             if d_hidden is not None:
                 _add_product(d_hidden[rows], d_logits, weight[columns], is_first=columns.start == 0)
-                if i + 1 == len(chunks) and call.group is not None and call.reduce_gradient:
+                if i + 1 == len(kept) and call.group is not None and call.reduce_gradient:
                     reduced = dist.all_reduce(d_hidden, group=call.group, async_op=True)  # beside the last product
             if d_weight is not None:
                 is_first = rows.start == 0 and ctx.main_grad is None
@@ -194,12 +206,10 @@ def _of_rows(value: Tensor, rows: slice) -> Tensor:
     return value[rows] if value.numel() > 1 else value
 
 
-def _stacked(parts: list[Tensor], chunks: int) -> Tensor:
-    """[chunks, 4, R] of the statistics of every block, those of a chunk one after the other."""
-    blocks = len(parts) // chunks
-    if blocks > 1:
-        parts = [torch.cat(parts[first : first + blocks], 1) for first in range(0, len(parts), blocks)]
-    return torch.stack(parts) if chunks > 1 else parts[0][None]
+def _stacked(parts: Iterable[list[Tensor]]) -> Tensor:
+    """[tiles, 4, R] of the statistics of each tile's blocks of rows."""
+    whole = [torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0] for blocks in parts]
+    return torch.stack(whole) if len(whole) > 1 else whole[0][None]
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from memory import allocated
 from oracle import case
-from test_lm_head import HIDDEN, all_same, head_case, ours
+from test_lm_head import HIDDEN, all_same, chunked, head_case, ours
 
 from flowrl_mega.ops import lm_head, lm_head_logprob, logprob
 
@@ -16,7 +16,7 @@ CHUNK = 4 * ROWS * WIDTH  # bytes of one chunk's logits
 
 @pytest.fixture(autouse=True)
 def chunks(monkeypatch):
-    monkeypatch.setitem(lm_head._COLUMNS, "cpu", WIDTH)
+    chunked(monkeypatch, WIDTH)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_a_second_backward_makes_the_kept_logits_again(backend, monkeypatch):
 def test_without_gradient_only_one_chunk_exists(how, backend, monkeypatch):
     """Reference and old policy are scored over the whole vocabulary: 10.8 GB of logits in one report."""
     rows, vocab, width = 64, 8192, 512
-    monkeypatch.setitem(lm_head._COLUMNS, "cpu", width)
+    chunked(monkeypatch, width, rows)
     chunk = 4 * rows * width
     c = head_case(rows=rows, vocab=vocab)
     mode = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(how, torch.enable_grad)

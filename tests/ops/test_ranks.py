@@ -93,7 +93,7 @@ def on_rank(
 
 def in_narrow_chunks(*args: Any, **options: Any) -> OfRank:
     """50 columns and 5 rows each: the ranks of one case then have unlike numbers of chunks that are not void."""
-    with mock.patch.dict(lm_head._COLUMNS, cpu=50), mock.patch.dict(lm_head._ROWS, cpu=5):
+    with mock.patch.dict(lm_head._TILE, cpu=50), mock.patch.dict(lm_head._CHUNK_BYTES, cpu=4 * 50 * 5):
         return on_rank(*args, **options)
 
 
