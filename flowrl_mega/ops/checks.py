@@ -6,6 +6,9 @@ wrong value raises a flag on the device; `raise_if_flagged` reads it where the t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,27 +20,32 @@ _FLAGS: dict[torch.device, Tensor] = {}  # one bool a CUDA device, true after a 
 
 
 def logits(x: Tensor) -> None:
-    if x.dim() != 2:
-        raise ValueError(f"logits have shape {list(x.shape)}; [T, V] is wanted")
+    if x.dim() not in (2, 3):
+        raise ValueError(f"logits have shape {list(x.shape)}; [T, V] or [B, S, V] is wanted")
     if x.dtype not in DTYPES or (x.dtype == torch.float64 and x.is_cuda):
         raise ValueError(f"logits are {x.dtype}; float32, bfloat16 or float16 is wanted (float64 on CPU only)")
-    if x.shape[1] > 1 and x.stride(1) != 1:
-        raise ValueError(f"logits have stride {x.stride(1)} between columns, 1 is wanted; call .contiguous()")
-    if x.shape[0] > 1 and x.stride(0) < x.shape[1]:
-        raise ValueError(f"logits have rows of {x.shape[1]} that overlap (stride {x.stride(0)}); call .contiguous()")
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(f"logits have stride {x.stride(-1)} between columns, 1 is wanted; call .contiguous()")
+    extent = x.shape[-1]  # of what lies inside one step of the next stride
+    for stride, size in sorted((x.stride(i), x.shape[i]) for i in range(x.dim() - 1) if x.shape[i] > 1):
+        if stride < extent:
+            raise ValueError(f"logits have rows of {x.shape[-1]} that overlap (stride {stride}); call .contiguous()")
+        extent += (size - 1) * stride
 
 
 def head(hidden: Tensor, weight: Tensor, rows: Tensor | None, valid: int) -> None:
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+    if hidden.dim() not in (2, 3) or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         shapes = f"hidden {list(hidden.shape)}, weight {list(weight.shape)}"
-        raise ValueError(f"{shapes}: [T, H] and [V, H] with one H are wanted")
-    if hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
-        raise ValueError(f"hidden is {hidden.dtype}, weight {weight.dtype}: one and the same floating type is wanted")
+        raise ValueError(f"{shapes}: [T, H] (or [B, S, H]) and [V, H] with one H are wanted")
+    if hidden.dtype not in DTYPES or weight.dtype not in DTYPES:
+        raise ValueError(f"hidden is {hidden.dtype}, weight {weight.dtype}: floating types are wanted")
     vocab_valid(valid, weight.shape[0])
     if rows is None:
         return
     if rows.dim() != 1 or rows.dtype != torch.int64:
         raise ValueError(f"rows is {rows.dtype} of shape {list(rows.shape)}; int64 of [R] is wanted")
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden {list(hidden.shape)}: rows select from [T, H]; call .flatten(0, 1)")
 
 
 def vocab_valid(valid: int, columns: int) -> int:
@@ -46,28 +54,33 @@ def vocab_valid(valid: int, columns: int) -> int:
     return valid
 
 
-def target(x: Tensor, rows: int, vocab: int | None, device: torch.device, ignore_index: int | None = None) -> Tensor:
-    """Ids [rows] below `vocab` (None: not known here), or ignore_index; contiguous."""
-    if x.shape != (rows,) or x.dtype != torch.int64:
-        raise ValueError(f"target is {x.dtype} of shape {list(x.shape)}; int64 of shape [{rows}] is wanted")
+def target(
+    x: Tensor, shape: Sequence[int], vocab: int | None, device: torch.device, ignore_index: int | None = None
+) -> Tensor:
+    """Ids below `vocab` (None: not known here), or ignore_index, in a tensor of that shape: [T] int64, contiguous."""
+    if x.shape != torch.Size(shape) or x.dtype not in (torch.int32, torch.int64):
+        wanted = f"int64 or int32 of shape {list(shape)}"
+        raise ValueError(f"target is {x.dtype} of shape {list(x.shape)}; {wanted} is wanted")
     if x.device != device:
         raise ValueError(f"target is on {x.device}, the rows on {device}; move one of them")
-    if vocab is None or rows == 0:
-        return x.contiguous()
-    wrong = (x < 0) | (x >= vocab)
-    if ignore_index is not None:
-        wrong &= x != ignore_index
-    if _flagged(wrong):
-        first = int(wrong.nonzero()[0])
-        ignored = "" if ignore_index is None else f" or {ignore_index} (ignored)"
-        raise ValueError(f"target[{first}] = {int(x[first])}: an id in 0..{vocab - 1}{ignored} is wanted")
-    return x.contiguous()
+    if vocab is not None and x.numel():
+        wrong = (x < 0) | (x >= vocab)
+        if ignore_index is not None:
+            wrong &= x != ignore_index
+        if _flagged(wrong):
+            first = wrong.nonzero()[0].tolist()
+            ignored = "" if ignore_index is None else f" or {ignore_index} (ignored)"
+            place = ", ".join(map(str, first))
+            raise ValueError(f"target[{place}] = {int(x[tuple(first)])}: an id in 0..{vocab - 1}{ignored} is wanted")
+    return x.reshape(-1).to(torch.int64).contiguous()
 
 
-def cu_seqlens(x: Tensor | None, rows: int, device: torch.device) -> Tensor:
-    """Offsets [B + 1] from 0 to `rows`, never falling, as int64; None: all rows are one sequence."""
+def cu_seqlens(x: Tensor | None, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Offsets [B + 1] from 0 to the number of rows, never falling, as int64; None: [T] rows are one sequence, those of
+    [B, S] one for each of B."""
+    rows = math.prod(shape)
     if x is None:
-        return torch.arange(2, device=device) * rows
+        return torch.arange(2 if len(shape) == 1 else shape[0] + 1, device=device) * shape[-1]
     if x.dim() != 1 or x.numel() == 0 or x.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens is {x.dtype} of shape {list(x.shape)}; int32 or int64 of [B + 1] is wanted")
     if x.device != device:
@@ -78,12 +91,13 @@ def cu_seqlens(x: Tensor | None, rows: int, device: torch.device) -> Tensor:
     return x.to(torch.int64).contiguous()
 
 
-def inv_temperature(temperature: float | Tensor, rows: int, like: Tensor) -> Tensor:
-    """1 / temperature, [1] or [rows], in the type of the statistics."""
+def inv_temperature(temperature: float | Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
+    """1 / temperature, [1] or [T] for rows of that shape, in the type of the statistics."""
     dtype = stats_dtype(like.dtype)
     if isinstance(temperature, Tensor):
-        if temperature.shape != (rows,):
-            raise ValueError(f"temperature has shape {list(temperature.shape)}; a number or [{rows}] is wanted")
+        if temperature.shape != torch.Size(shape):
+            raise ValueError(f"temperature has shape {list(temperature.shape)}; a number or {list(shape)} is wanted")
+        temperature = temperature.reshape(-1)
         if _flagged(wrong := ~(temperature > 0)):
             first = int(wrong.nonzero()[0])
             raise ValueError(f"temperature[{first}] = {float(temperature[first])}: must be above 0")

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from flowrl_mega.ops import checks
 from flowrl_mega.ops.kernels import Kernels, Name, kernels_for
 from flowrl_mega.ops.liger import liger_logprob
-from flowrl_mega.ops.logprob import row_gradient
+from flowrl_mega.ops.logprob import row_gradient, rows_of
 from flowrl_mega.ops.torch_ops import stats_dtype
 
 IGNORE = -100
@@ -43,10 +43,10 @@ class Shard(NamedTuple):
 
 
 class HeadOutput(NamedTuple):
-    """Log-probs and entropies of R rows, and their sums over B sequences."""
+    """Log-probs and entropies of R rows, [R] or [B, S] like the targets, and their sums over B sequences."""
 
-    logp: Tensor  # [R] fp32, with gradient
-    entropy: Tensor  # [R] fp32, in nats, without
+    logp: Tensor  # fp32, with gradient
+    entropy: Tensor  # fp32, in nats, without
     sequence: Tensor  # [B, 3] float64: sum of logp (with gradient), number of rows, sum of entropy
 
 
@@ -57,7 +57,7 @@ def lm_head_logprob(
     *,
     rows: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     shard: Shard | None = None,
     group: dist.ProcessGroup | None = None,
     reduce_gradient: bool = True,
@@ -67,10 +67,11 @@ def lm_head_logprob(
     """log softmax(hidden @ weight.T / temperature)[target] and its entropy, by row and summed over each sequence.
 
     hidden [T, H] (the same on all ranks of `group`), weight [V', H] (this rank's rows of the vocabulary; V' too is the
-    same on all ranks). rows [R]
-    int64 selects the response rows before anything is multiplied; None: all T. target [R] int64 ids; -100 gives 0 (its
-    hidden row must be finite: leave rows out by `rows`).
+    same on all ranks). Of two types the wider multiplies, and each gets its gradient in its own. rows [R] int64 selects
+    the response rows before anything is multiplied; None: all T. target [R] int64 or int32 ids; -100 gives 0 (its
+    hidden row must be finite: leave rows out by `rows`). temperature: one number, or [R].
     cu_seqlens [B + 1] offsets into the R rows; None: one sequence.
+    Or hidden [B, S, H] with target and temperature [B, S]: R = B S rows, and without cu_seqlens B sequences.
 
     The backward pass keeps logits up to `logits_budget_bytes` and makes the rest again. The weight's gradient is added
     to `weight.main_grad` where Megatron has one. The gradient of `hidden` comes back summed over `group`; under
@@ -78,14 +79,20 @@ def lm_head_logprob(
     """
     shard = shard or Shard(0, weight.shape[0], weight.shape[0])
     checks.head(hidden, weight, rows, shard.valid)
+    shape = hidden.shape[:-1] if rows is None else rows.shape
     if rows is not None:
         hidden = hidden.index_select(0, rows)
-    target = checks.target(target, hidden.shape[0], shard.vocab, hidden.device, IGNORE)
-    cu_seqlens = checks.cu_seqlens(cu_seqlens, hidden.shape[0], hidden.device)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    target = checks.target(target, shape, shard.vocab, hidden.device, IGNORE)
+    cu_seqlens = checks.cu_seqlens(cu_seqlens, shape, hidden.device)
     group = group if group is not None and group.size() > 1 else None
     if backend == "liger":
+        if isinstance(temperature, Tensor):
+            raise ValueError("ops.backend = liger: takes one temperature for all rows; use ops.backend=auto")
         rest = (temperature, shard.valid, shard.vocab, IGNORE, group, reduce_gradient)
-        return HeadOutput(*liger_logprob(hidden, weight, target, cu_seqlens, *rest))
+        logp, entropy, sequence = liger_logprob(hidden, weight, target, cu_seqlens, *rest)
+        return HeadOutput(logp.view(shape), entropy.view(shape), sequence)
+    hidden = hidden.to(torch.promote_types(hidden.dtype, weight.dtype))
     has_backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)  # forward cannot ask
     call = _Call(
         shard=shard,
@@ -94,8 +101,9 @@ def lm_head_logprob(
         budget=logits_budget_bytes if has_backward else 0,
         kernels=kernels_for(backend, hidden.device),
     )
-    inv_temperature = checks.inv_temperature(temperature, hidden.shape[0], hidden)
-    return HeadOutput(*_LmHead.apply(hidden, weight, target, cu_seqlens, inv_temperature, call))
+    inv_temperature = checks.inv_temperature(temperature, shape, hidden)
+    logp, entropy, sequence = _LmHead.apply(hidden, weight, target, cu_seqlens, inv_temperature, call)
+    return HeadOutput(logp.view(shape), entropy.view(shape), sequence)
 
 
 class _Call(NamedTuple):
@@ -146,7 +154,7 @@ class _LmHead(torch.autograd.Function):
         parts: dict[int, list[Tensor]] = defaultdict(list)  # of each tile, a block of rows after another
         for columns, tiles, rows in call.chunks(hidden, weight):
             logits = _logits(hidden[rows], weight[columns])
-            of_rows = target[rows], _of_rows(inv_temperature, rows)
+            of_rows = target[rows], rows_of(inv_temperature, rows)
             for number, tile in tiles.items():
                 own = logits[:, tile.start - columns.start : tile.stop - columns.start]
                 parts[number].append(k.logprob_stats(own, *of_rows, *call.vocab_range(tile), True))
@@ -175,14 +183,14 @@ class _LmHead(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             d_weight = ctx.main_grad
             if d_weight is None:
-                d_weight = torch.empty_like(weight, dtype=stats_dtype(weight.dtype))
+                d_weight = torch.empty_like(weight, dtype=stats_dtype(hidden.dtype))
                 d_weight[call.shard.valid :].zero_()
         for i, (columns, _, rows) in enumerate(call.chunks(hidden, weight)):
             logits, kept[i] = kept[i], None  # overwritten below; a second backward makes it again
             if logits is None:
                 logits = _logits(hidden[rows], weight[columns])
-            those = tuple(_of_rows(value, rows) for value in of_rows)
-            d_logits = _d_logits(call.kernels, logits, those, call.vocab_range(columns), weight)
+            those = tuple(rows_of(value, rows) for value in of_rows)
+            d_logits = _d_logits(call.kernels, logits, those, call.vocab_range(columns), hidden.dtype)
             del logits
             if d_hidden is not None:
                 _add_product(d_hidden[rows], d_logits, weight[columns], is_first=columns.start == 0)
@@ -201,11 +209,6 @@ class _LmHead(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None, None
 
 
-def _of_rows(value: Tensor, rows: slice) -> Tensor:
-    """A block's part of a number a row; one number for all rows stays one."""
-    return value[rows] if value.numel() > 1 else value
-
-
 def _stacked(parts: Iterable[list[Tensor]]) -> Tensor:
     """[tiles, 4, R] of the statistics of each tile's blocks of rows."""
     whole = [torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0] for blocks in parts]
@@ -215,26 +218,26 @@ def _stacked(parts: Iterable[list[Tensor]]) -> Tensor:
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """[R, width] in fp32: a bf16 logit of 16 to 32 has a step of 0.125, far too coarse for sums over a long answer.
 
-    Rows begin at multiples of 16 bytes, whatever the width.
+    Rows begin at multiples of 16 bytes, whatever the width. `weight` may be of a narrower type.
     """
     width, dtype = weight.shape[0], stats_dtype(hidden.dtype)
     out = hidden.new_empty(hidden.shape[0], -(-width // _ALIGNED) * _ALIGNED, dtype=dtype)[:, :width]
     if hidden.dtype == dtype:
-        return torch.mm(hidden, weight.t(), out=out)
+        return torch.mm(hidden, weight.t().to(dtype), out=out)
     if hidden.is_cuda:
         return torch.mm(hidden, weight.t(), out_dtype=dtype, out=out)
     return torch.mm(hidden.float(), weight.t().float(), out=out)
 
 
 def _d_logits(
-    k: Kernels, logits: Tensor, rows: tuple[Tensor, ...], vocab_range: tuple[int, int, int], weight: Tensor
+    k: Kernels, logits: Tensor, rows: tuple[Tensor, ...], vocab_range: tuple[int, int, int], dtype: torch.dtype
 ) -> Tensor:
-    """The gradient of the logits, in rows as `_logits` makes them: in their place, or on a GPU in the type of its fast
-    GEMM."""
-    if weight.is_cuda and weight.dtype != logits.dtype:
+    """The gradient of the logits, in rows as `_logits` makes them: in their place, or on a GPU in `dtype`, the type of
+    its fast GEMM."""
+    if logits.is_cuda and dtype != logits.dtype:
         width = logits.shape[1]
         whole = logits.as_strided((logits.shape[0], logits.stride(0)), (logits.stride(0), 1)) if width else logits
-        return k.logprob_backward(whole, *rows, *vocab_range, weight.dtype)[:, :width]
+        return k.logprob_backward(whole, *rows, *vocab_range, dtype)[:, :width]
     k.logprob_backward_(logits, *rows, *vocab_range)
     return logits
 

@@ -14,10 +14,10 @@ from flowrl_mega.ops.torch_ops import stats_dtype
 
 
 class LogProb(NamedTuple):
-    """Log-probs and entropies of T rows, and their sums over B sequences."""
+    """Log-probs and entropies of T rows, [T] or [B, S] like the targets, and their sums over B sequences."""
 
-    logp: Tensor  # [T], with gradient
-    entropy: Tensor  # [T], in nats, without
+    logp: Tensor  # with gradient
+    entropy: Tensor  # in nats, without
     sequence: Tensor  # [B, 3] float64: sum of logp (with gradient), number of rows, sum of entropy
 
 
@@ -34,23 +34,26 @@ def logprob(
 ) -> LogProb:
     """log softmax(logits / temperature)[target], the entropy, and their sums over each sequence.
 
-    logits [T, V] fp32, bf16, fp16 (or float64) with any row stride; target [T] int64 ids below `vocab_valid` (V), or
-    `ignore_index`: such a row is not read and gives 0. cu_seqlens [B + 1] int64 offsets into the T rows; None: all are
-    one sequence. temperature: one number, or [T].
+    logits [T, V] fp32, bf16, fp16 (or float64) with any row stride; target [T] int64 or int32 ids below `vocab_valid`
+    (V), or `ignore_index`: such a row is not read and gives 0. cu_seqlens [B + 1] int64 or int32 offsets into the T
+    rows; None: all are one sequence. temperature: one number, or [T].
+    Or logits [B, S, V], also a view such as `logits[:, :-1]`, with target and temperature [B, S]: T = B S rows, and
+    without cu_seqlens B sequences. Nothing is copied.
 
     With `inplace_backward` the gradient is written over the logits, so the whole needs no second matrix of their size;
     they must not be read after that, and a second backward raises. ValueError says what is wrong with the input.
     """
     checks.logits(logits)
-    rows, columns = logits.shape
+    rows, columns = logits.shape[:-1], logits.shape[-1]
     valid = columns if vocab_valid is None else checks.vocab_valid(vocab_valid, columns)
     target = checks.target(target, rows, valid, logits.device, ignore_index)
     cu_seqlens = checks.cu_seqlens(cu_seqlens, rows, logits.device)
     inv_temperature = checks.inv_temperature(temperature, rows, logits)
     chosen = kernels_for(backend, logits.device)
-    return LogProb(
-        *_LogProb.apply(logits, target, cu_seqlens, inv_temperature, valid, ignore_index, inplace_backward, chosen)
+    logp, entropy, sequence = _LogProb.apply(
+        logits, target, cu_seqlens, inv_temperature, valid, ignore_index, inplace_backward, chosen
     )
+    return LogProb(logp.view(rows), entropy.view(rows), sequence)
 
 
 class _LogProb(torch.autograd.Function):
@@ -66,7 +69,11 @@ class _LogProb(torch.autograd.Function):
         inplace: bool,
         k: Kernels,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        stats = k.logprob_stats(logits, target, inv_temperature, 0, valid, ignore_index, True)
+        parts = [
+            k.logprob_stats(x, target[rows], rows_of(inv_temperature, rows), 0, valid, ignore_index, True)
+            for x, rows in _matrices(logits)
+        ]
+        stats = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         logp, entropy, maximum, log_sum, sequence = k.segment_reduce(
             stats[None], target, inv_temperature, cu_seqlens, ignore_index
         )
@@ -89,15 +96,36 @@ class _LogProb(torch.autograd.Function):
         valid, ignore_index, inplace, k = ctx.rest
         logits = ctx.logits
         grad = row_gradient(grads[0], grads[2], cu_seqlens).to(stats_dtype(logits.dtype))
-        arguments = (logits, target, grad, maximum, log_sum, inv_temperature, 0, valid, ignore_index)
+        of_rows = (target, grad, maximum, log_sum, inv_temperature)
+        matrices = [
+            (x, *(rows_of(value, rows) for value in of_rows), 0, valid, ignore_index) for x, rows in _matrices(logits)
+        ]
         if inplace:
             ctx.logits = None
-            k.logprob_backward_(*arguments)
+            for arguments in matrices:
+                k.logprob_backward_(*arguments)
             torch.autograd.graph.increment_version(logits)  # whoever else has saved them for a backward hears of it
             d_logits = logits.detach()
         else:
-            d_logits = k.logprob_backward(*arguments, logits.dtype)
+            parts = [k.logprob_backward(*arguments, logits.dtype) for arguments in matrices]
+            d_logits = (torch.cat(parts) if len(parts) > 1 else parts[0]).view(logits.shape)
         return d_logits, *[None] * 7
+
+
+def _matrices(logits: Tensor) -> list[tuple[Tensor, slice]]:
+    """Views [T', V], and which of the T rows each holds: all, or of [B, S, V] one for each of B where the B are not as
+    far from one another as S rows are long."""
+    if logits.dim() == 2:
+        return [(logits, slice(0, logits.shape[0]))]
+    batch, rows, columns = logits.shape
+    if batch <= 1 or rows <= 1 or logits.stride(0) == rows * logits.stride(1):
+        return [(logits.view(batch * rows, columns), slice(0, batch * rows))]
+    return [(x, slice(i * rows, (i + 1) * rows)) for i, x in enumerate(logits.unbind())]
+
+
+def rows_of(value: Tensor, rows: slice) -> Tensor:
+    """Some rows' part of a number a row; one number for all rows stays one."""
+    return value[rows] if value.numel() > 1 else value
 
 
 def row_gradient(d_logp: Tensor, d_sequence: Tensor, cu_seqlens: Tensor) -> Tensor:

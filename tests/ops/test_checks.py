@@ -24,8 +24,17 @@ GOOD: dict[str, Any] = {"logits": logits(), "target": ids(0, 9, -100, 3), "cu_se
 
 # what is wrong -> (the arguments that differ from GOOD, what the message must say)
 LOGPROB: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "a vector": ({"logits": torch.randn(10)}, ["logits", "[10]", "[T, V] is wanted"]),
-    "a batch of matrices": ({"logits": torch.randn(1, 4, 10)}, ["logits", "[1, 4, 10]", "[T, V] is wanted"]),
+    "a vector": ({"logits": torch.randn(10)}, ["logits", "[10]", "[T, V] or [B, S, V] is wanted"]),
+    "four dimensions": ({"logits": torch.randn(1, 1, 4, 10)}, ["logits", "[1, 1, 4, 10]", "[B, S, V] is wanted"]),
+    "a batch with a flat target": ({"logits": torch.randn(1, 4, 10)}, ["target", "[4]", "[1, 4] is wanted"]),
+    "a batch that overlaps": (
+        {"logits": torch.randn(70).as_strided((2, 4, 10), (15, 10, 1)), "target": ids(*range(8)).view(2, 4)},
+        ["logits", "overlap", "stride 15", ".contiguous()"],
+    ),
+    "id too large in a batch": (
+        {"logits": torch.randn(2, 2, 10), "target": ids(0, 1, 10, 3).view(2, 2)},
+        ["target[1, 0] = 10", "0..9"],
+    ),
     "integer logits": ({"logits": torch.ones(4, 10, dtype=torch.long)}, ["logits", "torch.int64", "bfloat16"]),
     "complex logits": ({"logits": logits(dtype=torch.complex64)}, ["logits", "torch.complex64", "float32"]),
     "columns apart": ({"logits": torch.randn(10, 4).t()}, ["logits", "stride 4 between columns", ".contiguous()"]),
@@ -36,7 +45,7 @@ LOGPROB: dict[str, tuple[dict[str, Any], list[str]]] = {
     "negative id": ({"target": ids(0, -1, 2, 3)}, ["target[1] = -1", "0..9", "-100 (ignored)"]),
     "id of the padding": ({"target": ids(0, 9, 2, 3), "vocab_valid": 9}, ["target[1] = 9", "0..8"]),
     "another ignore_index": ({"target": ids(0, -100, 2, 3), "ignore_index": -1}, ["target[1] = -100", "-1 (ignored)"]),
-    "int32 target": ({"target": ids(0, 1, 2, 3).int()}, ["target", "torch.int32", "int64"]),
+    "int16 target": ({"target": ids(0, 1, 2, 3).short()}, ["target", "torch.int16", "int64 or int32"]),
     "float target": ({"target": ids(0, 1, 2, 3).float()}, ["target", "torch.float32", "int64"]),
     "one target too few": ({"target": ids(0, 1, 2)}, ["target", "[3]", "[4] is wanted"]),
     "target as a column": ({"target": ids(0, 1, 2, 3)[:, None]}, ["target", "[4, 1]", "[4] is wanted"]),
@@ -77,10 +86,11 @@ HEAD_GOOD: dict[str, Any] = {
     "rows": ids(0, 2, 4, 5),
 }
 HEAD: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "a batch of hidden states": ({"hidden": torch.randn(6, 1, 3)}, ["hidden [6, 1, 3]", "[T, H]"]),
+    "hidden states of four dimensions": ({"hidden": torch.randn(6, 1, 1, 3)}, ["hidden [6, 1, 1, 3]", "[T, H]"]),
+    "rows of a batch": ({"hidden": torch.randn(6, 1, 3)}, ["hidden [6, 1, 3]", "rows", ".flatten(0, 1)"]),
     "another width": ({"weight": torch.randn(10, 4)}, ["hidden [6, 3], weight [10, 4]", "one H"]),
     "a transposed weight": ({"weight": torch.randn(3, 10)}, ["weight [3, 10]", "[V, H]"]),
-    "two types": ({"weight": torch.randn(10, 3).bfloat16()}, ["torch.float32", "torch.bfloat16", "one and the same"]),
+    "temperatures of all rows": ({"temperature": torch.ones(6)}, ["temperature", "[6]", "a number or [4]"]),
     "integers": (
         {"hidden": torch.ones(6, 3).long(), "weight": torch.ones(10, 3).long()},
         ["torch.int64", "floating"],
