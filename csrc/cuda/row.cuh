@@ -19,8 +19,7 @@ constexpr int VECTOR_BYTES = 16;
 template <int VEC>
 constexpr int LOADS = VEC == 1 ? 16 : 4;
 
-// N values of T as one register image. VEC is 16 bytes' worth where base and stride allow it and 1 elsewhere: a scalar
-// peel would split a row by its address, and so let its last bit depend on where in the batch the row stands.
+// N values of T as one register image.
 template <typename T, int N>
 using Raw = std::conditional_t<
     N * sizeof(T) == 16, uint4,
@@ -29,6 +28,27 @@ using Raw = std::conditional_t<
 template <int N, typename T>
 __device__ Raw<T, N> load(const T* from) {
   return __ldcs(reinterpret_cast<const Raw<T, N>*>(from));  // read once: the first to leave the cache
+}
+
+// The same values, at any address that T may have: by 4-byte words, of which the first and the last may hold a half
+// that is another row's (it is in memory, since its word is).
+template <int N, typename T>
+__device__ Raw<T, N> load_unaligned(const T* from) {
+  constexpr int WORDS = N * sizeof(T) / 4;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(from);
+  const unsigned* words = reinterpret_cast<const unsigned*>(address & ~uintptr_t{3});
+  unsigned word[WORDS + 1];
+#pragma unroll
+  for (int i = 0; i < WORDS; ++i) word[i] = __ldcs(words + i);
+  if constexpr (sizeof(T) < 4) {
+    const unsigned shift = 8 * static_cast<unsigned>(address & 3);  // one for the row: vectors are multiples of it apart
+    word[WORDS] = shift ? __ldcs(words + WORDS) : 0;
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) word[i] = __funnelshift_r(word[i], word[i + 1], shift);
+  }
+  Raw<T, N> raw;
+  memcpy(&raw, word, sizeof(raw));
+  return raw;
 }
 
 template <int N, typename T>
@@ -116,7 +136,12 @@ __device__ void add(Partial& p, const float (&x)[N], float inv_temperature) {
   p.dsum += (dsum[0] + dsum[1]) + (dsum[2] + dsum[3]);
 }
 
-__device__ inline Partial finished(const Partial& p) { return p.max < INFINITY ? p : Partial{p.max, NAN, NAN}; }
+// E of a row whose every other logit is masked is 0, where the clamp of `add` leaves at most 86 e^-86 a column: 2e-27 in
+// all, far below what an entropy can tell.
+__device__ inline Partial finished(const Partial& p) {
+  if (!(p.max < INFINITY)) return {p.max, NAN, NAN};
+  return {p.max, p.sum, p.dsum > -1e-26f ? 0.0f : p.dsum};
+}
 
 // Calls f with a value of the C++ type that `type` names.
 template <typename F>

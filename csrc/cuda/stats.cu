@@ -1,5 +1,5 @@
-// logprob_stats: one read of the logits, one block a row, no atomics. How a row is split over the threads depends on
-// the matrix (width, dtype, alignment) alone: a row gives the same bits wherever it stands, however many there are.
+// logprob_stats: one read of the logits, one block a row, no atomics. How a row is split over the threads depends on its
+// valid columns and dtype alone: a row gives the same bits wherever in memory it stands, however many there are.
 #include "row.cuh"
 
 namespace flowrl::cuda {
@@ -7,13 +7,18 @@ namespace {
 
 constexpr int MAX_THREADS = 512;
 
+// Columns of a vector, where it is aligned and where it is not.
+template <typename T>
+constexpr int WIDTH = VECTOR_BYTES / sizeof(T);
+
 // A thread's LOADS vectors, `step` columns apart. With EDGE the chunk may end early: at and past `end` it reads -inf.
-template <int VEC, bool EDGE, typename T>
+template <bool ALIGNED, bool EDGE, typename T, int VEC = WIDTH<T>>
 __device__ void load_chunk(const T* row, int column, int step, int end, float (&x)[LOADS<VEC> * VEC]) {
   Raw<T, VEC> raw[LOADS<VEC>];
 #pragma unroll
   for (int k = 0; k < LOADS<VEC>; ++k)
-    if (!EDGE || column + k * step < end) raw[k] = load<VEC>(row + column + k * step);
+    if (!EDGE || column + k * step < end)
+      raw[k] = ALIGNED ? load<VEC>(row + column + k * step) : load_unaligned<VEC>(row + column + k * step);
 #pragma unroll
   for (int k = 0; k < LOADS<VEC>; ++k) {
     if (!EDGE || column + k * step < end) {
@@ -25,7 +30,7 @@ __device__ void load_chunk(const T* row, int column, int step, int end, float (&
   }
 }
 
-template <bool ENTROPY, int VEC, typename T>
+template <bool ENTROPY, bool ALIGNED, typename T, int VEC = WIDTH<T>>
 __device__ Partial thread_partial(const T* row, int valid, float inv_temperature) {
   const int step = blockDim.x * VEC;
   const int whole = valid - valid % VEC;  // where the last whole vector ends
@@ -33,11 +38,11 @@ __device__ Partial thread_partial(const T* row, int valid, float inv_temperature
   float x[LOADS<VEC> * VEC];
   int column = threadIdx.x * VEC;
   for (; column + (LOADS<VEC> - 1) * step < whole; column += LOADS<VEC> * step) {
-    load_chunk<VEC, false>(row, column, step, whole, x);
+    load_chunk<ALIGNED, false>(row, column, step, whole, x);
     add<ENTROPY>(p, x, inv_temperature);
   }
   if (column < whole) {
-    load_chunk<VEC, true>(row, column, step, whole, x);
+    load_chunk<ALIGNED, true>(row, column, step, whole, x);
     add<ENTROPY>(p, x, inv_temperature);
   }
   if (static_cast<int>(threadIdx.x) < valid - whole) {
@@ -69,7 +74,7 @@ __device__ Partial block_merged(Partial p, float inv_temperature) {
   return p;
 }
 
-template <typename T, int VEC, bool ENTROPY>
+template <typename T, bool ALIGNED, bool ENTROPY>
 __global__ void __launch_bounds__(MAX_THREADS, 2) stats_kernel(Logits logits, Rows r, float* out) {
   const int64_t t = blockIdx.x, label = r.target[t];
   Partial p{-INFINITY, 0.0f, 0.0f};
@@ -79,7 +84,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) stats_kernel(Logits logits, Ro
     const float inv_temperature = r.inv_temperature[t * r.inv_temperature_stride];
     const int target = owned_column(r, label);
     if (threadIdx.x == 0 && target >= 0) target_logit = static_cast<float>(row[target]);
-    p = thread_partial<ENTROPY, VEC>(row, static_cast<int>(r.vocab_valid), inv_temperature);
+    p = thread_partial<ENTROPY, ALIGNED>(row, static_cast<int>(r.vocab_valid), inv_temperature);
     p = finished(block_merged(p, inv_temperature));
   }
   if (threadIdx.x == 0) {
@@ -90,11 +95,12 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) stats_kernel(Logits logits, Ro
   }
 }
 
-template <typename T, int VEC, bool ENTROPY>
+template <typename T, bool ALIGNED, bool ENTROPY>
 cudaError_t launch(const Logits& logits, const Rows& r, float* out, cudaStream_t stream) {
+  constexpr int CHUNK = WIDTH<T> * LOADS<WIDTH<T>>;
   int threads = 32;  // about eight chunks each: small blocks, so that some load while others start or end
-  while (threads < MAX_THREADS && threads * VEC * LOADS<VEC> * 8 < r.vocab_valid) threads *= 2;
-  stats_kernel<T, VEC, ENTROPY><<<static_cast<unsigned>(logits.rows), threads, 0, stream>>>(logits, r, out);
+  while (threads < MAX_THREADS && threads * CHUNK * 8 < r.vocab_valid) threads *= 2;
+  stats_kernel<T, ALIGNED, ENTROPY><<<static_cast<unsigned>(logits.rows), threads, 0, stream>>>(logits, r, out);
   return cudaGetLastError();
 }
 
@@ -104,10 +110,9 @@ cudaError_t launch_stats(const Logits& logits, const Rows& r, bool entropy, floa
   if (logits.rows == 0) return cudaSuccess;
   return with_type(logits.type, [&](auto zero) {
     using T = decltype(zero);
-    constexpr int VEC = VECTOR_BYTES / sizeof(T);
     if (aligned(logits.data, logits.row_stride, sizeof(T), VECTOR_BYTES))
-      return entropy ? launch<T, VEC, true>(logits, r, out, stream) : launch<T, VEC, false>(logits, r, out, stream);
-    return entropy ? launch<T, 1, true>(logits, r, out, stream) : launch<T, 1, false>(logits, r, out, stream);
+      return entropy ? launch<T, true, true>(logits, r, out, stream) : launch<T, true, false>(logits, r, out, stream);
+    return entropy ? launch<T, false, true>(logits, r, out, stream) : launch<T, false, false>(logits, r, out, stream);
   });
 }
 

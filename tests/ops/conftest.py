@@ -1,4 +1,4 @@
-"""Every implementation of the ops: plain torch, and csrc on each instruction set that this CPU has."""
+"""Every implementation of the ops: plain torch, csrc on each instruction set of this CPU, and csrc/cuda emulated."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from oracle import SETS
+from cuda_emulation import Emulation
+from oracle import BACKENDS, SETS
 
 from flowrl_mega.ops import build
+from flowrl_mega.ops import kernels as kernels_module
 from flowrl_mega.ops.kernels import Kernels, Name, kernels_for, load
 
 
@@ -22,11 +24,27 @@ def native() -> str:
     return "native"
 
 
-@pytest.fixture(params=["torch", *SETS])
-def backend(request: pytest.FixtureRequest) -> Iterator[Name]:
-    """`backend=` for the ops: "torch", and "native" limited to each instruction set in turn."""
+@pytest.fixture(scope="session")
+def emulation() -> Emulation:
+    """csrc/cuda for tensors on the CPU, built where csrc's own libraries are."""
+    try:
+        return Emulation(build.default_cache() / "cuda_emulation")
+    except build.ToolMissing as missing:
+        pytest.skip(f"csrc/cuda cannot be emulated: {missing}")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Name]:
+    """`backend=` for the ops: "torch", "native" limited to each instruction set in turn, and in "native"'s place the
+    emulated CUDA kernels, which have no float64."""
     if request.param == "torch":
         yield "torch"
+        return
+    if request.param == "cuda":
+        if request.node.callspec.params.get("dtype") in ("fp64", torch.float64):
+            pytest.skip("the CUDA kernels have no float64")
+        monkeypatch.setattr(kernels_module, "NATIVE", request.getfixturevalue("emulation").kernels)
+        yield "native"
         return
     request.getfixturevalue("native")
     choose, wanted = torch.ops.flowrl.cpu_instruction_set, SETS.index(request.param)
