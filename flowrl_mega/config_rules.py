@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from flowrl_mega.config import Config, ConfigError, ModelSettings, RolloutSettings
@@ -57,17 +57,17 @@ def _data(config: Config) -> Iterator[str]:
     data = config.data
     if (data.path is None) == (data.task is None):
         yield f"data.path = {data.path!r}, data.task = {data.task!r}: set exactly one of the two"
-    elif data.path is not None and not Path(data.path).exists():
+    elif data.path is not None and not os.path.exists(data.path):
         yield (
             f"data.path = {data.path!r}: no such file; give a JSON lines file, or a prompt store that "
             "tools/prepare_data.py has made"
         )
-    elif data.loader == "dali" and not (data.path and Path(data.path).is_dir()):
+    elif data.loader == "dali" and not (data.path and os.path.isdir(data.path)):
         yield (
             "data.loader = dali: reads prompt stores only; make one with tools/prepare_data.py and name it with "
             "data.path, or set data.loader=mmap"
         )
-    if isinstance(data.held_out, str) and not Path(data.held_out).exists():
+    if isinstance(data.held_out, str) and not os.path.exists(data.held_out):
         yield (
             f"data.held_out = {data.held_out!r}: no such file; give a share (0.1), a JSON lines file, or a prompt "
             "store that tools/prepare_data.py has made"
@@ -140,7 +140,7 @@ def _servers(rollout: RolloutSettings) -> Iterator[str]:
         yield "rollout.ahead = 1: servers that share the trainer's GPUs sleep while it trains; set ahead=0"
     if rollout.colocated and isinstance(rollout.servers, list):
         yield "rollout.colocated = True: only for servers that are started here; give rollout.servers=1"
-    if rollout.api_key_file is not None and not Path(rollout.api_key_file).is_file():
+    if rollout.api_key_file is not None and not os.path.isfile(rollout.api_key_file):
         yield f"rollout.api_key_file = {rollout.api_key_file!r}: no such file; give one that holds the key"
 
 

@@ -19,7 +19,7 @@ from flowrl_mega.model.architecture import Architecture, read_architecture
 from flowrl_mega.model.checks import check_head, check_layers, check_layout, check_megatron, check_pipeline
 from flowrl_mega.model.precision import describe_fp8, describe_layers
 from flowrl_mega.monitor import check_wandb
-from flowrl_mega.monitor.run_folder import METRICS
+from flowrl_mega.monitor.run_folder import CONFIG, EVALUATION, METRICS, SAMPLES
 from flowrl_mega.objectives import Objective
 from flowrl_mega.parallel import backends
 from flowrl_mega.parallel import layout as layouts
@@ -27,6 +27,9 @@ from flowrl_mega.parallel.optimizer import check_optimizer
 from flowrl_mega.resume import Resumption, resumption
 from flowrl_mega.rewards.load import Reward, load_reward
 from flowrl_mega.rollout import load_engine
+
+FOLDERS = ("checkpoints", "faults", "servers", "wandb", "weights")  # in a run folder: what a run writes to
+RECORDS = (CONFIG, METRICS, EVALUATION, SAMPLES)  # and what it goes on from, and replaces
 
 
 class Inputs:
@@ -182,10 +185,15 @@ def _check_run_dir(run_dir: Path, resume: str, checkpoint: Path | None) -> None:
     With --resume auto, a run that was ended before its first checkpoint starts over and its records are replaced.
     """
     place = run_dir
-    while not place.exists():
+    while not os.path.exists(place):  # as seen from here: a folder above may be closed
         place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ConfigError(f"run_dir = {str(run_dir)!r}: {place} is no folder that can be written; choose another")
+    folders = [place, *(run_dir / name for name in FOLDERS if os.path.lexists(run_dir / name))]
+    for place in folders:
+        if not os.path.isdir(place) or not os.access(place, os.R_OK | os.W_OK | os.X_OK):
+            raise ConfigError(f"run_dir = {str(run_dir)!r}: {place} is no folder that can be written; choose another")
+    for file in (run_dir / name for name in RECORDS if os.path.lexists(run_dir / name)):
+        if not os.path.isfile(file) or not os.access(file, os.R_OK):
+            raise ConfigError(f"run_dir = {str(run_dir)!r}: {file} is no file that can be read; choose another")
     newest = find_checkpoint(run_dir, "auto")
     records = run_dir / METRICS
     goes_on = resume == "auto" or (newest and checkpoint and newest.resolve() == checkpoint.resolve())

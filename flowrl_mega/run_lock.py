@@ -76,7 +76,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     A dead owner's is taken over with a line on stderr. Raises ConfigError where another one lives or may live.
     """
     path, mine = run_dir.absolute() / FILE, Owner.here()
-    made = [folder for folder in path.parents if not folder.exists()]
+    made = [folder for folder in path.parents if not os.path.exists(folder)]
     text = json.dumps(asdict(mine)) + "\n"
     try:
         try:

@@ -135,6 +135,8 @@ def remove_unfinished(run_dir: Path) -> None:
 
 
 def remove_old(run_dir: Path, keep_last: int) -> None:
-    """Keep the newest. One that is half removed has lost its name, so that nobody takes it for a checkpoint."""
+    """Keep the newest, and what is write-protected. One that is half removed has lost its name, so that nobody takes it
+    for a checkpoint."""
     for path in checkpoints(run_dir)[:-keep_last]:
-        shutil.rmtree(path.rename(path.with_name(f".{path.name}")))
+        if os.access(path, os.W_OK):
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}")))

@@ -65,8 +65,8 @@ class WandbLog:
 def _run_id(run_dir: Path, resume: bool) -> str:
     """The stored id when resuming, else a new one, stored."""
     path = run_dir / "wandb" / "run_id.txt"
-    if resume and path.exists():
-        return path.read_text().strip()
+    if resume and path.exists() and (stored := path.read_text().strip()):  # nothing: cut off by a kill
+        return stored
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(uuid.uuid4().hex[:8] + "\n")
     return path.read_text().strip()

@@ -11,6 +11,7 @@ import pytest
 
 from flowrl_mega.config import ConfigError
 from flowrl_mega.monitor import Monitor, check_wandb
+from flowrl_mega.monitor.wandb import _run_id
 
 pytestmark = pytest.mark.slow
 
@@ -66,6 +67,18 @@ def test_an_offline_run_reads_back_and_resumes_under_its_id(tmp_path, monkeypatc
     assert [item["step"] for item in history(second)] == [3, 4, 4]
     (again,) = [record["run"] for record in second if record["type"] == "run"]
     assert again["run_id"] == start["run_id"]
+
+
+@pytest.mark.parametrize("stored", ["1a2b3c4d\n", "", None])
+def test_the_id_of_a_run(stored, tmp_path):
+    """Kept for a run that goes on; a run that starts over, or whose id is lost, gets one of its own."""
+    (tmp_path / "wandb").mkdir()
+    if stored is not None:
+        (tmp_path / "wandb" / "run_id.txt").write_text(stored)
+    going_on = _run_id(tmp_path, resume=True)
+    assert (going_on == "1a2b3c4d") == bool(stored) and len(going_on) == 8
+    assert _run_id(tmp_path, resume=True) == going_on
+    assert _run_id(tmp_path, resume=False) != going_on
 
 
 def test_off_imports_nothing(tmp_path):
