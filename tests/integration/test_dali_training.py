@@ -1,4 +1,4 @@
-"""Training from a prompt store through DALI: two replicas, each with a reader of its own, and resumed."""
+"""Training from a prompt store through DALI: on two replicas or two pipeline stages, and resumed."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def store(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def trained(folder: Path, model: Path, steps: list[int], **data: Any) -> list[Any]:
+def trained(folder: Path, model: Path, steps: list[int], layout: str = "dp", **data: Any) -> list[Any]:
     """The records of a run in as many goes as there are `steps`, 24 prompts a step of 25: epochs end within steps."""
     folder.mkdir()
     for n in steps:
         config = jobs.write_config(
-            folder, model, steps=n, data={"held_out": 0.2, **data}, parallel={"dp": 2, "timeout_s": 60},
+            folder, model, steps=n, data={"held_out": 0.2, **data}, parallel={layout: 2, "timeout_s": 60},
             reward="flowrl_mega.rewards.by_kind:score", monitor={"progress": False, "samples_per_step": 48},
             rollout={"prompts_per_step": 24, "group_size": 2, "max_tokens": 6}, batch={"tokens_per_microbatch": 512},
         )  # fmt: skip
@@ -39,10 +39,12 @@ def trained(folder: Path, model: Path, steps: list[int], **data: Any) -> list[An
     return [jobs.records(folder / "run", name) for name in ("metrics", "samples")]
 
 
-def test_dali_trains_on_the_very_prompts_of_mmap(store: Path, tiny_llama: Path, tmp_path: Path) -> None:
-    """Same seed, same order, same records to the bit; so either may resume the other's run."""
-    mmap = trained(tmp_path / "mmap", tiny_llama, [4], path=str(store))
-    dali = trained(tmp_path / "dali", tiny_llama, [2, 4], path=str(store), loader="dali")
+@pytest.mark.parametrize("layout", ["dp", "pp"])
+def test_dali_trains_on_the_very_prompts_of_mmap(layout: str, store: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    """Same seed, same order, same records to the bit; so either may resume the other's run. Each replica has a reader,
+    and each stage of a pipeline: both read the same prompts."""
+    mmap = trained(tmp_path / "mmap", tiny_llama, [4], layout, path=str(store))
+    dali = trained(tmp_path / "dali", tiny_llama, [2, 4], layout, path=str(store), loader="dali")
     assert dali == mmap
 
 
