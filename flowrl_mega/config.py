@@ -224,7 +224,9 @@ class CodeSettings(Settings):
         description="with python=null: modules of this environment that programs and tests may import beside the "
         "standard library",
     )
-    wall_s: float = Field(10.0, gt=0, description="a program that runs longer is ended")
+    wall_s: float = Field(
+        10.0, gt=0, description="a program that runs longer, without its wait for a processor, is ended"
+    )
     cpu_s: int = Field(8, ge=1, description="CPU time of a program")
     memory_mb: int = Field(1024, ge=32)
     disk_mb: int = Field(64, ge=1, description="the temporary folder, a program's only writable place")

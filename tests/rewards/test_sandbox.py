@@ -155,6 +155,42 @@ def test_a_supervisor_that_wakes_late_tells_what_came_first(news, limits, end, m
         assert watching.watch(os.getpid(), control.fileno(), reading) == end
 
 
+@pytest.mark.parametrize("waited, left", [(0.0, -1.0), (1.5, 0.5), (99.0, 2.0)])
+def test_wall_time_does_not_count_the_wait_for_a_processor(waited, left, monkeypatch):
+    """A verdict would depend on the machine's other work. A program can wait on purpose, with many threads that want to
+    run: so at most four times the limit."""
+    monkeypatch.syspath_prepend(Path(client.__file__).parent)
+    supervisor = importlib.import_module("supervisor")
+    monkeypatch.setattr(supervisor, "waited", lambda name: waited)
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: 12.0)
+    watching = supervisor.Supervisor({"limits": {"wall_s": 1.0}, "way": "process"}, [], [])
+    monkeypatch.setattr(watching, "family", lambda first: ({str(first)}, {}))
+    assert watching.left(10.0, 4) == left and watching.left(11.5, 4) == 0.5
+    assert client.WALLS == supervisor.WALLS
+
+
+def test_what_a_process_waits_for_a_processor(monkeypatch):
+    """Of two that share one, each waits about half of the time; one that sleeps does not wait."""
+    monkeypatch.syspath_prepend(Path(client.__file__).parent)
+    supervisor = importlib.import_module("supervisor")
+    sources = ("while True: pass", "while True: pass", "import time\ntime.sleep(600)")
+    processes = [subprocess.Popen([sys.executable, "-S", "-c", source]) for source in sources]
+    try:
+        names = [str(process.pid) for process in processes]
+        for process in processes:
+            os.sched_setaffinity(process.pid, {min(os.sched_getaffinity(0))})
+        time.sleep(0.5)
+        before = [supervisor.waited(name) for name in names]
+        time.sleep(2.0)
+        busy, other, sleeping = (supervisor.waited(name) - was for name, was in zip(names, before, strict=True))
+        assert busy + other > 0.5 and min(busy, other) > 0.1 > sleeping, (busy, other, sleeping)
+        assert supervisor.waited("nobody") == 0
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 def test_the_kernels_limit_of_cpu_time_has_a_signal_of_its_own(sandbox):
     """Not SIGKILL, whose reason would have to be guessed from CPU seconds: the kernel counts ticks of its clock, which
     on a busy machine are more than the seconds that a program has had."""
@@ -401,7 +437,7 @@ def test_a_machine_that_forbids_namespaces():
 
 def test_a_supervisor_that_hangs_is_an_error(sandbox, monkeypatch):
     """The worker does not wait for ever on its own machinery."""
-    monkeypatch.setattr(client, "GRACE", 0.1 - LIMITS.wall_s)
+    monkeypatch.setattr(client, "GRACE", 0.1 - client.WALLS * LIMITS.wall_s)
     with (
         pytest.raises(SandboxError, match="did not answer in time"),
         sandbox.start(mode="stdin", parts=["import time\ntime.sleep(9)"], prelude=False) as program,

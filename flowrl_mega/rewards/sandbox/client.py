@@ -22,7 +22,8 @@ from flowrl_mega.rewards.sandbox import packages
 from flowrl_mega.rewards.sandbox.codec import HEADER
 
 LIMITS = ("wall_s", "cpu_s", "memory_mb", "disk_mb", "processes", "open_files")
-GRACE = 10.0  # seconds beyond a program's wall time after which its supervisor must have answered
+WALLS = 4  # times its wall time that a program may have where others take the processors: see supervisor.py
+GRACE = 10.0  # seconds beyond that after which its supervisor must have answered
 CHUNK = 1 << 16
 SERVER = Path(__file__).with_name("server.py")
 REFUSED: dict[str, Any] = {"end": "refused", "why": "its supervisor and the fork server were killed"}
@@ -124,7 +125,7 @@ class Program:
         self._partial = bytearray()  # of a frame
         self._flood = False
         self._end: dict[str, Any] | None = None
-        self._deadline = time.monotonic() + settings.wall_s + GRACE
+        self._deadline = time.monotonic() + WALLS * settings.wall_s + GRACE
         self._control, control = socket.socketpair()
         self._channel, channel = socket.socketpair()
         outputs, errors = os.pipe(), os.pipe()
