@@ -38,6 +38,7 @@ def while_removing() -> None:
 
 def hung_up() -> None:
     """Rank 1 alone is told in step 3 that its terminal was closed."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves run under nohup
     update = train.Trainer.update
 
     def told(self: train.Trainer, mini_batch: Any) -> dict[str, float]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import DTYPES, GRADIENT, IGNORED, agrees, case, excess, oracle, same_bits
-from test_lm_head import HeadResult, error, head_case, head_oracle
+from test_lm_head import HeadResult, chunked, error, head_case, head_oracle
 from torch import Tensor
 
-from flowrl_mega.ops import lm_head, lm_head_logprob, logprob
+from flowrl_mega.ops import lm_head_logprob, logprob
 from flowrl_mega.ops.logprob import _matrices
 
 BATCH, LENGTH, VOCAB = 3, 5, 300
@@ -112,8 +112,7 @@ def test_labels(dtype, backend):
 @pytest.mark.parametrize(("hidden", "weight"), [("bf16", "fp32"), ("fp32", "bf16"), ("fp16", "bf16"), ("fp32", "fp64")])
 def test_two_types(hidden, weight, budget, main_grad, backend, monkeypatch):
     """The wider one multiplies, so the result is that of their exact values; each gradient comes in its own type."""
-    monkeypatch.setitem(lm_head._COLUMNS, "cpu", 100)
-    monkeypatch.setitem(lm_head._ROWS, "cpu", 20)
+    chunked(monkeypatch, 100, 20)
     c = head_case()
     c = c._replace(hidden=c.hidden.to(DTYPES[hidden]), weight=c.weight.to(DTYPES[weight]))
     h, w = c.hidden.clone().requires_grad_(), c.weight.clone().requires_grad_()
@@ -134,8 +133,7 @@ def test_two_types(hidden, weight, budget, main_grad, backend, monkeypatch):
 @pytest.mark.parametrize("budget", [0, 1 << 20])
 def test_a_temperature_a_row(budget, backend, monkeypatch):
     """A rollout may mix temperatures; blocks of rows must take their own, also where rows are selected."""
-    monkeypatch.setitem(lm_head._COLUMNS, "cpu", 100)
-    monkeypatch.setitem(lm_head._ROWS, "cpu", 10)
+    chunked(monkeypatch, 100, 10)
     c = head_case()
     rows, tau = torch.arange(36, -1, -2), torch.linspace(0.6, 1.7, 19)
     h, w = c.hidden.clone().requires_grad_(), c.weight.clone().requires_grad_()

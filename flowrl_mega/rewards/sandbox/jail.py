@@ -32,6 +32,7 @@ PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 36, 38
 KILL = 9
 INSIDE_ID = 1000  # user and group of a program, as it sees itself
+MODULES = "/modules"  # where programs find what reward.code.packages names
 DEVICES = ("null", "zero", "random", "urandom")
 STACK = 64 << 20  # deep recursion is ordinary in such programs
 RESERVED = 4 << 30  # address space beyond the memory: arenas and thread stacks reserve, and do not use
@@ -93,10 +94,11 @@ def real_paths(paths: list[str]) -> list[tuple[str, str]]:
     return [(path, os.path.realpath(path)) for path in paths]
 
 
-def build_root(paths: list[tuple[str, str]], disk_mb: int, stdin: int) -> None:
+def build_root(paths: list[tuple[str, str]], modules: list[tuple[str, str]], disk_mb: int, stdin: int) -> None:
     """Makes a small tree the root of this mount namespace: `paths` read-only, four devices, and /tmp to write in.
 
-    The program's folder may hold an interpreter, read-only: one that lies beneath /tmp.
+    `modules` lie side by side in MODULES, not where they are outside, which is nobody's to see. The program's folder
+    may hold an interpreter, read-only: one that lies beneath /tmp.
     """
     size = os.fstat(stdin).st_size
     mount("none", "/", flags=RECURSIVE | PRIVATE)
@@ -113,6 +115,8 @@ def build_root(paths: list[tuple[str, str]], disk_mb: int, stdin: int) -> None:
         if not os.path.lexists(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             os.symlink(real, path)
+    for path, real in modules:
+        _bind(real, f"{MODULES}/{os.path.basename(path)}")
     os.makedirs("/dev", exist_ok=True)
     _copy(stdin, size, "/dev/stdin")  # there is no /proc/self/fd to find it in
     for device in DEVICES:
@@ -137,14 +141,15 @@ def _copy(fd: int, size: int, path: str) -> None:
     os.chmod(path, 0o444)
 
 
-def _bind(path: str) -> None:
-    """What the old root has at `path`, at the same place of the new one."""
+def _bind(path: str, place: str | None = None) -> None:
+    """What the old root has at `path`, at that place of the new one; None: at the same."""
+    place = place or path
     if os.path.isdir("/old" + path):
-        os.makedirs(path, exist_ok=True)
+        os.makedirs(place, exist_ok=True)
     else:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o644))
-    mount("/old" + path, path, flags=BIND | RECURSIVE)
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        os.close(os.open(place, os.O_CREAT | os.O_WRONLY, 0o644))
+    mount("/old" + path, place, flags=BIND | RECURSIVE)
 
 
 def limit(limits: dict) -> None:

@@ -40,6 +40,15 @@ class Finder:
         return PathFinder.find_spec(name, [folder]) if folder else None
 
 
+finder = Finder([])
+
+
 def allow(paths: Iterable[str]) -> None:
     """From here on this interpreter imports them."""
-    sys.meta_path.append(Finder(paths))
+    finder.folders = Finder(paths).folders
+    sys.meta_path.append(finder)
+
+
+def found_in(folder: str) -> None:
+    """They lie there now, side by side: the root has changed."""
+    finder.folders = dict.fromkeys(finder.folders, folder)

@@ -21,6 +21,7 @@ from typing import NoReturn
 import cgroup  # type: ignore[import-not-found]
 import inside  # type: ignore[import-not-found]
 import jail  # type: ignore[import-not-found]
+import packages  # type: ignore[import-not-found]
 import removal  # type: ignore[import-not-found]
 
 FIRST_LOOK, LOOK = 0.02, 0.05  # seconds from the start to the first count of a program's processes; then between two
@@ -57,7 +58,7 @@ class Supervisor:
         self.limits = request["limits"]
         self.way = request["way"]  # "root" or "user": namespaces made with or without root's rights; "process"
         self.outside_id = other_id() if has_own_user(self.way, interpreter) else None
-        self.paths = [*interpreter, *modules]
+        self.paths, self.modules = interpreter, modules
         self.place = place
         self.group: cgroup.Group | None = None  # the server removes it
         self.foreign: set[str] = set()  # processes seen that are not the program's
@@ -146,7 +147,8 @@ class Supervisor:
     def enter(self, parent: socket.socket, stdin: int) -> None:
         """Into namespaces of its own, with a root of its own, as a user who is nobody outside."""
         jail.unshare(jail.NEWNS | jail.NEWIPC | jail.NEWUTS | jail.NEWNET | jail.NEWCGROUP)
-        jail.build_root(self.paths, self.limits["disk_mb"], stdin)
+        jail.build_root(self.paths, self.modules, self.limits["disk_mb"], stdin)
+        packages.found_in(jail.MODULES)
         jail.check(jail.libc.sethostname(b"sandbox", 7), "sethostname")
         if self.way == "root":  # the namespaces above stay root's, and its own gives no right to them
             jail.unshare(jail.NEWUSER)
