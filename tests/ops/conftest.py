@@ -33,6 +33,10 @@ def emulation() -> Emulation:
         pytest.skip(f"csrc/cuda cannot be emulated: {missing}")
 
 
+def is_float64(parameter: object) -> bool:
+    return isinstance(parameter, (str, torch.dtype)) and parameter in ("fp64", torch.float64)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Name]:
     """`backend=` for the ops: "torch", "native" limited to each instruction set in turn, and in "native"'s place the
@@ -41,7 +45,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         yield "torch"
         return
     if request.param == "cuda":
-        if request.node.callspec.params.get("dtype") in ("fp64", torch.float64):
+        if any(is_float64(value) for value in request.node.callspec.params.values()):
             pytest.skip("the CUDA kernels have no float64")
         monkeypatch.setattr(kernels_module, "NATIVE", request.getfixturevalue("emulation").kernels)
         yield "native"
