@@ -41,7 +41,7 @@ def _check_cuda() -> int:
     """Compiles for every GPU in CUDA_FLAGS and links nothing, so it needs neither a GPU nor torch's CUDA build."""
     found = build.find_nvccs()
     if not found:
-        print(f"csrc/cuda is not checked: there is no nvcc in CUDA_HOME, CUDA_PATH, PATH or {build.USUAL_CUDA}")
+        print(f"csrc/cuda is not checked: there is no nvcc in {build.NVCC_PLACES}")
         return 0
     nvcc, (release, _) = next(iter(found.items()))
     cxx, _ = build.find_cxx()

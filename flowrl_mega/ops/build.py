@@ -13,6 +13,7 @@ Nothing that must be installed is imported at the top: setup.py loads this file 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -50,6 +51,7 @@ CUDA_FLAGS = [
 ]
 COMPILERS = ("g++", "c++", "clang++")
 USUAL_CUDA = "/usr/local/cuda"
+NVCC_PLACES = f"CUDA_HOME, CUDA_PATH, PATH, {USUAL_CUDA}, pip's nvidia/cu*"
 SOURCE, HEADER = (".cpp", ".cu"), (".h", ".cuh")
 ERROR = re.compile(r"\b(error|fatal)\s*(#[\w-]+)?:|undefined (reference|symbol)|cannot find")  # in a compiler's output
 
@@ -208,8 +210,9 @@ def find_tools(kind: Kind) -> Tools:
             return Tools(cxx, nvcc, release, version + nvcc_version)
     seen = ", ".join(f"{nvcc} is {release}" for nvcc, (release, _) in found.items())
     raise ToolMissing(
-        f"no nvcc of torch's CUDA {torch.cuda} found ({seen or 'none'} in CUDA_HOME, CUDA_PATH, PATH, {USUAL_CUDA}): "
-        "install that CUDA toolkit and name it in CUDA_HOME, or set ops.backend=torch"
+        f"no nvcc of torch's CUDA {torch.cuda} found ({seen or 'none'} in {NVCC_PLACES}): install that CUDA toolkit "
+        f"and name it in CUDA_HOME, or pip install 'cuda-toolkit[nvcc,cccl,cudart]=={torch.cuda}.*', "
+        "or set ops.backend=torch"
     )
 
 
@@ -230,10 +233,18 @@ def find_nvccs() -> dict[str, tuple[str, str]]:
     """Every nvcc that runs, the preferred first: path -> (release, the text of its --version)."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     paths = [f"{home}/bin/nvcc" for home in homes if home]
-    paths += [path for path in [shutil.which("nvcc"), f"{USUAL_CUDA}/bin/nvcc"] if path]
+    paths += [path for path in [shutil.which("nvcc"), f"{USUAL_CUDA}/bin/nvcc", *_nvccs_from_pip()] if path]
     versions = {path: _version([path]) for path in paths}
     releases = {path: re.search(r"release ([\d.]+)", version) for path, version in versions.items()}
     return {path: (release[1], versions[path]) for path, release in releases.items() if release}
+
+
+def _nvccs_from_pip() -> list[str]:
+    """Those of the cuda-toolkit that torch's own CUDA packages belong to (nvidia/cu13/bin), the newest first."""
+    nvidia = importlib.util.find_spec("nvidia")
+    folders = nvidia.submodule_search_locations if nvidia else None
+    found = [path for folder in folders or () for path in Path(folder).glob("cu*/bin/nvcc")]
+    return [str(path) for path in sorted(found, key=lambda path: _numbers(path.parts[-3]), reverse=True)]
 
 
 def _version(command: list[str]) -> str:
@@ -291,6 +302,8 @@ def _link_command(objects: list[Path], tools: Tools, target: Path) -> list[str]:
     wanted = ["--as-needed", "-z", "defs"]
     strict = [f"-Wl,{','.join(wanted)}"] if not tools.nvcc else ["-Xlinker", ",".join(wanted)]
     libraries = [f"-L{find_torch().folder / 'lib'}", *(f"-l{name}" for name in names)]
+    if tools.nvcc:
+        libraries.append(f"-L{Path(tools.nvcc).parents[1] / 'lib'}")  # pip's, where nvcc itself looks in lib64
     linker = _nvcc(tools) if tools.nvcc else tools.cxx
     return [*linker, "-shared", *strict, *map(str, objects), "-o", str(target), *libraries]
 

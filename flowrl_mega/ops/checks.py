@@ -121,7 +121,13 @@ def _flagged(wrong: Tensor) -> bool:
     """On CPU whether any is wrong; on CUDA that is left in the device's flag."""
     if not wrong.is_cuda:
         return bool(wrong.any())
-    if wrong.device not in _FLAGS:
-        _FLAGS[wrong.device] = torch.zeros((), dtype=torch.bool, device=wrong.device)
-    _FLAGS[wrong.device].logical_or_(wrong.any())
+    _flag(wrong.device).logical_or_(wrong.any())
     return False
+
+
+def _flag(device: torch.device) -> Tensor:
+    """The device's own. A tensor of inference mode could not be written to outside of it."""
+    if device not in _FLAGS:
+        with torch.inference_mode(False):
+            _FLAGS[device] = torch.zeros((), dtype=torch.bool, device=device)
+    return _FLAGS[device]

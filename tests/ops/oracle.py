@@ -10,7 +10,7 @@ from torch import Tensor
 IGNORED = -100
 SETS = ("plain", "avx2", "avx512")  # the CPU kernels' instruction sets, as csrc numbers them
 BACKENDS = ("torch", *SETS, "cuda")  # what the fixture `backend` can be; "cuda" is csrc/cuda emulated
-FLOAT64 = BACKENDS[:-1]  # those with kernels for float64
+OF_THE_CPU = BACKENDS[:-1]  # these have kernels for float64, and their conversions of halves are their own
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 # (relative, absolute). For logits of float64 the bounds are those of the oracle's own rounding.

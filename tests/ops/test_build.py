@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -241,6 +242,42 @@ def test_nvcc_is_that_of_torchs_cuda(place: Place, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("CUDA_PATH", str(place.root / "13"))
     tools = build.find_tools("cuda")
     assert tools.nvcc == f"{place.root}/13/bin/nvcc" and tools.cuda == "13.8" and "V13.8.93" in tools.versions
+
+
+def test_nvcc_from_pip_is_found_after_all_others(place: Place, monkeypatch: pytest.MonkeyPatch):
+    """pip's cuda-toolkit puts it beside the CUDA packages that torch brings, where no PATH leads."""
+    torch = build.find_torch()._replace(version="2.13.0+cu130", cuda="13.0")
+    monkeypatch.setattr(build, "find_torch", lambda: torch)
+    monkeypatch.setattr(build, "USUAL_CUDA", "/none")
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(place.root))  # a toolkit may be installed here
+    site = place.root / "site"
+    (site / "nvidia").mkdir(parents=True)
+    spec = SimpleNamespace(submodule_search_locations=[str(site / "nvidia")])
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: spec if name == "nvidia" else None)
+    monkeypatch.setattr(build, "find_cxx", lambda: (["g++"], ""))
+    with pytest.raises(
+        build.ToolMissing, match=r"none in .* pip's nvidia/cu\*\).*pip install 'cuda-toolkit\[nvcc,.*==13.0"
+    ):
+        build.find_tools("cuda")
+
+    def install(name: str, release: str) -> str:
+        (place.root / name / "bin").mkdir(parents=True)
+        return place.compiler(f"echo Cuda compilation tools, release {release}, V{release}.88", f"{name}/bin/nvcc")
+
+    install("site/nvidia/cu9", "9.0")
+    thirteen = install("site/nvidia/cu13", "13.0")
+    fourteen = install("site/nvidia/cu14", "14.1")
+    tools = build.find_tools("cuda")
+    assert tools.nvcc == thirteen, "of torch's CUDA"
+    assert f"-L{site}/nvidia/cu13/lib" in build._link_command([], tools, place.root / "cuda.so")
+    assert list(build.find_nvccs())[:2] == [fourteen, thirteen]
+    usual = install("usual", "13.2")
+    monkeypatch.setattr(build, "USUAL_CUDA", str(place.root / "usual"))
+    assert build.find_tools("cuda").nvcc == usual
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    assert list(build.find_nvccs()) == [usual]
 
 
 def test_a_cuda_library_serves_the_same_major_release(place: Place, monkeypatch: pytest.MonkeyPatch):

@@ -9,6 +9,7 @@ import torch
 
 from flowrl_mega.ops import Shard, checks, lm_head_logprob, logprob
 
+CPU = torch.device("cpu")
 ROWS, COLUMNS = 4, 10
 
 
@@ -146,4 +147,18 @@ def test_a_flag_raised_on_a_device_is_told_once(monkeypatch):
     monkeypatch.setitem(checks._FLAGS, torch.device("cuda", 0), flag)
     with pytest.raises(ValueError, match="target.*cu_seqlens.*out of range in an earlier call on cuda:0"):
         checks.raise_if_flagged()
+    checks.raise_if_flagged()
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("then", [torch.inference_mode, torch.enable_grad])
+def test_a_flag_made_in_any_mode_serves_in_any_other(first, then, monkeypatch):
+    """Scoring under inference_mode often comes first, training after it."""
+    monkeypatch.setattr(checks, "_FLAGS", {})
+    with first():
+        checks._flag(CPU).logical_or_(torch.tensor(False))
+    with then():
+        checks._flag(CPU).logical_or_(torch.tensor(True))
+        with pytest.raises(ValueError, match="out of range"):
+            checks.raise_if_flagged()
     checks.raise_if_flagged()

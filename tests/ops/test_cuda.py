@@ -1,5 +1,5 @@
 """csrc's CUDA kernels against log_softmax in float64: on a GPU where there is one (tools/gpu_check.sh), else emulated
-on the CPU, where memory ends at pages that nobody may touch and a block's threads can run in either order."""
+on the CPU (cuda_emulation/), where memory ends at pages without access and a block's threads run in either order."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import DTYPES, ENTROPY, IGNORED, LOGP, Case, Result, agrees, case, excess, oracle, same_bits
+from oracle import DTYPES, ENTROPY, IGNORED, LOGP, OF_THE_CPU, Case, Result, agrees, case, excess, oracle, same_bits
 from torch import Tensor
 
 from flowrl_mega.ops import logprob
@@ -122,6 +122,7 @@ def test_threads_do_not_change_a_bit(backend):
     assert all(same_bits(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
 
 
+@pytest.mark.parametrize("backend", OF_THE_CPU, indirect=True)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_every_half_is_read_as_what_it_is(dtype, kernels):
     """All 65536 patterns, in a vector and in the tail: subnormals, infinities and NaN too."""
@@ -137,6 +138,7 @@ def test_every_half_is_read_as_what_it_is(dtype, kernels):
     assert torch.equal(stats[:2, wanted == -torch.inf], torch.tensor([[-torch.inf], [0.0]]))
 
 
+@pytest.mark.parametrize("backend", OF_THE_CPU, indirect=True)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_gradients_are_rounded_to_the_nearest(dtype, kernels):
     """Every half, every point half-way between two (to the even one) and their neighbours, overflow and NaN too."""

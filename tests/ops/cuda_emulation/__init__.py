@@ -26,7 +26,7 @@ from flowrl_mega.ops.kernels import SCHEMAS, Kernels
 HERE = Path(__file__).parent
 CSRC = build.sources() / "cuda"
 # nvcc contracts to fma too. The launch's faults come from traps, and longjmp goes from one stack to another.
-FLAGS = "-std=c++17 -O2 -fPIC -ffp-contract=fast -fno-gnu-unique -U_FORTIFY_SOURCE -Wall -Werror -Wno-unknown-pragmas"
+FLAGS = "-std=c++17 -fPIC -ffp-contract=fast -fno-gnu-unique -U_FORTIFY_SOURCE -Wall -Werror -Wno-unknown-pragmas"
 SANITIZE = "-fsanitize=undefined -fno-sanitize=vptr -fsanitize-undefined-trap-on-error"
 X86 = "-mfma -mf16c"
 
@@ -38,9 +38,8 @@ class Emulation:
         """Compilation's results are kept in the folder `cache`. build.BuildError where it fails."""
         self.cache = cache
         cache.mkdir(parents=True, exist_ok=True)
-        names = ("stats.cu", "backward.cu", "segment_reduce.cu")
-        self.whole = self._library(names, {})
-        binding = self._library(("binding.cpp", "launches.cpp"), {})
+        self.whole = self._library(("stats.cu", "backward.cu", "segment_reduce.cu"), {}, "-O2")
+        binding = self._library(("binding.cpp", "launches.cpp"), {}, "-O1")
         if not hasattr(torch.ops.flowrl_emulated, "logprob_stats"):
             for name in Kernels._fields:
                 torch.library.define(f"flowrl_emulated::{name}", SCHEMAS[name])
@@ -56,16 +55,16 @@ class Emulation:
             raise OSError(error.decode())
 
     def changed(self, source: str, texts: Mapping[str, str]) -> Path:
-        """The library of one source, with other texts for some of the files of csrc/cuda."""
-        return self._library((source,), texts)
+        """The library of one source, with other texts for some of the files of csrc/cuda; compiled quickly."""
+        return self._library((source,), texts, "-O1")
 
-    def _library(self, sources: tuple[str, ...], texts: Mapping[str, str]) -> Path:
+    def _library(self, sources: tuple[str, ...], texts: Mapping[str, str], optimize: str) -> Path:
         """Compiled and linked, if it is not in the cache."""
         cxx, version = build.find_cxx()
         torch_folder = build.find_torch().folder
         include = [torch_folder / "include", torch_folder / "include" / "torch" / "csrc" / "api" / "include"]
         kernels = all(source.endswith(".cu") for source in sources)
-        flags = [*FLAGS.split(), *(SANITIZE.split() if kernels else ()), build.FLAGS[-1]]
+        flags = [optimize, *FLAGS.split(), *(SANITIZE.split() if kernels else ()), build.FLAGS[-1]]
         flags += X86.split() if platform.machine() == "x86_64" else []
         flags += [f"-I{HERE}", *(word for path in include for word in ("-isystem", str(path)))]
         files = {path.name: path.read_text() for path in sorted(HERE.glob("*.[hc]*")) if path.suffix != ".pyc"}

@@ -145,7 +145,7 @@ inline bool some_meet() {
 }
 
 inline void run_block(const std::function<void()>& kernel, unsigned threads) {
-  std::memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);  // NaN until written
+  std::fill(__start_emulated_shared, __stop_emulated_shared, '\xff');  // NaN until written
   block.threads.assign(threads, Thread{});
   block.started = 0;
   block.kernel = &kernel;
@@ -157,30 +157,27 @@ inline void run_block(const std::function<void()>& kernel, unsigned threads) {
     if (t.state != State::ENDED) return fault("some threads wait for others that do not come");
 }
 
-inline void on_signal(int number, siginfo_t*, void*) {
-  if (!running) {  // not a kernel's: as if we were not there
-    signal(number, SIG_DFL);
-    return;
-  }
-  fault(number == SIGSEGV ? "memory that is not there" : "misaligned access, or other undefined behaviour");
-}
-
-// While it lives, a kernel's access to a guard page, and what -fsanitize=undefined finds, are faults.
+// While it lives, a kernel's access to a guard page, and what -fsanitize=undefined finds, are faults. Outside of kernels
+// they are what they were before.
 class Signals {
  public:
   Signals() {
     struct sigaction action {};
-    action.sa_sigaction = on_signal;
-    action.sa_flags = SA_SIGINFO | SA_NODEFER;  // we leave it by longjmp
-    for (int i = 0; i < 3; ++i) sigaction(NUMBERS[i], &action, &before_[i]);
+    action.sa_sigaction = [](int number, siginfo_t*, void*) {
+      if (running) fault(number == SIGSEGV ? "memory that is not there" : "misaligned access, or otherwise undefined");
+      restore();
+    };
+    action.sa_flags = SA_SIGINFO | SA_NODEFER;  // a fault leaves it by longjmp
+    for (int i = 0; i < 3; ++i) sigaction(NUMBERS[i], &action, &before[i]);
   }
-  ~Signals() {
-    for (int i = 0; i < 3; ++i) sigaction(NUMBERS[i], &before_[i], nullptr);
-  }
+  ~Signals() { restore(); }
 
  private:
   static constexpr int NUMBERS[] = {SIGSEGV, SIGILL, SIGTRAP};
-  struct sigaction before_[3];
+  static inline struct sigaction before[3];
+  static void restore() {
+    for (int i = 0; i < 3; ++i) sigaction(NUMBERS[i], &before[i], nullptr);
+  }
 };
 
 // All blocks of a grid, one after the other.

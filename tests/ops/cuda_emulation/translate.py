@@ -7,7 +7,6 @@ emulation does not run as a GPU does. Names that the emulation lacks are left to
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 LAUNCH = re.compile(r"(\w+(?:<[^<>;]*>)?)<<<([^;]*?)>>>\(([^;]*)\);")
 ASM = re.compile(r'asm\("([^"]*)" : "=f"\((\w+)\) : "f"\((\w+)\)(?:, "f"\((\w+)\))?\);')
@@ -62,11 +61,3 @@ def translated(text: str, name: str) -> str:
     if left := UNKNOWN.search(code):
         raise Unknown(f"{name}:{code.count(chr(10), 0, left.start()) + 1}: unknown: {left[0]}")
     return f'#line 1 "{name}"\n{found}'
-
-
-def translate(csrc: Path, target: Path) -> None:
-    """All of `csrc` into the folder `target`, where a .cu becomes a .cpp."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(csrc.iterdir()):
-        suffix = ".cpp" if path.suffix == ".cu" else path.suffix
-        (target / f"{path.stem}{suffix}").write_text(translated(path.read_text(), path.name))
