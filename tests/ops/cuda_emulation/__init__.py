@@ -26,7 +26,7 @@ from flowrl_mega.ops.kernels import SCHEMAS, Kernels
 HERE = Path(__file__).parent
 CSRC = build.sources() / "cuda"
 # nvcc contracts to fma too. The launch's faults come from traps, and longjmp goes from one stack to another.
-FLAGS = "-std=c++17 -fPIC -ffp-contract=fast -fno-gnu-unique -U_FORTIFY_SOURCE -Wall -Werror -Wno-unknown-pragmas"
+FLAGS = "-std=c++17 -fPIC -ffp-contract=fast -U_FORTIFY_SOURCE -Wall -Werror -Wno-unknown-pragmas"
 SANITIZE = "-fsanitize=undefined -fno-sanitize=vptr -fsanitize-undefined-trap-on-error"
 X86 = "-mfma -mf16c"
 

@@ -97,7 +97,7 @@ void launch(dim3 grid, dim3 threads, size_t shared, cudaStream_t, F kernel) {
   backwards = is_set("CUDA_EMULATION_ORDER", "backwards");
   const char* error = std::getenv("CUDA_EMULATION_EX2");
   ex2_error = error ? std::atof(error) : 0.0;
-  run_grid(grid, threads.x, kernel);
+  run_grid(grid, threads.x, {[](const void* what) { (*static_cast<const F*>(what))(); }, &kernel});
   if (*message) last_error = message;
 }
 

@@ -8,12 +8,9 @@
 #include <signal.h>
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <functional>
-#include <memory>
 #include <vector>
 
 #pragma GCC visibility push(hidden)  // several libraries of kernels are loaded side by side
@@ -37,7 +34,7 @@ struct Fiber {
   ucontext_t start;
   jmp_buf at;
   bool fresh = true;
-  std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
+  char stack[STACK_BYTES];
 };
 
 enum class State { NEW, WAITS_FOR_WARP, WAITS_FOR_BLOCK, ENDED };
@@ -48,15 +45,21 @@ struct Thread {
   uint64_t shown, seen;     // to and by the other lanes, at the last meeting of the warp
 };
 
+// A thread's work: `run` of `what`.
+struct Kernel {
+  void (*run)(const void* what);
+  const void* what;
+};
+
 struct Block {
   std::vector<Thread> threads;
   unsigned started, current;
-  const std::function<void()>* kernel;
+  Kernel kernel;
 };
 inline Block block;
 inline jmp_buf scheduler;
 inline Fiber* running;  // null in the scheduler
-inline std::vector<std::unique_ptr<Fiber>> fibers;
+inline std::vector<Fiber*> fibers;  // all, and those that nobody needs
 inline std::vector<Fiber*> idle;
 inline bool backwards;
 inline char message[256];  // of the fault; empty where there was none
@@ -82,7 +85,7 @@ inline void run_threads() {
   for (;;) {
     while (block.started < block.threads.size()) {
       now(in_order(block.started++, block.threads.size()));
-      (*block.kernel)();
+      block.kernel.run(block.kernel.what);
       block.threads[block.current].state = State::ENDED;
     }
     idle.push_back(running);
@@ -109,10 +112,10 @@ inline void resume(Fiber* fiber) {
 
 inline Fiber* some_fiber() {
   if (idle.empty()) {
-    fibers.push_back(std::make_unique<Fiber>());
-    Fiber* fiber = fibers.back().get();
+    Fiber* fiber = new Fiber;
+    fibers.push_back(fiber);
     getcontext(&fiber->start);
-    fiber->start.uc_stack.ss_sp = fiber->stack.get();
+    fiber->start.uc_stack.ss_sp = fiber->stack;
     fiber->start.uc_stack.ss_size = STACK_BYTES;
     makecontext(&fiber->start, run_threads, 0);
     return fiber;
@@ -125,7 +128,8 @@ inline Fiber* some_fiber() {
 // Lets `count` threads go on from a meeting; false where not all of them are at it.
 inline bool meet(unsigned first, unsigned count, State state) {
   Thread* threads = &block.threads[first];
-  if (std::any_of(threads, threads + count, [&](const Thread& t) { return t.state != state; })) return false;
+  for (unsigned i = 0; i < count; ++i)
+    if (threads[i].state != state) return false;
   for (unsigned i = 0; i < count; ++i) threads[i].seen = threads[i].shown;
   for (unsigned i = 0; i < count && !*message; ++i) {
     now(first + in_order(i, count));
@@ -139,16 +143,17 @@ inline bool some_meet() {
   bool met = false;
   for (unsigned i = 0; i < warps && !*message; ++i) {
     const unsigned first = WARP * in_order(i, warps);
-    met |= meet(first, std::min(WARP, count - first), State::WAITS_FOR_WARP);
+    met |= meet(first, count - first < WARP ? count - first : WARP, State::WAITS_FOR_WARP);
   }
   return met || meet(0, count, State::WAITS_FOR_BLOCK);
 }
 
-inline void run_block(const std::function<void()>& kernel, unsigned threads) {
-  std::fill(__start_emulated_shared, __stop_emulated_shared, '\xff');  // NaN until written
+inline void run_block(const Kernel& kernel, unsigned threads) {
+  char* const shared = __start_emulated_shared;
+  if (shared) std::memset(shared, 0xff, __stop_emulated_shared - shared);  // NaN until written
   block.threads.assign(threads, Thread{});
   block.started = 0;
-  block.kernel = &kernel;
+  block.kernel = kernel;
   while (block.started < threads && !*message) resume(some_fiber());
   while (!*message && some_meet()) {
   }
@@ -181,7 +186,7 @@ class Signals {
 };
 
 // All blocks of a grid, one after the other.
-inline void run_grid(dim3 grid, unsigned threads, const std::function<void()>& kernel) {
+inline void run_grid(dim3 grid, unsigned threads, const Kernel& kernel) {
   const Signals signals;
   *message = 0;
   gridDim = grid;
@@ -193,8 +198,9 @@ inline void run_grid(dim3 grid, unsigned threads, const std::function<void()>& k
     run_block(kernel, threads);
   }
   if (*message) {  // some fibers are in the middle of a kernel
-    idle.clear();
+    for (Fiber* fiber : fibers) delete fiber;
     fibers.clear();
+    idle.clear();
   }
 }
 
