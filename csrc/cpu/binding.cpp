@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <tuple>
 
 namespace flowrl {
@@ -109,14 +110,21 @@ Tensor logprob_stats(const Tensor& logits, const Tensor& target, const Tensor& i
 
 void run_backward(const Logits& x, const Tensor& target, const Tensor& grad, const Tensor& maximum,
                   const Tensor& log_sum, const Tensor& inv_temperature, int64_t vocab_start, int64_t vocab_valid,
-                  int64_t ignore_index, int64_t rows, void* out, Type out_type, int64_t out_stride) {
+                  int64_t ignore_index, const std::optional<Tensor>& offset, const std::optional<Tensor>& slope,
+                  int64_t rows, void* out, Type out_type, int64_t out_stride) {
   check_shard(x, vocab_valid);
   const ScalarType type = stats_type(x.type);
   check_vector(grad, type, rows, "grad");
   check_vector(maximum, type, rows, "maximum");
   check_vector(log_sum, type, rows, "log_sum");
+  STD_TORCH_CHECK(offset.has_value() == slope.has_value(), "offset and slope go together");
+  if (offset.has_value()) {
+    check_vector(*offset, type, rows, "offset");
+    check_vector(*slope, type, rows, "slope");
+  }
   const Rows r = check_rows(target, inv_temperature, rows, type, vocab_start, vocab_valid, ignore_index);
   const Backward a = {x, r, grad.const_data_ptr(), maximum.const_data_ptr(), log_sum.const_data_ptr(),
+                      offset ? offset->const_data_ptr() : nullptr, slope ? slope->const_data_ptr() : nullptr,
                       out, out_type, out_stride};
   torch::stable::parallel_for(0, rows, grain(x.columns), [&](int64_t begin, int64_t end) {
     kernels(x.type).backward(a, begin, end);
@@ -125,22 +133,24 @@ void run_backward(const Logits& x, const Tensor& target, const Tensor& grad, con
 
 void logprob_backward_(Tensor logits, const Tensor& target, const Tensor& grad, const Tensor& maximum,
                        const Tensor& log_sum, const Tensor& inv_temperature, int64_t vocab_start,
-                       int64_t vocab_valid, int64_t ignore_index) {
+                       int64_t vocab_valid, int64_t ignore_index, std::optional<Tensor> offset,
+                       std::optional<Tensor> slope) {
   const Logits x = check_logits(logits);
-  run_backward(x, target, grad, maximum, log_sum, inv_temperature, vocab_start, vocab_valid, ignore_index,
-               logits.size(0), logits.mutable_data_ptr(), x.type, x.row_stride);
+  run_backward(x, target, grad, maximum, log_sum, inv_temperature, vocab_start, vocab_valid, ignore_index, offset,
+               slope, logits.size(0), logits.mutable_data_ptr(), x.type, x.row_stride);
 }
 
 Tensor logprob_backward(const Tensor& logits, const Tensor& target, const Tensor& grad, const Tensor& maximum,
                         const Tensor& log_sum, const Tensor& inv_temperature, int64_t vocab_start,
-                        int64_t vocab_valid, int64_t ignore_index, ScalarType dtype) {
+                        int64_t vocab_valid, int64_t ignore_index, ScalarType dtype, std::optional<Tensor> offset,
+                        std::optional<Tensor> slope) {
   const Logits x = check_logits(logits);
   const Type type = type_of(dtype, "dtype");
   STD_TORCH_CHECK(type == x.type || (x.type == Type::f32 && type != Type::f64),
                   "dtype must be that of the logits; only float32 logits can give a bfloat16 or float16 gradient");
   Tensor out = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)}, dtype);
-  run_backward(x, target, grad, maximum, log_sum, inv_temperature, vocab_start, vocab_valid, ignore_index,
-               logits.size(0), out.mutable_data_ptr(), type, x.columns);
+  run_backward(x, target, grad, maximum, log_sum, inv_temperature, vocab_start, vocab_valid, ignore_index, offset,
+               slope, logits.size(0), out.mutable_data_ptr(), type, x.columns);
   return out;
 }
 

@@ -38,6 +38,8 @@ struct Backward {
   const void* grad;     // [T]
   const void* maximum;  // [T]
   const void* log_sum;  // [T]
+  const void* offset;   // [T] or nullptr
+  const void* slope;    // [T], or nullptr with offset
   void* out;            // may be the logits themselves
   Type out_type;
   int64_t out_stride;

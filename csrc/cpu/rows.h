@@ -153,15 +153,26 @@ template <class V>
 struct Gradient {
   typename V::Reg maximum, inv_temperature, minus_log_sum, scale;
 
-  // scale * p, with p = e^((x - m) / temperature - log S)
+  // log p = (x - m) / temperature - log S, not below where e^ it is 0
+  inline typename V::Reg logp(typename V::Reg x) const {
+    return V::max(V::set(V::lowest), V::fma(V::sub(x, maximum), inv_temperature, minus_log_sum));
+  }
+  inline typename V::Reg of(typename V::Reg x) const { return V::mul(scale, V::exp(logp(x))); }
+};
+
+// p (scale + slope log p): the entropy has a gradient too.
+template <class V>
+struct SlopedGradient : Gradient<V> {
+  typename V::Reg slope;
+
   inline typename V::Reg of(typename V::Reg x) const {
-    const auto logp = V::fma(V::sub(x, maximum), inv_temperature, minus_log_sum);
-    return V::mul(scale, V::exp(V::max(V::set(V::lowest), logp)));
+    const auto logp = Gradient<V>::logp(x);
+    return V::mul(V::exp(logp), V::fma(slope, logp, Gradient<V>::scale));
   }
 };
 
-template <class V, class T, class O>
-inline void row_gradient(const T* x, O* out, int64_t n, const Gradient<V>& g) {
+template <class V, class T, class O, class G>
+inline void row_gradient(const T* x, O* out, int64_t n, const G& g) {
   constexpr int W = V::width;
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W) {
@@ -185,7 +196,10 @@ void backward_rows(const Backward& a, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(a.logits.data) + t * a.logits.row_stride;
     O* out = static_cast<O*>(a.out) + t * a.out_stride;
     const S grad = static_cast<const S*>(a.grad)[t];
-    if (a.rows.target[t] == a.rows.ignore_index || grad == 0) {
+    const S offset = a.offset ? static_cast<const S*>(a.offset)[t] : S(0);
+    const S slope = a.slope ? static_cast<const S*>(a.slope)[t] : S(0);
+    const bool sloped = offset != 0 || slope != 0;
+    if (a.rows.target[t] == a.rows.ignore_index || (grad == 0 && !sloped)) {
       std::memset(static_cast<void*>(out), 0, columns * sizeof(O));
       continue;
     }
@@ -195,9 +209,16 @@ void backward_rows(const Backward& a, int64_t begin, int64_t end) {
     const int64_t hit = a.rows.target[t] - a.rows.vocab_start;
     const bool owned = hit >= 0 && hit < valid;
     const S logp = owned ? (V::one(x + hit) - maximum) * inv_temperature - log_sum : S(0);  // before it is overwritten
-    row_gradient<V>(x, out, valid, Gradient<V>{V::set(maximum), V::set(inv_temperature), V::set(-log_sum),
-                                               V::set(-scale)});
-    if (owned) V::put(out + hit, -scale * std::expm1(logp));  // 1 - p without cancellation
+    Gradient<V> g{V::set(maximum), V::set(inv_temperature), V::set(-log_sum), V::set(-scale)};
+    S own = -scale * std::expm1(logp);  // 1 - p without cancellation
+    if (sloped) {
+      g.scale = V::set(-inv_temperature * (grad + offset));
+      row_gradient<V>(x, out, valid, SlopedGradient<V>{g, V::set(-inv_temperature * slope)});
+      if (!(logp <= V::lowest)) own -= inv_temperature * std::exp(logp) * (offset + slope * logp);
+    } else {
+      row_gradient<V>(x, out, valid, g);
+    }
+    if (owned) V::put(out + hit, own);
     std::memset(static_cast<void*>(out + valid), 0, (columns - valid) * sizeof(O));
   }
 }

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <tuple>
 
 namespace flowrl::cuda {
@@ -75,33 +76,45 @@ Tensor logprob_stats(const Tensor& logits, const Tensor& target, const Tensor& i
 
 void run_backward(const Tensor& logits, const Tensor& target, const Tensor& grad, const Tensor& maximum,
                   const Tensor& log_sum, const Tensor& inv_temperature, int64_t vocab_start, int64_t vocab_valid,
-                  int64_t ignore_index, const Tensor& out) {
+                  int64_t ignore_index, const std::optional<Tensor>& offset, const std::optional<Tensor>& slope,
+                  const Tensor& out) {
   const Logits x = check_logits(logits, vocab_valid);
   const Rows r = check_rows(logits, target, inv_temperature, x.rows, vocab_start, vocab_valid, ignore_index);
   check_vector(grad, ScalarType::Float, x.rows, "grad", logits);
   check_vector(maximum, ScalarType::Float, x.rows, "maximum", logits);
   check_vector(log_sum, ScalarType::Float, x.rows, "log_sum", logits);
+  STD_TORCH_CHECK(offset.has_value() == slope.has_value(), "offset and slope go together");
+  if (offset.has_value()) {
+    check_vector(*offset, ScalarType::Float, x.rows, "offset", logits);
+    check_vector(*slope, ScalarType::Float, x.rows, "slope", logits);
+  }
   const Gradient g = {out.mutable_data_ptr(), type_of(out.scalar_type(), "dtype"), out.stride(0),
-                      grad.const_data_ptr<float>(), maximum.const_data_ptr<float>(), log_sum.const_data_ptr<float>()};
+                      grad.const_data_ptr<float>(), maximum.const_data_ptr<float>(), log_sum.const_data_ptr<float>(),
+                      offset ? offset->const_data_ptr<float>() : nullptr,
+                      slope ? slope->const_data_ptr<float>() : nullptr};
   const DeviceGuard guard(logits.get_device_index());
   STD_CUDA_CHECK(launch_backward(x, r, g, current_stream(logits)));
 }
 
 void logprob_backward_(const Tensor& logits, const Tensor& target, const Tensor& grad, const Tensor& maximum,
                        const Tensor& log_sum, const Tensor& inv_temperature, int64_t vocab_start,
-                       int64_t vocab_valid, int64_t ignore_index) {
-  run_backward(logits, target, grad, maximum, log_sum, inv_temperature, vocab_start, vocab_valid, ignore_index, logits);
+                       int64_t vocab_valid, int64_t ignore_index, std::optional<Tensor> offset,
+                       std::optional<Tensor> slope) {
+  run_backward(logits, target, grad, maximum, log_sum, inv_temperature, vocab_start, vocab_valid, ignore_index, offset,
+               slope, logits);
 }
 
 Tensor logprob_backward(const Tensor& logits, const Tensor& target, const Tensor& grad, const Tensor& maximum,
                         const Tensor& log_sum, const Tensor& inv_temperature, int64_t vocab_start,
-                        int64_t vocab_valid, int64_t ignore_index, ScalarType dtype) {
+                        int64_t vocab_valid, int64_t ignore_index, ScalarType dtype, std::optional<Tensor> offset,
+                        std::optional<Tensor> slope) {
   const Logits x = check_logits(logits, vocab_valid);
   STD_TORCH_CHECK(type_of(dtype, "dtype") == x.type || x.type == Type::f32,
                   "dtype must be that of the logits; only float32 logits can give a bfloat16 or float16 gradient");
   const DeviceGuard guard(logits.get_device_index());
   Tensor out = torch::stable::new_empty(logits, {x.rows, x.columns}, dtype);
-  run_backward(logits, target, grad, maximum, log_sum, inv_temperature, vocab_start, vocab_valid, ignore_index, out);
+  run_backward(logits, target, grad, maximum, log_sum, inv_temperature, vocab_start, vocab_valid, ignore_index, offset,
+               slope, out);
   return out;
 }
 

@@ -35,6 +35,7 @@ struct Gradient {
   Type type;  // that of the logits; any of them if the logits are f32
   int64_t row_stride;
   const float *grad, *maximum, *log_sum;  // [T] each
+  const float *offset, *slope;            // [T] each, or both nullptr
 };
 cudaError_t launch_backward(const Logits& logits, const Rows& rows, const Gradient& gradient, cudaStream_t stream);
 

@@ -65,7 +65,7 @@ class PolicyStage(Stage):
             logits_budget_bytes=self.logits_budget_bytes,
             backend=self.backend,
         )
-        logp, entropy = (whole_response(x, batch, self.layout.cp_group) for x in (found.logp, found.entropy))
+        logp, entropy = (whole_response(x, batch, self.layout.cp_group) for x in (found.logp, found.entropy.detach()))
         hidden = self.computed_by_all(hidden)
         value = None
         if self.value_head is not None:

@@ -26,12 +26,13 @@ _GRAD = (
     "Tensor target, Tensor grad, Tensor maximum, Tensor log_sum, Tensor inv_temperature, "
     "int vocab_start, int vocab_valid, int ignore_index"
 )
+_SLOPED = "Tensor? offset=None, Tensor? slope=None"
 SCHEMAS = {
     "logprob_stats": f"(Tensor logits, {_ROWS}, bool entropy) -> Tensor",
     "segment_reduce": "(Tensor stats, Tensor target, Tensor inv_temperature, Tensor cu_seqlens, int ignore_index) "
     "-> (Tensor logp, Tensor entropy, Tensor maximum, Tensor log_sum, Tensor sequence)",
-    "logprob_backward_": f"(Tensor(a!) logits, {_GRAD}) -> ()",
-    "logprob_backward": f"(Tensor logits, {_GRAD}, ScalarType dtype) -> Tensor",
+    "logprob_backward_": f"(Tensor(a!) logits, {_GRAD}, {_SLOPED}) -> ()",
+    "logprob_backward": f"(Tensor logits, {_GRAD}, ScalarType dtype, {_SLOPED}) -> Tensor",
     "cpu_instruction_set": "(int limit=-1) -> int",
 }
 for _name, _schema in SCHEMAS.items():
@@ -128,10 +129,10 @@ def _(stats: Tensor, target: Tensor, inv_temperature: Tensor, cu_seqlens: Tensor
 
 
 @torch.library.register_fake("flowrl::logprob_backward_")
-def _(logits: Tensor, *_: Any) -> None:
+def _(logits: Tensor, *_: Any, **__: Any) -> None:
     return None
 
 
 @torch.library.register_fake("flowrl::logprob_backward")
-def _(logits: Tensor, target: Tensor, *rest: Any, dtype: torch.dtype | None = None) -> Tensor:
-    return logits.new_empty(logits.shape, dtype=dtype or rest[-1])
+def _(logits: Tensor, *rows: Any, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+    return logits.new_empty(logits.shape, dtype=dtype or rows[8])

@@ -45,9 +45,10 @@ class Shard(NamedTuple):
 class HeadOutput(NamedTuple):
     """Log-probs and entropies of R rows, [R] or [B, S] like the targets, and their sums over B sequences."""
 
-    logp: Tensor  # fp32, with gradient
-    entropy: Tensor  # fp32, in nats, without
-    sequence: Tensor  # [B, 3] float64: sum of logp (with gradient), number of rows, sum of entropy
+    logp: Tensor  # fp32
+    entropy: Tensor  # fp32, in nats; with backend "liger" without gradient
+    sequence: Tensor  # [B, 3] float64: sum of logp, number of rows, sum of entropy
+    lse: Tensor | None  # fp32, log sum exp(logits / temperature); None with backend "liger"
 
 
 def lm_head_logprob(
@@ -64,7 +65,8 @@ def lm_head_logprob(
     logits_budget_bytes: int = 256 << 20,
     backend: Name | Literal["liger"] = "auto",
 ) -> HeadOutput:
-    """log softmax(hidden @ weight.T / temperature)[target] and its entropy, by row and summed over each sequence.
+    """log softmax(hidden @ weight.T / temperature)[target] and its entropy, by row and summed over each sequence, and
+    the log of the softmax's sum; all with gradient.
 
     hidden [T, H] (the same on all ranks of `group`), weight [V', H] (this rank's rows of the vocabulary; V' too is the
     same on all ranks). Of two types the wider multiplies, and each gets its gradient in its own. rows [R] int64 selects
@@ -91,7 +93,7 @@ def lm_head_logprob(
             raise ValueError("ops.backend = liger: takes one temperature for all rows; use ops.backend=auto")
         rest = (temperature, shard.valid, shard.vocab, IGNORE, group, reduce_gradient)
         logp, entropy, sequence = liger_logprob(hidden, weight, target, cu_seqlens, *rest)
-        return HeadOutput(logp.view(shape), entropy.view(shape), sequence)
+        return HeadOutput(logp.view(shape), entropy.view(shape), sequence, None)
     hidden = hidden.to(torch.promote_types(hidden.dtype, weight.dtype))
     has_backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)  # forward cannot ask
     call = _Call(
@@ -102,8 +104,8 @@ def lm_head_logprob(
         kernels=kernels_for(backend, hidden.device),
     )
     inv_temperature = checks.inv_temperature(temperature, shape, hidden)
-    logp, entropy, sequence = _LmHead.apply(hidden, weight, target, cu_seqlens, inv_temperature, call)
-    return HeadOutput(logp.view(shape), entropy.view(shape), sequence)
+    logp, entropy, sequence, lse = _LmHead.apply(hidden, weight, target, cu_seqlens, inv_temperature, call)
+    return HeadOutput(logp.view(shape), entropy.view(shape), sequence, lse.view(shape))
 
 
 class _Call(NamedTuple):
@@ -148,7 +150,7 @@ class _LmHead(torch.autograd.Function):
         cu_seqlens: Tensor,
         inv_temperature: Tensor,
         call: _Call,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         k, budget = call.kernels, call.budget
         kept: list[Tensor | None] = []
         parts: dict[int, list[Tensor]] = defaultdict(list)  # of each tile, a block of rows after another
@@ -165,18 +167,18 @@ class _LmHead(torch.autograd.Function):
         logp, entropy, maximum, log_sum, sequence = k.segment_reduce(
             shards, target, inv_temperature, cu_seqlens, IGNORE
         )
-        ctx.save_for_backward(hidden, weight, target, cu_seqlens, inv_temperature, maximum, log_sum)
+        ctx.save_for_backward(hidden, weight, target, cu_seqlens, inv_temperature, maximum, log_sum, entropy)
         ctx.call, ctx.kept, ctx.main_grad = call, kept, getattr(weight, "main_grad", None)
-        ctx.mark_non_differentiable(entropy)
-        return logp, entropy, sequence
+        ctx.set_materialize_grads(False)
+        return logp, entropy, sequence, torch.addcmul(log_sum, maximum, inv_temperature)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, target, cu_seqlens, inv_temperature, maximum, log_sum = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, target, cu_seqlens, inv_temperature, maximum, log_sum, entropy = ctx.saved_tensors
         call, kept = ctx.call, ctx.kept
-        grad = row_gradient(grads[0], grads[2], cu_seqlens)
-        of_rows = (target, grad, maximum, log_sum, inv_temperature)
+        grad = row_gradient(*grads, entropy, cu_seqlens)
+        of_rows = (target, grad.logp, maximum, log_sum, inv_temperature)
         d_hidden = d_weight = reduced = None
         if ctx.needs_input_grad[0]:
             d_hidden = torch.empty_like(hidden, dtype=stats_dtype(hidden.dtype))
@@ -189,8 +191,8 @@ class _LmHead(torch.autograd.Function):
             logits, kept[i] = kept[i], None  # overwritten below; a second backward makes it again
             if logits is None:
                 logits = _logits(hidden[rows], weight[columns])
-            those = tuple(rows_of(value, rows) for value in of_rows)
-            d_logits = _d_logits(call.kernels, logits, those, call.vocab_range(columns), hidden.dtype)
+            those = (*(rows_of(value, rows) for value in of_rows), *call.vocab_range(columns))
+            d_logits = _d_logits(call.kernels, logits, those, grad.sloped(rows), hidden.dtype)
             del logits
             if d_hidden is not None:
                 _add_product(d_hidden[rows], d_logits, weight[columns], is_first=columns.start == 0)
@@ -230,15 +232,15 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _d_logits(
-    k: Kernels, logits: Tensor, rows: tuple[Tensor, ...], vocab_range: tuple[int, int, int], dtype: torch.dtype
+    k: Kernels, logits: Tensor, rows: tuple[Any, ...], sloped: tuple[Tensor, ...], dtype: torch.dtype
 ) -> Tensor:
     """The gradient of the logits, in rows as `_logits` makes them: in their place, or on a GPU in `dtype`, the type of
     its fast GEMM."""
     if logits.is_cuda and dtype != logits.dtype:
         width = logits.shape[1]
         whole = logits.as_strided((logits.shape[0], logits.stride(0)), (logits.stride(0), 1)) if width else logits
-        return k.logprob_backward(whole, *rows, *vocab_range, dtype)[:, :width]
-    k.logprob_backward_(logits, *rows, *vocab_range)
+        return k.logprob_backward(whole, *rows, dtype, *sloped)[:, :width]
+    k.logprob_backward_(logits, *rows, *sloped)
     return logits
 
 

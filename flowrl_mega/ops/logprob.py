@@ -10,15 +10,15 @@ from torch.autograd.function import once_differentiable
 
 from flowrl_mega.ops import checks
 from flowrl_mega.ops.kernels import Kernels, Name, kernels_for
-from flowrl_mega.ops.torch_ops import stats_dtype
 
 
 class LogProb(NamedTuple):
     """Log-probs and entropies of T rows, [T] or [B, S] like the targets, and their sums over B sequences."""
 
-    logp: Tensor  # with gradient
-    entropy: Tensor  # in nats, without
-    sequence: Tensor  # [B, 3] float64: sum of logp (with gradient), number of rows, sum of entropy
+    logp: Tensor
+    entropy: Tensor  # in nats
+    sequence: Tensor  # [B, 3] float64: sum of logp, number of rows, sum of entropy
+    lse: Tensor  # log sum exp(logits / temperature)
 
 
 def logprob(
@@ -32,7 +32,8 @@ def logprob(
     inplace_backward: bool = True,
     backend: Name = "auto",
 ) -> LogProb:
-    """log softmax(logits / temperature)[target], the entropy, and their sums over each sequence.
+    """log softmax(logits / temperature)[target], the entropy, their sums over each sequence, and the log of the
+    softmax's sum; all with gradient.
 
     logits [T, V] fp32, bf16, fp16 (or float64) with any row stride; target [T] int64 or int32 ids below `vocab_valid`
     (V), or `ignore_index`: such a row is not read and gives 0. cu_seqlens [B + 1] int64 or int32 offsets into the T
@@ -50,10 +51,10 @@ def logprob(
     cu_seqlens = checks.cu_seqlens(cu_seqlens, rows, logits.device)
     inv_temperature = checks.inv_temperature(temperature, rows, logits)
     chosen = kernels_for(backend, logits.device)
-    logp, entropy, sequence = _LogProb.apply(
+    logp, entropy, sequence, lse = _LogProb.apply(
         logits, target, cu_seqlens, inv_temperature, valid, ignore_index, inplace_backward, chosen
     )
-    return LogProb(logp.view(rows), entropy.view(rows), sequence)
+    return LogProb(logp.view(rows), entropy.view(rows), sequence, lse.view(rows))
 
 
 class _LogProb(torch.autograd.Function):
@@ -68,7 +69,7 @@ class _LogProb(torch.autograd.Function):
         ignore_index: int,
         inplace: bool,
         k: Kernels,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         parts = [
             k.logprob_stats(x, target[rows], rows_of(inv_temperature, rows), 0, valid, ignore_index, True)
             for x, rows in _matrices(logits)
@@ -79,35 +80,36 @@ class _LogProb(torch.autograd.Function):
         )
         # Kept past save_for_backward, which would refuse logits that a backward has overwritten without saying why.
         ctx.logits, ctx.version = logits, None if logits.is_inference() else logits._version
-        ctx.save_for_backward(target, maximum, log_sum, inv_temperature, cu_seqlens)
+        ctx.save_for_backward(target, maximum, log_sum, inv_temperature, cu_seqlens, entropy)
         ctx.rest = (valid, ignore_index, inplace, k)
-        ctx.mark_non_differentiable(entropy)
-        return logp, entropy, sequence
+        ctx.set_materialize_grads(False)
+        return logp, entropy, sequence, torch.addcmul(log_sum, maximum, inv_temperature)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.logits is None or ctx.logits._version != ctx.version:
             raise RuntimeError(
                 "logprob: the logits have been overwritten, perhaps by a first backward; for a second one use "
                 "inplace_backward=False"
             )
-        target, maximum, log_sum, inv_temperature, cu_seqlens = ctx.saved_tensors
+        target, maximum, log_sum, inv_temperature, cu_seqlens, entropy = ctx.saved_tensors
         valid, ignore_index, inplace, k = ctx.rest
         logits = ctx.logits
-        grad = row_gradient(grads[0], grads[2], cu_seqlens).to(stats_dtype(logits.dtype))
-        of_rows = (target, grad, maximum, log_sum, inv_temperature)
+        grad = row_gradient(*grads, entropy, cu_seqlens)
+        of_rows = (target, grad.logp, maximum, log_sum, inv_temperature)
         matrices = [
-            (x, *(rows_of(value, rows) for value in of_rows), 0, valid, ignore_index) for x, rows in _matrices(logits)
+            ((x, *(rows_of(value, rows) for value in of_rows), 0, valid, ignore_index), grad.sloped(rows))
+            for x, rows in _matrices(logits)
         ]
         if inplace:
             ctx.logits = None
-            for arguments in matrices:
-                k.logprob_backward_(*arguments)
+            for arguments, sloped in matrices:
+                k.logprob_backward_(*arguments, *sloped)
             torch.autograd.graph.increment_version(logits)  # whoever else has saved them for a backward hears of it
             d_logits = logits.detach()
         else:
-            parts = [k.logprob_backward(*arguments, logits.dtype) for arguments in matrices]
+            parts = [k.logprob_backward(*arguments, logits.dtype, *sloped) for arguments, sloped in matrices]
             d_logits = (torch.cat(parts) if len(parts) > 1 else parts[0]).view(logits.shape)
         return d_logits, *[None] * 7
 
@@ -128,7 +130,36 @@ def rows_of(value: Tensor, rows: slice) -> Tensor:
     return value[rows] if value.numel() > 1 else value
 
 
-def row_gradient(d_logp: Tensor, d_sequence: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Gradient of each row's logp [T] from those of logp itself and of the sequences' sums [B, 3]."""
-    lengths = cu_seqlens.diff()
-    return d_logp + d_sequence[:, 0].repeat_interleave(lengths, output_size=d_logp.numel()).to(d_logp.dtype)
+class RowGradient(NamedTuple):
+    """What the backward op takes of each row, [T] each."""
+
+    logp: Tensor
+    offset: Tensor | None
+    slope: Tensor | None
+
+    def sloped(self, rows: slice) -> tuple[Tensor, Tensor] | tuple[()]:
+        """Some rows' last arguments of the backward op; none where log-probs alone have a gradient."""
+        return () if self.offset is None or self.slope is None else (self.offset[rows], self.slope[rows])
+
+
+def row_gradient(
+    d_logp: Tensor | None,
+    d_entropy: Tensor | None,
+    d_sequence: Tensor | None,
+    d_lse: Tensor | None,
+    entropy: Tensor,
+    cu_seqlens: Tensor,
+) -> RowGradient:
+    """From the gradients of logp, of entropy and of the log of the sum [T], and of the sequences' sums [B, 3]."""
+    zero = torch.zeros_like(entropy)
+    d_logp = zero if d_logp is None else d_logp.to(entropy.dtype).contiguous()
+    if d_sequence is not None:
+        each = d_sequence.to(entropy.dtype).repeat_interleave(cu_seqlens.diff(), 0, output_size=entropy.numel())
+        d_logp = d_logp + each[:, 0]
+        if d_sequence.is_cuda or bool(d_sequence[:, 2].any()):  # a GPU is not waited for
+            d_entropy = each[:, 2] if d_entropy is None else d_entropy + each[:, 2]
+    if d_entropy is None and d_lse is None:
+        return RowGradient(d_logp, None, None)
+    slope = zero if d_entropy is None else d_entropy.to(entropy.dtype).contiguous()
+    offset = torch.where(slope == 0, zero, slope * entropy)  # a NaN of a row without gradient is nobody's
+    return RowGradient(d_logp, offset if d_lse is None else offset - d_lse.to(entropy.dtype), slope)

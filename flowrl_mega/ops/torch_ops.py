@@ -98,12 +98,18 @@ def logprob_backward(
     vocab_valid: int,
     ignore_index: int,
     dtype: torch.dtype,
+    offset: Tensor | None = None,
+    slope: Tensor | None = None,
 ) -> Tensor:
-    """grad / temperature * (onehot - p) [T, V'] from the logits, p = exp((x - m) / temperature - log S).
+    """(grad (onehot - p) - p (offset + slope log p)) / temperature [T, V'] from the logits, with
+    log p = (x - m) / temperature - log S.
 
-    0 in padded columns and in rows that are ignored or have no gradient, whatever they hold.
+    grad, offset and slope [T]: of the loss with respect to log-prob g, entropy h and log of the sum l they are g,
+    h * entropy - l, and h. None: 0. The result is 0 in padded columns and in rows that are ignored or have no gradient,
+    whatever they hold.
     """
-    read = (target != ignore_index) & (grad != 0)
+    sloped = offset is not None and slope is not None
+    read = (target != ignore_index) & ((grad != 0) | ((offset != 0) | (slope != 0) if sloped else False))
     scale = torch.where(read, grad * inv_temperature, 0.0)
     logp = logits[:, :vocab_valid].to(grad.dtype).sub(maximum[:, None])
     logp = logp.mul_(inv_temperature[:, None]).sub_(log_sum[:, None])
@@ -113,10 +119,20 @@ def logprob_backward(
     if vocab_valid:
         column = local.clamp(0, vocab_valid - 1)[:, None]
         own = -torch.expm1(logp.gather(1, column))  # 1 - p without cancellation
+        rest = _sloped(logp, offset, slope) if sloped else None
         p = logp.exp_().neg_()
         p.scatter_(1, column, torch.where(mine[:, None], own, p.gather(1, column)))
-        out[:, :vocab_valid] = p.mul_(scale[:, None]).masked_fill_(~read[:, None], 0.0)
+        p.mul_(scale[:, None])
+        if rest is not None:
+            p.addcmul_(rest, inv_temperature[:, None], value=-1)
+        out[:, :vocab_valid] = p.masked_fill_(~read[:, None], 0.0)
     return out
+
+
+def _sloped(logp: Tensor, offset: Tensor, slope: Tensor) -> Tensor:
+    """p (offset + slope log p), 0 where p is."""
+    p = logp.exp()
+    return torch.where(p == 0, 0.0, p * (offset[:, None] + slope[:, None] * logp))
 
 
 def logprob_backward_(
@@ -129,7 +145,9 @@ def logprob_backward_(
     vocab_start: int,
     vocab_valid: int,
     ignore_index: int,
+    offset: Tensor | None = None,
+    slope: Tensor | None = None,
 ) -> None:
     """`logprob_backward` in place of the logits."""
     rows = (target, grad, maximum, log_sum, inv_temperature, vocab_start, vocab_valid, ignore_index)
-    logits.copy_(logprob_backward(logits, *rows, logits.dtype))
+    logits.copy_(logprob_backward(logits, *rows, logits.dtype, offset, slope))

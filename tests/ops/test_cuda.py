@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_emulation.memory import guarded
-from oracle import DTYPES, Case, Result, agrees, case, oracle, same_bits
+from oracle import DTYPES, GRADIENT, Case, Result, agrees, case, excess, oracle, same_bits
 from torch import Tensor
 
 from flowrl_mega.ops import kernels as kernels_module
@@ -52,7 +52,7 @@ def run(gpu: Gpu | Emulated, c: Case, temperature: float = 1.0, inplace: bool = 
     rest = {"temperature": temperature, "inplace_backward": inplace, "backend": "native", **options}
     out = logprob(logits, gpu.put(c.target), **rest)
     out.logp.backward(gpu.put(c.grad))
-    return Result(out.logp.detach().cpu(), out.entropy.cpu(), logits.grad.cpu())
+    return Result(out.logp.detach().cpu(), out.entropy.detach().cpu(), logits.grad.cpu())
 
 
 # One column, around a warp's vectors, one block's chunk, the most threads, and real vocabularies.
@@ -196,3 +196,23 @@ def test_the_order_of_threads_does_not_change_a_bit(dtype, columns, gpu, monkeyp
         sums = logprob(gpu.put(c.logits), gpu.put(c.target), gpu.put(cu_seqlens), backend="native").sequence
         found.append((*run(gpu, c), sums))
     assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("columns", [7, 1024, 4104, 16385])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_entropy_and_the_log_of_the_sum_have_gradients(dtype, columns, gpu):
+    """The backward kernel's other form, with a masked logit, which has p log p = 0, and rows that have none."""
+    c = case(9, columns, DTYPES[dtype])
+    d_entropy, d_lse = 2 * torch.rand(2, 9, generator=torch.Generator().manual_seed(1)) - 1
+    c.logits[0, 0], c.target[0], c.target[4] = -torch.inf, 1, -100
+    c.grad[5] = d_entropy[5] = d_lse[5] = 0.0
+    logits = gpu.put(c.logits).requires_grad_()
+    out = logprob(logits, gpu.put(c.target), temperature=0.6, backend="native")
+    torch.autograd.backward((out.logp, out.entropy, out.lse), [gpu.put(g) for g in (c.grad, d_entropy, d_lse)])
+    x = c.logits.double().requires_grad_()
+    logps = torch.log_softmax(x / 0.6, -1)
+    entropy = -(logps.exp() * logps.masked_fill(logps == -torch.inf, 0.0)).sum(-1)
+    wanted = (logps.gather(1, c.target.clamp(0)[:, None])[:, 0], entropy, torch.logsumexp(x / 0.6, -1))
+    torch.autograd.backward(wanted, [g.double() * (c.target >= 0) for g in (c.grad, d_entropy, d_lse)])
+    relative, absolute = GRADIENT[DTYPES[dtype]]
+    assert excess(logits.grad.cpu(), x.grad, (relative, max(absolute, 2e-6))) <= 1

@@ -50,6 +50,20 @@ def test_opcheck_of_the_half_gradient(to, native):
     assert set(torch.library.opcheck(OPS.logprob_backward.default, some).values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("op", ["logprob_backward_", "logprob_backward"])
+def test_opcheck_of_the_gradient_of_entropy(op, native):
+    """Two more arguments, which may be left out."""
+    some = (*arguments(op), torch.ones(6), torch.ones(6))
+    assert set(torch.library.opcheck(getattr(OPS, op).default, some).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("slope", [torch.ones(5), torch.ones(6).double(), torch.ones(6, 2)[:, 0]])
+def test_the_kernels_refuse_a_wrong_slope(slope, native):
+    """As any other number a row."""
+    with pytest.raises(RuntimeError, match="slope must"):
+        OPS.logprob_backward_(*arguments("logprob_backward_"), torch.ones(6), slope)
+
+
 @pytest.mark.parametrize("op", ["logprob_stats", "segment_reduce", "logprob_backward"])
 @pytest.mark.parametrize(("rows", "columns"), [(6, 20), (0, 20), (6, 0), (0, 0)])
 def test_every_implementation_has_the_shapes_of_the_fake_one(op, rows, columns, kernels):
@@ -88,6 +102,7 @@ WRONG: dict[str, tuple[str, int, Any, str]] = {
     "half maximum": ("logprob_backward_", 3, torch.zeros(6).half(), "maximum must be float32"),
     "short log_sum": ("logprob_backward_", 4, torch.zeros(7), r"log_sum must have shape \[6\]"),
     "logits that overlap, written": ("logprob_backward_", 0, torch.zeros(20).unfold(0, 10, 2), "must not overlap"),
+    "offset without slope": ("logprob_backward_", 9, torch.zeros(6), "offset and slope go together"),
     "gradient of another type": ("logprob_backward", 9, torch.float64, "dtype must be that of the logits"),
     "gradient of integers": ("logprob_backward", 9, torch.int32, "dtype must be float32"),
 }
@@ -98,7 +113,7 @@ def test_the_kernels_refuse(wrong, native):
     """Called past the Python checks they must not read or write out of bounds."""
     op, place, value, message = WRONG[wrong]
     some = list(arguments(op))
-    some[place] = value
+    some[place : place + 1] = [value]
     with pytest.raises(RuntimeError, match=message):
         getattr(OPS, op)(*some)
 

@@ -52,6 +52,6 @@ def test_its_sums_carry_gradients(liger):
         hidden = c.hidden.clone().requires_grad_()
         out = lm_head_logprob(hidden, c.weight, c.target, cu_seqlens=offsets, backend=backend)
         (out.sequence[:, 0] * weights).sum().backward()
-        kept += [*out, hidden.grad]
+        kept += [*out[:3], hidden.grad]  # it has no log of the sum
     for a, b in zip(found, wanted, strict=True):
         assert a.dtype == b.dtype and (a - b).abs().max() < 1e-5 * b.abs().max()

@@ -54,8 +54,7 @@ def ours(c: HeadCase, temperature: float = 1.0, **options) -> HeadResult:
     hidden, weight = c.hidden.clone().requires_grad_(), c.weight.clone().requires_grad_()
     out = lm_head_logprob(hidden, weight, c.target, temperature=temperature, **options)
     out.logp.backward(c.grad.to(out.logp.dtype))
-    assert not out.entropy.requires_grad
-    return HeadResult(out.logp.detach(), out.entropy, hidden.grad, weight.grad)
+    return HeadResult(out.logp.detach(), out.entropy.detach(), hidden.grad, weight.grad)
 
 
 def error(found: HeadResult, wanted: HeadResult) -> float:
@@ -130,7 +129,7 @@ def test_only_the_selected_rows_are_computed(share, backend, monkeypatch):
     hidden, weight = c.hidden.clone().requires_grad_(), c.weight.clone().requires_grad_()
     out = lm_head_logprob(hidden, weight, c.target[rows], rows=rows, temperature=0.6, backend=backend)
     out.logp.backward(c.grad[rows])
-    found = HeadResult(out.logp.detach(), out.entropy, hidden.grad, weight.grad)
+    found = HeadResult(out.logp.detach(), out.entropy.detach(), hidden.grad, weight.grad)
     grad = torch.zeros(200).index_copy(0, rows, c.grad[rows])
     wanted = head_oracle(c._replace(grad=grad), 0.6)
     assert error(found, wanted._replace(logp=wanted.logp[rows], entropy=wanted.entropy[rows])) < TOLERANCE

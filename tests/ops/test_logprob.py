@@ -18,9 +18,8 @@ TEMPERATURES = [0.6, 1.0, 1.7]
 def ours(c: Case, temperature: float | Tensor = 1.0, inplace: bool = True, **options) -> Result:
     logits = c.logits.detach().clone().requires_grad_()
     out = logprob(logits, c.target, temperature=temperature, inplace_backward=inplace, **options)
-    assert out.logp.requires_grad and not out.entropy.requires_grad
     out.logp.backward(c.grad)
-    return Result(out.logp.detach(), out.entropy, logits.grad)
+    return Result(out.logp.detach(), out.entropy.detach(), logits.grad)
 
 
 def mixed(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Case:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import DTYPES, GRADIENT, IGNORED, agrees, case, excess, oracle, same_bits
+from oracle import DTYPES, GRADIENT, IGNORED, Result, agrees, case, excess, oracle, same_bits
 from test_lm_head import HeadResult, chunked, error, head_case, head_oracle
 from torch import Tensor
 
@@ -91,17 +91,14 @@ def test_offsets_cut_a_batch_anywhere(backend):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_labels(dtype, backend):
     """int32, as data loaders give them."""
-    c = case(6, 50)
+    c, h = case(6, 50), head_case()
     c.target[2] = IGNORED
-    agrees_with = oracle(c.logits, c.target, grad=c.grad)
     logits = c.logits.clone().requires_grad_()
     out = logprob(logits, c.target.to(dtype), backend=backend)
     out.logp.backward(c.grad)
-    agrees(type(agrees_with)(out.logp.detach(), out.entropy.detach(), logits.grad), agrees_with)
-    head = lm_head_logprob(
-        c.logits[:, :8], c.logits.t()[:, :3].repeat(1, 3)[:, :8], c.target.to(dtype), backend=backend
-    )
-    assert head.logp[2] == 0 and head.logp.isfinite().all()
+    agrees(Result(out.logp.detach(), out.entropy.detach(), logits.grad), oracle(c.logits, c.target, grad=c.grad))
+    found, wanted = (lm_head_logprob(h.hidden, h.weight, x, backend=backend) for x in (h.target.to(dtype), h.target))
+    assert same_bits(found.logp, wanted.logp)
 
 
 # The head
@@ -109,7 +106,7 @@ def test_labels(dtype, backend):
 
 @pytest.mark.parametrize("main_grad", [True, False])
 @pytest.mark.parametrize("budget", [0, 1 << 20])
-@pytest.mark.parametrize(("hidden", "weight"), [("bf16", "fp32"), ("fp32", "bf16"), ("fp16", "bf16"), ("fp32", "fp64")])
+@pytest.mark.parametrize(("hidden", "weight"), [("bf16", "fp32"), ("fp32", "bf16"), ("fp16", "bf16")])
 def test_two_types(hidden, weight, budget, main_grad, backend, monkeypatch):
     """The wider one multiplies, so the result is that of their exact values; each gradient comes in its own type."""
     chunked(monkeypatch, 100, 20)
@@ -140,7 +137,7 @@ def test_a_temperature_a_row(budget, backend, monkeypatch):
     options = {"rows": rows, "temperature": tau, "logits_budget_bytes": budget, "backend": backend}
     out = lm_head_logprob(h, w, c.target[rows], **options)
     out.logp.backward(c.grad[rows])
-    found = HeadResult(out.logp.detach(), out.entropy, h.grad, w.grad)
+    found = HeadResult(out.logp.detach(), out.entropy.detach(), h.grad, w.grad)
     everywhere = torch.ones(37).index_copy(0, rows, tau)[:, None]
     wanted = head_oracle(c._replace(grad=torch.zeros(37).index_copy(0, rows, c.grad[rows])), everywhere)
     assert error(found, wanted._replace(logp=wanted.logp[rows], entropy=wanted.entropy[rows])) < 2e-6
