@@ -48,6 +48,19 @@ def head(hidden: Tensor, weight: Tensor, rows: Tensor | None, valid: int) -> Non
         raise ValueError(f"hidden {list(hidden.shape)}: rows select from [T, H]; call .flatten(0, 1)")
 
 
+def head_options(weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> None:
+    if bias is not None and (
+        bias.shape != weight.shape[:1] or bias.dtype not in DTYPES or bias.device != weight.device
+    ):
+        raise ValueError(
+            f"bias is {bias.dtype} of shape {list(bias.shape)} on {bias.device}; a floating type, [{weight.shape[0]}] "
+            f"and {weight.device} are wanted, as of the weight"
+        )
+    for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} = {value}: must be above 0 and finite")
+
+
 def vocab_valid(valid: int, columns: int) -> int:
     if not 0 <= valid <= columns:
         raise ValueError(f"vocab_valid = {valid}: must lie in 0..{columns}, the columns that there are")
@@ -91,8 +104,8 @@ def cu_seqlens(x: Tensor | None, shape: Sequence[int], device: torch.device) -> 
     return x.to(torch.int64).contiguous()
 
 
-def inv_temperature(temperature: float | Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
-    """1 / temperature, [1] or [T] for rows of that shape, in the type of the statistics."""
+def inv_temperature(temperature: float | Tensor, shape: Sequence[int], like: Tensor, factor: float = 1.0) -> Tensor:
+    """factor / temperature, [1] or [T] for rows of that shape, in the type of the statistics."""
     dtype = stats_dtype(like.dtype)
     if isinstance(temperature, Tensor):
         if temperature.shape != torch.Size(shape):
@@ -101,10 +114,10 @@ def inv_temperature(temperature: float | Tensor, shape: Sequence[int], like: Ten
         if _flagged(wrong := ~(temperature > 0)):
             first = int(wrong.nonzero()[0])
             raise ValueError(f"temperature[{first}] = {float(temperature[first])}: must be above 0")
-        return (1.0 / temperature.to(like.device, torch.float64)).to(dtype)
+        return (factor / temperature.to(like.device, torch.float64)).to(dtype)
     if not temperature > 0:
         raise ValueError(f"temperature = {temperature}: must be above 0")
-    return torch.full((1,), 1.0 / temperature, dtype=dtype, device=like.device)
+    return torch.full((1,), factor / temperature, dtype=dtype, device=like.device)
 
 
 def raise_if_flagged() -> None:

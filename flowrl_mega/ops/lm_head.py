@@ -59,6 +59,9 @@ def lm_head_logprob(
     rows: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     shard: Shard | None = None,
     group: dist.ProcessGroup | None = None,
     reduce_gradient: bool = True,
@@ -73,6 +76,8 @@ def lm_head_logprob(
     the response rows before anything is multiplied; None: all T. target [R] int64 or int32 ids; -100 gives 0 (its
     hidden row must be finite: leave rows out by `rows`). temperature: one number, or [R].
     cu_seqlens [B + 1] offsets into the R rows; None: one sequence.
+    bias [V'], logit_scale and softcap change the logits before the temperature does, in this order: plus bias, times
+    logit_scale (Cohere, Granite), softcap * tanh(. / softcap) (Gemma).
     Or hidden [B, S, H] with target and temperature [B, S]: R = B S rows, and without cu_seqlens B sequences.
 
     The backward pass keeps logits up to `logits_budget_bytes` and makes the rest again. The weight's gradient is added
@@ -81,6 +86,7 @@ def lm_head_logprob(
     """
     shard = shard or Shard(0, weight.shape[0], weight.shape[0])
     checks.head(hidden, weight, rows, shard.valid)
+    checks.head_options(weight, bias, logit_scale, softcap)
     shape = hidden.shape[:-1] if rows is None else rows.shape
     if rows is not None:
         hidden = hidden.index_select(0, rows)
@@ -89,22 +95,28 @@ def lm_head_logprob(
     cu_seqlens = checks.cu_seqlens(cu_seqlens, shape, hidden.device)
     group = group if group is not None and group.size() > 1 else None
     if backend == "liger":
-        if isinstance(temperature, Tensor):
-            raise ValueError("ops.backend = liger: takes one temperature for all rows; use ops.backend=auto")
+        if isinstance(temperature, Tensor) or bias is not None or logit_scale != 1 or softcap is not None:
+            raise ValueError(
+                "ops.backend = liger: takes one temperature for all rows, no bias, logit_scale or softcap; "
+                "use ops.backend=auto"
+            )
         rest = (temperature, shard.valid, shard.vocab, IGNORE, group, reduce_gradient)
         logp, entropy, sequence = liger_logprob(hidden, weight, target, cu_seqlens, *rest)
         return HeadOutput(logp.view(shape), entropy.view(shape), sequence, None)
     hidden = hidden.to(torch.promote_types(hidden.dtype, weight.dtype))
-    has_backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)  # forward cannot ask
+    differentiated = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    has_backward = torch.is_grad_enabled() and differentiated  # forward cannot ask
     call = _Call(
         shard=shard,
         group=group,
         reduce_gradient=reduce_gradient,
         budget=logits_budget_bytes if has_backward else 0,
         kernels=kernels_for(backend, hidden.device),
+        into_cap=None if softcap is None else logit_scale / softcap,
     )
-    inv_temperature = checks.inv_temperature(temperature, shape, hidden)
-    logp, entropy, sequence, lse = _LmHead.apply(hidden, weight, target, cu_seqlens, inv_temperature, call)
+    factor = logit_scale if softcap is None else softcap  # of the kernels' logits: one with their temperature
+    inv_temperature = checks.inv_temperature(temperature, shape, hidden, factor)
+    logp, entropy, sequence, lse = _LmHead.apply(hidden, weight, bias, target, cu_seqlens, inv_temperature, call)
     return HeadOutput(logp.view(shape), entropy.view(shape), sequence, lse.view(shape))
 
 
@@ -116,6 +128,7 @@ class _Call(NamedTuple):
     reduce_gradient: bool
     budget: int
     kernels: Kernels
+    into_cap: float | None  # what logits are multiplied with before the tanh of a soft cap
 
     def tiles(self, weight: Tensor) -> list[slice]:
         """This shard's tiles without its padding, equally many on every rank: some may be void."""
@@ -146,6 +159,7 @@ class _LmHead(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         target: Tensor,
         cu_seqlens: Tensor,
         inv_temperature: Tensor,
@@ -155,7 +169,7 @@ class _LmHead(torch.autograd.Function):
         kept: list[Tensor | None] = []
         parts: dict[int, list[Tensor]] = defaultdict(list)  # of each tile, a block of rows after another
         for columns, tiles, rows in call.chunks(hidden, weight):
-            logits = _logits(hidden[rows], weight[columns])
+            logits = _bent(_logits(hidden[rows], weight[columns]), bias, columns, call)
             of_rows = target[rows], rows_of(inv_temperature, rows)
             for number, tile in tiles.items():
                 own = logits[:, tile.start - columns.start : tile.stop - columns.start]
@@ -167,7 +181,7 @@ class _LmHead(torch.autograd.Function):
         logp, entropy, maximum, log_sum, sequence = k.segment_reduce(
             shards, target, inv_temperature, cu_seqlens, IGNORE
         )
-        ctx.save_for_backward(hidden, weight, target, cu_seqlens, inv_temperature, maximum, log_sum, entropy)
+        ctx.save_for_backward(hidden, weight, bias, target, cu_seqlens, inv_temperature, maximum, log_sum, entropy)
         ctx.call, ctx.kept, ctx.main_grad = call, kept, getattr(weight, "main_grad", None)
         ctx.set_materialize_grads(False)
         return logp, entropy, sequence, torch.addcmul(log_sum, maximum, inv_temperature)
@@ -175,11 +189,11 @@ class _LmHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, target, cu_seqlens, inv_temperature, maximum, log_sum, entropy = ctx.saved_tensors
+        hidden, weight, bias, target, cu_seqlens, inv_temperature, maximum, log_sum, entropy = ctx.saved_tensors
         call, kept = ctx.call, ctx.kept
         grad = row_gradient(*grads, entropy, cu_seqlens)
         of_rows = (target, grad.logp, maximum, log_sum, inv_temperature)
-        d_hidden = d_weight = reduced = None
+        d_hidden = d_weight = d_bias = reduced = None
         if ctx.needs_input_grad[0]:
             d_hidden = torch.empty_like(hidden, dtype=stats_dtype(hidden.dtype))
         if ctx.needs_input_grad[1]:
@@ -187,13 +201,20 @@ class _LmHead(torch.autograd.Function):
             if d_weight is None:
                 d_weight = torch.empty_like(weight, dtype=stats_dtype(hidden.dtype))
                 d_weight[call.shard.valid :].zero_()
+        if ctx.needs_input_grad[2]:
+            d_bias = torch.zeros_like(bias, dtype=stats_dtype(hidden.dtype))
         for i, (columns, _, rows) in enumerate(call.chunks(hidden, weight)):
             logits, kept[i] = kept[i], None  # overwritten below; a second backward makes it again
             if logits is None:
-                logits = _logits(hidden[rows], weight[columns])
+                logits = _bent(_logits(hidden[rows], weight[columns]), bias, columns, call)
+            bend = None if call.into_cap is None else logits.square().neg_().add_(1).mul_(call.into_cap)
             those = (*(rows_of(value, rows) for value in of_rows), *call.vocab_range(columns))
             d_logits = _d_logits(call.kernels, logits, those, grad.sloped(rows), hidden.dtype)
-            del logits
+            if bend is not None:
+                d_logits.mul_(bend)
+            del logits, bend
+            if d_bias is not None:
+                d_bias[columns] += d_logits.sum(0, dtype=d_bias.dtype)
             if d_hidden is not None:
                 _add_product(d_hidden[rows], d_logits, weight[columns], is_first=columns.start == 0)
                 if i + 1 == len(kept) and call.group is not None and call.reduce_gradient:
@@ -208,7 +229,8 @@ class _LmHead(torch.autograd.Function):
         # Megatron's hook adds a weight's `grad` to its main_grad; what is there already must not come again.
         if d_weight is not None:
             d_weight = None if ctx.main_grad is not None else d_weight.to(weight.dtype)
-        return d_hidden, d_weight, None, None, None, None
+        d_bias = None if d_bias is None else d_bias.to(bias.dtype)
+        return d_hidden, d_weight, d_bias, None, None, None, None
 
 
 def _stacked(parts: Iterable[list[Tensor]]) -> Tensor:
@@ -229,6 +251,14 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     if hidden.is_cuda:
         return torch.mm(hidden, weight.t(), out_dtype=dtype, out=out)
     return torch.mm(hidden.float(), weight.t().float(), out=out)
+
+
+def _bent(logits: Tensor, bias: Tensor | None, columns: slice, call: _Call) -> Tensor:
+    """The logits plus bias and, for a soft cap, the tanh of their share of it: in place, the cap itself is left to the
+    temperature."""
+    if bias is not None:
+        logits.add_(bias[columns])
+    return logits if call.into_cap is None else logits.mul_(call.into_cap).tanh_()
 
 
 def _d_logits(

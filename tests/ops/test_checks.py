@@ -104,6 +104,13 @@ HEAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "more ids than rows": ({"shard": Shard(0, 11, 11)}, ["vocab_valid = 11", "0..10"]),
     "offsets": ({"cu_seqlens": ids(0, 6)}, ["cu_seqlens = [0, 6]", "rise from 0 to 4"]),
     "temperature": ({"temperature": 0}, ["temperature = 0", "above 0"]),
+    "a bias for each row": ({"bias": torch.zeros(6)}, ["bias", "[6]", "[10]"]),
+    "a bias of integers": ({"bias": torch.zeros(10).long()}, ["bias", "torch.int64", "floating"]),
+    "a bias elsewhere": ({"bias": torch.zeros(10, device="meta")}, ["bias", "on meta", "cpu"]),
+    "logit_scale 0": ({"logit_scale": 0.0}, ["logit_scale = 0.0", "above 0"]),
+    "logit_scale NaN": ({"logit_scale": float("nan")}, ["logit_scale = nan", "above 0"]),
+    "softcap below 0": ({"softcap": -30.0}, ["softcap = -30.0", "above 0"]),
+    "softcap without end": ({"softcap": float("inf")}, ["softcap = inf", "finite"]),
 }
 
 
