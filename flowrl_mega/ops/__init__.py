@@ -1,5 +1,6 @@
 """Python face of csrc: log-probs of drawn tokens and their sums over sequences, from logits or from hidden states."""
 
+import flowrl_mega.ops.compiled  # noqa: F401  its ops exist once it is imported
 from flowrl_mega.ops.build import BuildError
 from flowrl_mega.ops.checks import raise_if_flagged
 from flowrl_mega.ops.kernels import describe

@@ -82,7 +82,8 @@ def lm_head_logprob(
 
     The backward pass keeps logits up to `logits_budget_bytes` and makes the rest again. The weight's gradient is added
     to `weight.main_grad` where Megatron has one. The gradient of `hidden` comes back summed over `group`; under
-    sequence parallelism the caller's gather reduce-scatters it instead (`reduce_gradient=False`).
+    sequence parallelism the caller's gather reduce-scatters it instead (`reduce_gradient=False`). Under torch.compile
+    there is no group and no main_grad, and all logits are made again.
     """
     shard = shard or Shard(0, weight.shape[0], weight.shape[0])
     checks.head(hidden, weight, rows, shard.valid)
@@ -104,6 +105,14 @@ def lm_head_logprob(
         logp, entropy, sequence = liger_logprob(hidden, weight, target, cu_seqlens, *rest)
         return HeadOutput(logp.view(shape), entropy.view(shape), sequence, None)
     hidden = hidden.to(torch.promote_types(hidden.dtype, weight.dtype))
+    into_cap = None if softcap is None else logit_scale / softcap
+    factor = logit_scale if softcap is None else softcap  # of the kernels' logits: one with their temperature
+    inputs = (hidden, weight, bias, target, cu_seqlens, checks.inv_temperature(temperature, shape, hidden, factor))
+    if torch.compiler.is_compiling():
+        if group is not None:
+            raise ValueError("lm_head_logprob: has no group inside torch.compile; call it outside of what is compiled")
+        found = torch.ops.flowrl.whole_lm_head(*inputs, *shard, into_cap, backend)
+        return HeadOutput(found[0].view(shape), found[1].view(shape), found[2], found[3].view(shape))
     differentiated = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     has_backward = torch.is_grad_enabled() and differentiated  # forward cannot ask
     call = _Call(
@@ -112,11 +121,9 @@ def lm_head_logprob(
         reduce_gradient=reduce_gradient,
         budget=logits_budget_bytes if has_backward else 0,
         kernels=kernels_for(backend, hidden.device),
-        into_cap=None if softcap is None else logit_scale / softcap,
+        into_cap=into_cap,
     )
-    factor = logit_scale if softcap is None else softcap  # of the kernels' logits: one with their temperature
-    inv_temperature = checks.inv_temperature(temperature, shape, hidden, factor)
-    logp, entropy, sequence, lse = _LmHead.apply(hidden, weight, bias, target, cu_seqlens, inv_temperature, call)
+    logp, entropy, sequence, lse = _LmHead.apply(*inputs, call)
     return HeadOutput(logp.view(shape), entropy.view(shape), sequence, lse.view(shape))
 
 

@@ -43,6 +43,7 @@ def logprob(
 
     With `inplace_backward` the gradient is written over the logits, so the whole needs no second matrix of their size;
     they must not be read after that, and a second backward raises. ValueError says what is wrong with the input.
+    Under torch.compile the gradient never lies over the logits.
     """
     checks.logits(logits)
     rows, columns = logits.shape[:-1], logits.shape[-1]
@@ -50,10 +51,12 @@ def logprob(
     target = checks.target(target, rows, valid, logits.device, ignore_index)
     cu_seqlens = checks.cu_seqlens(cu_seqlens, rows, logits.device)
     inv_temperature = checks.inv_temperature(temperature, rows, logits)
-    chosen = kernels_for(backend, logits.device)
-    logp, entropy, sequence, lse = _LogProb.apply(
-        logits, target, cu_seqlens, inv_temperature, valid, ignore_index, inplace_backward, chosen
-    )
+    inputs = (logits, target, cu_seqlens, inv_temperature, valid, ignore_index)
+    if torch.compiler.is_compiling():
+        logp, entropy, sequence, lse, *_ = torch.ops.flowrl.whole_logprob(*inputs, backend)
+    else:
+        chosen = kernels_for(backend, logits.device)
+        logp, entropy, sequence, lse = _LogProb.apply(*inputs, inplace_backward, chosen)
     return LogProb(logp.view(rows), entropy.view(rows), sequence, lse.view(rows))
 
 

@@ -106,7 +106,7 @@ def test_labels(dtype, backend):
 
 @pytest.mark.parametrize("main_grad", [True, False])
 @pytest.mark.parametrize("budget", [0, 1 << 20])
-@pytest.mark.parametrize(("hidden", "weight"), [("bf16", "fp32"), ("fp32", "bf16"), ("fp16", "bf16")])
+@pytest.mark.parametrize(("hidden", "weight"), [("bf16", "fp32"), ("fp32", "bf16"), ("fp16", "bf16"), ("fp32", "fp64")])
 def test_two_types(hidden, weight, budget, main_grad, backend, monkeypatch):
     """The wider one multiplies, so the result is that of their exact values; each gradient comes in its own type."""
     chunked(monkeypatch, 100, 20)
