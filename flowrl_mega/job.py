@@ -15,7 +15,7 @@ from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.precision import row_alignment
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.launch import launch, rank_environment
-from flowrl_mega.preflight import Inputs, check, describe
+from flowrl_mega.preflight import Inputs, check, check_ops_of_ranks, describe
 from flowrl_mega.run import Run
 from flowrl_mega.run_lock import run_lock
 
@@ -68,6 +68,7 @@ def run_rank(inputs: Inputs, checkpoint: Path | None, stop_requested: Callable[[
         os.environ.update(rank_environment(0, 1))
     config = inputs.config
     layout = layouts.init(config.parallel, config.seed, row_alignment(config.model))
+    check_ops_of_ranks(config.ops.backend, layout)
     run = Run(inputs, layout, checkpoint)
     try:
         finished = run.run(stop_requested)

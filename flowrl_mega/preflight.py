@@ -149,6 +149,14 @@ def check_ops(backend: Literal["auto", "native", "torch", "liger"]) -> str:
         raise ConfigError(f"ops.backend = {backend}: {error}") from None
 
 
+def check_ops_of_ranks(backend: Literal["auto", "native", "torch", "liger"], layout: layouts.Layout) -> None:
+    """Refuses a job whose tensor-parallel ranks have unlike kernels, a node without a compiler say; called by all."""
+    try:
+        ops.check_ranks(backend, layout.device, layout.tp_group)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
 def check_engine(inputs: Inputs, world: int) -> str:
     """What will generate, in words. Refuses an engine that cannot be loaded, and servers that cannot be started or
     serve another model."""

@@ -10,6 +10,7 @@ import functools
 import logging
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -84,6 +85,30 @@ def describe(name: Name | Literal["liger"], device: torch.device) -> str:
     if device.type == "cuda":
         return "native CUDA kernels"
     return f"native CPU kernels, {('plain C++', 'AVX2', 'AVX-512')[_OPS.cpu_instruction_set()]}"
+
+
+_AGREED: WeakKeyDictionary[dist.ProcessGroup, set[str]] = WeakKeyDictionary()  # backends, by group
+
+
+def check_ranks(name: Name | Literal["liger"], device: torch.device, group: dist.ProcessGroup) -> None:
+    """ValueError, on all ranks of `group`, where they would run unlike kernels: they combine the same numbers, and must
+    come to the same bits. The first call for a group is a gathering of one text a rank, so all of them must make it."""
+    agreed = _AGREED.setdefault(group, set())
+    if group.size() == 1 or name in agreed:
+        return
+    try:
+        mine = describe(name, device)
+    except build.BuildError as error:
+        mine = f"none, since {error}"
+    found: list[str] = [""] * group.size()
+    dist.all_gather_object(found, mine, group=group)
+    kinds = [text.split(",")[0] for text in found]  # the CPU's instruction set is each rank's own affair
+    if len(set(kinds)) > 1:
+        first = {kind: text for kind, text in reversed(list(zip(kinds, found, strict=True)))}
+        ranks = {kind: [dist.get_global_rank(group, i) for i, own in enumerate(kinds) if own == kind] for kind in first}
+        told = "; ".join(f"rank {', '.join(map(str, ranks[kind]))}: {first[kind]}" for kind in sorted(first))
+        raise ValueError(f"ops.backend = {name}: ranks that share a vocabulary must run the same kernels ({told})")
+    agreed.add(name)
 
 
 @functools.cache

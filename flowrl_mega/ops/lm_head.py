@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flowrl_mega.ops import checks
-from flowrl_mega.ops.kernels import Kernels, Name, kernels_for
+from flowrl_mega.ops.kernels import Kernels, Name, check_ranks, kernels_for
 from flowrl_mega.ops.liger import liger_logprob
 from flowrl_mega.ops.logprob import row_gradient, rows_of
 from flowrl_mega.ops.torch_ops import stats_dtype
@@ -95,6 +95,8 @@ def lm_head_logprob(
     target = checks.target(target, shape, shard.vocab, hidden.device, IGNORE)
     cu_seqlens = checks.cu_seqlens(cu_seqlens, shape, hidden.device)
     group = group if group is not None and group.size() > 1 else None
+    if group is not None and not torch.compiler.is_compiling():
+        check_ranks(backend, hidden.device, group)
     if backend == "liger":
         if isinstance(temperature, Tensor) or bias is not None or logit_scale != 1 or softcap is not None:
             raise ValueError(

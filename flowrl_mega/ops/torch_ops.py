@@ -119,7 +119,7 @@ def logprob_backward(
     if vocab_valid:
         column = local.clamp(0, vocab_valid - 1)[:, None]
         own = -torch.expm1(logp.gather(1, column))  # 1 - p without cancellation
-        rest = _sloped(logp, offset, slope) if sloped else None
+        rest = None if offset is None or slope is None else _sloped(logp, offset, slope)
         p = logp.exp_().neg_()
         p.scatter_(1, column, torch.where(mine[:, None], own, p.gather(1, column)))
         p.mul_(scale[:, None])

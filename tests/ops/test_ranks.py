@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -15,7 +16,7 @@ from rank_pool import RankPool
 from test_lm_head import HIDDEN, TOLERANCE, VOCAB, HeadCase, HeadResult, all_same, error, head_case, head_oracle, ours
 from torch import Tensor
 
-from flowrl_mega.ops import Shard, lm_head, lm_head_logprob
+from flowrl_mega.ops import Shard, build, kernels, lm_head, lm_head_logprob
 
 COLLECTIVES = """all_gather all_gather_into_tensor all_reduce all_to_all all_to_all_single barrier broadcast gather
 reduce reduce_scatter reduce_scatter_tensor scatter send recv isend irecv"""
@@ -170,3 +171,42 @@ def test_a_nan_on_one_rank_is_a_nan_on_all(name, ranks2):
     read = whole_case().target != IGNORED
     for rank in ranks2.run(on_rank, 300, 0.0, name, spoiled=400):
         assert all(x[read].isnan().all() for x in rank.result[:3])
+
+
+def on_a_rank_without_compiler(poor: int, backend: str) -> list[str]:
+    """What two calls say; rank `poor` finds no library."""
+    mine, shard = shard_of(whole_case(), 300, 0.0)
+    options = {"shard": shard, "group": dist.new_group(), "backend": backend}
+    with ExitStack() as stack:
+        if dist.get_rank() == poor:
+            stack.enter_context(mock.patch.object(kernels, "_fault", lambda kind: "no C++ compiler found, none"))
+            stack.enter_context(mock.patch.object(kernels, "load", mock.Mock(side_effect=build.BuildError("no g++"))))
+        said = []
+        for _ in range(2):
+            try:
+                lm_head_logprob(mine.hidden, mine.weight, mine.target, **options)
+                said.append("")
+            except (ValueError, build.BuildError) as error:
+                said.append(str(error))
+    return said
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("poor", [0, 1])
+@pytest.mark.parametrize("backend", ["auto", "native"])
+def test_a_rank_with_other_kernels_is_refused_on_all(backend, poor, native, ranks2):
+    """Each time, with the rank and the reason: alone it would fall back to plain torch and hold other bits."""
+    reason = "plain torch, since no C[+][+] compiler found, none" if backend == "auto" else "none, since no g[+][+]"
+    for said in ranks2.run(on_a_rank_without_compiler, poor, backend):
+        for text in said:
+            assert re.search(rf"ops.backend = {backend}: ranks that share a vocabulary must run the same kernels", text)
+            assert re.search(rf"rank {poor}: {reason}", text) and f"rank {1 - poor}: native CPU kernels" in text
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_ranks_with_the_same_kernels_are_not_refused(backend, native, ranks2):
+    """Also where none has a library: then all run plain torch."""
+    assert ranks2.run(on_a_rank_without_compiler, -1, backend) == [["", ""]] * 2
+    if backend == "torch":
+        assert ranks2.run(on_a_rank_without_compiler, 0, backend) == [["", ""]] * 2
