@@ -32,8 +32,8 @@ class _Context:
     logits: Tensor | None
     main_grad: None = None
 
-    def __init__(self, *saved: Tensor, **rest: Any) -> None:
-        self.saved_tensors = saved
+    def __init__(self, *saved: Tensor | None, **rest: Any) -> None:
+        self.saved_tensors: tuple[Any, ...] = saved
         self.__dict__.update(rest)
 
     def save_for_backward(self, *saved: Tensor) -> None:
@@ -71,7 +71,8 @@ def whole_logprob_backward(logits: Tensor, *rest: Any) -> Tensor:
     saved = (target, maximum, log_sum, inv_temperature, cu_seqlens, entropy)
     of_call = (valid, ignore_index, False, kernels_for(backend, logits.device))
     context = _Context(*saved, logits=logits, version=logits._version, rest=of_call)
-    return _LogProb.backward(context, *grads)[0]
+    d_logits: Tensor = _LogProb.backward(context, *grads)[0]  # type: ignore[assignment]
+    return d_logits
 
 
 @torch.library.custom_op(
@@ -82,7 +83,7 @@ def whole_logprob_backward(logits: Tensor, *rest: Any) -> Tensor:
 def whole_lm_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, cu_seqlens: Tensor, tau: Tensor, *of_head: Any
 ) -> tuple[Tensor, ...]:
-    call = _call(*of_head, device=hidden.device)
+    call = _call(hidden.device, *of_head)
     _check(target, cu_seqlens, call.shard.vocab, IGNORE)
     context = _Context()
     found = _LmHead.forward(context, hidden, weight, bias, target, cu_seqlens, tau, call)
@@ -100,14 +101,14 @@ def whole_lm_head_backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, 
     target, cu_seqlens, tau, entropy, maximum, log_sum, *others, needed = rest
     grads, of_head = others[:4], others[4:]
     saved = (hidden, weight, bias, target, cu_seqlens, tau, maximum, log_sum, entropy)
-    call = _call(*of_head, device=hidden.device)
+    call = _call(hidden.device, *of_head)
     kept = [None for _ in call.chunks(hidden, weight)]
     context = _Context(*saved, call=call, kept=kept, needs_input_grad=needed)
     found = _LmHead.backward(context, *grads)[:3]
     return tuple(hidden.new_empty(0) if x is None else x for x in found)
 
 
-def _call(start: int, valid: int, vocab: int, into_cap: float | None, backend: Any, device: torch.device) -> _Call:
+def _call(device: torch.device, start: int, valid: int, vocab: int, into_cap: float | None, backend: Any) -> _Call:
     kernels = kernels_for(backend, device)
     return _Call(Shard(start, valid, vocab), None, True, budget=0, kernels=kernels, into_cap=into_cap)
 

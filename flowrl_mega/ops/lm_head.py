@@ -200,7 +200,7 @@ class _LmHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, cu_seqlens, inv_temperature, maximum, log_sum, entropy = ctx.saved_tensors
         call, kept = ctx.call, ctx.kept
-        grad = row_gradient(*grads, entropy, cu_seqlens)
+        grad = row_gradient(grads, entropy, cu_seqlens)
         of_rows = (target, grad.logp, maximum, log_sum, inv_temperature)
         d_hidden = d_weight = d_bias = reduced = None
         if ctx.needs_input_grad[0]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -99,7 +100,7 @@ class _LogProb(torch.autograd.Function):
         target, maximum, log_sum, inv_temperature, cu_seqlens, entropy = ctx.saved_tensors
         valid, ignore_index, inplace, k = ctx.rest
         logits = ctx.logits
-        grad = row_gradient(*grads, entropy, cu_seqlens)
+        grad = row_gradient(grads, entropy, cu_seqlens)
         of_rows = (target, grad.logp, maximum, log_sum, inv_temperature)
         matrices = [
             ((x, *(rows_of(value, rows) for value in of_rows), 0, valid, ignore_index), grad.sloped(rows))
@@ -145,15 +146,9 @@ class RowGradient(NamedTuple):
         return () if self.offset is None or self.slope is None else (self.offset[rows], self.slope[rows])
 
 
-def row_gradient(
-    d_logp: Tensor | None,
-    d_entropy: Tensor | None,
-    d_sequence: Tensor | None,
-    d_lse: Tensor | None,
-    entropy: Tensor,
-    cu_seqlens: Tensor,
-) -> RowGradient:
-    """From the gradients of logp, of entropy and of the log of the sum [T], and of the sequences' sums [B, 3]."""
+def row_gradient(grads: Sequence[Tensor | None], entropy: Tensor, cu_seqlens: Tensor) -> RowGradient:
+    """From the gradients of logp and entropy [T], of the sequences' sums [B, 3], and of the log of the sum [T]."""
+    d_logp, d_entropy, d_sequence, d_lse = grads
     zero = torch.zeros_like(entropy)
     d_logp = zero if d_logp is None else d_logp.to(entropy.dtype).contiguous()
     if d_sequence is not None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from oracle import DTYPES, FLOAT64, GRADIENT, IGNORED, LOGP, Case, case, excess, same_bits
+from oracle import DTYPES, GRADIENT, IGNORED, LOGP, OF_THE_CPU, Case, case, excess, same_bits
 from test_lm_head import chunked, head_case
 from torch import Tensor
 
@@ -146,7 +146,7 @@ def test_sums_of_entropy_hand_their_gradient_to_each_row(backend):
     assert excess(logits.grad, wanted, (0.0, 2e-6)) <= 1
 
 
-@pytest.mark.parametrize("backend", FLOAT64, indirect=True)
+@pytest.mark.parametrize("backend", OF_THE_CPU, indirect=True)
 @pytest.mark.parametrize("temperature", [0.6, "by row"])
 def test_gradcheck(temperature, backend):
     """All outputs against finite differences in float64."""
@@ -163,7 +163,7 @@ def test_gradcheck(temperature, backend):
     assert torch.autograd.gradcheck(outputs, (c.logits.requires_grad_(),))
 
 
-@pytest.mark.parametrize("backend", FLOAT64, indirect=True)
+@pytest.mark.parametrize("backend", OF_THE_CPU, indirect=True)
 def test_gradcheck_of_the_head(backend, monkeypatch):
     """Over several chunks and blocks of rows, kept and made again."""
     chunked(monkeypatch, 4, 3)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import FLOAT64, GRADIENT, IGNORED
+from oracle import GRADIENT, IGNORED, OF_THE_CPU
 from test_lm_head import Counted, chunked, head_case
 from torch import Tensor
 
@@ -79,7 +79,7 @@ def test_equals_float64_autograd(name, budget, dtype, backend, monkeypatch):
         assert ((a - b).abs() <= GRADIENT[dtype][0] * b.abs() + 5e-6 * b.abs().max()).all()
 
 
-@pytest.mark.parametrize("backend", FLOAT64, indirect=True)
+@pytest.mark.parametrize("backend", OF_THE_CPU, indirect=True)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_gradcheck(name, backend, monkeypatch):
     """Against finite differences, with a padded vocabulary and a temperature a row."""
