@@ -153,7 +153,7 @@ def check_ops_of_ranks(backend: Literal["auto", "native", "torch", "liger"], lay
     """Refuses a job whose tensor-parallel ranks have unlike kernels, a node without a compiler say; called by all."""
     try:
         ops.check_ranks(backend, layout.device, layout.tp_group)
-    except ValueError as error:
+    except ops.UnlikeRanks as error:
         raise ConfigError(str(error)) from None
 
 

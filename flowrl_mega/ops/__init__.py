@@ -3,7 +3,7 @@
 import flowrl_mega.ops.compiled  # noqa: F401  its ops exist once it is imported
 from flowrl_mega.ops.build import BuildError
 from flowrl_mega.ops.checks import raise_if_flagged
-from flowrl_mega.ops.kernels import check_ranks, describe
+from flowrl_mega.ops.kernels import UnlikeRanks, check_ranks, describe
 from flowrl_mega.ops.lm_head import HeadOutput, Shard, lm_head_logprob
 from flowrl_mega.ops.logprob import LogProb, logprob
 from flowrl_mega.ops.scale_grad import scale_grad
@@ -13,6 +13,7 @@ __all__ = [
     "HeadOutput",
     "LogProb",
     "Shard",
+    "UnlikeRanks",
     "check_ranks",
     "describe",
     "lm_head_logprob",

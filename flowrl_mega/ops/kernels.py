@@ -90,9 +90,13 @@ def describe(name: Name | Literal["liger"], device: torch.device) -> str:
 _AGREED: WeakKeyDictionary[dist.ProcessGroup, set[str]] = WeakKeyDictionary()  # backends, by group
 
 
+class UnlikeRanks(ValueError):
+    """Ranks that share a vocabulary would run unlike kernels."""
+
+
 def check_ranks(name: Name | Literal["liger"], device: torch.device, group: dist.ProcessGroup) -> None:
-    """ValueError, on all ranks of `group`, where they would run unlike kernels: they combine the same numbers, and must
-    come to the same bits. The first call for a group is a gathering of one text a rank, so all of them must make it."""
+    """UnlikeRanks, on all ranks of `group`, where they would run unlike kernels: they combine the same numbers, and
+    must come to the same bits. The first call for a group gathers one text a rank, so all of them must make it."""
     agreed = _AGREED.setdefault(group, set())
     if group.size() == 1 or name in agreed:
         return
@@ -107,7 +111,7 @@ def check_ranks(name: Name | Literal["liger"], device: torch.device, group: dist
         first = {kind: text for kind, text in reversed(list(zip(kinds, found, strict=True)))}
         ranks = {kind: [dist.get_global_rank(group, i) for i, own in enumerate(kinds) if own == kind] for kind in first}
         told = "; ".join(f"rank {', '.join(map(str, ranks[kind]))}: {first[kind]}" for kind in sorted(first))
-        raise ValueError(f"ops.backend = {name}: ranks that share a vocabulary must run the same kernels ({told})")
+        raise UnlikeRanks(f"ops.backend = {name}: ranks that share a vocabulary must run the same kernels ({told})")
     agreed.add(name)
 
 

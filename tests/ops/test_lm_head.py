@@ -147,8 +147,10 @@ def test_ignored_rows(backend):
     assert all(torch.equal(x[::3], torch.zeros_like(x[::3])) for x in found[:3])
 
 
-@pytest.mark.parametrize("rows", [1, 12, 36, 1000])
-@pytest.mark.parametrize("columns", [1, 3, 8, 529, 530, 1000])
+@pytest.mark.parametrize(
+    ("columns", "rows"),
+    [(1, 1000), (3, 1000), (530, 1), (64, 1), (8, 12), (64, 36), (529, 36), (530, 1000), (1000, 12)],
+)
 def test_chunks_do_not_change_the_result(columns, rows, backend, monkeypatch):
     """A column at a time, a last chunk of one column, one chunk for all; a row at a time, a last block of one row."""
     c = head_case()
