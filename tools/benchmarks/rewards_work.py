@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+START = "import sys; sys.path.append({folder!r}); from rewards_work import main; main()"
 Call = tuple[dict[str, Any], str]  # a row and a response
 
 
@@ -24,7 +25,8 @@ class Timed:
     def __init__(self, checkout: Path, spec: str, work: list[Call], warm_up: list[Call]) -> None:
         self.rewards: list[float] = []
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-c", START.format(folder=str(Path(__file__).parent))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=os.environ | {"PYTHONPATH": str(checkout)},
         )  # fmt: skip
         self._ask({"checkout": str(checkout), "spec": spec, "work": work, "warm_up": warm_up})
@@ -87,7 +89,3 @@ def in_a_fork(reward: Any, work: list[Call], clock: Callable[[], float]) -> tupl
         answer = json.load(pipe)
     os.wait()
     return answer
-
-
-if __name__ == "__main__":
-    main()
