@@ -248,9 +248,8 @@ def describe(inputs: Inputs, world: int, checkpoint: Path | None) -> str:
         "run folder": f"{config.run_dir}, " + (f"resuming {checkpoint}" if checkpoint else "from the start"),
     }
     if inputs.resumed:
-        lines["compared"] = ("\n" + " " * 12).join(
-            inputs.resumed.lines
-        ) or "settings and data are those of the checkpoint"
+        said = inputs.resumed.lines or ["settings and data are those of the checkpoint"]
+        lines["compared"] = f"\n{' ' * 12}".join(said)
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
 
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from flowrl_mega.config import Config, ConfigError, DataSettings
 from flowrl_mega.data.loader import whole
-from flowrl_mega.data.modules import test_modules
+from flowrl_mega.data.modules import modules_of_tests
 from flowrl_mega.data.prompts import Prompts, read_jsonl, tokenized
 from flowrl_mega.data.split import split
 from flowrl_mega.data.stop_ids import stop_ids
@@ -64,7 +64,7 @@ def modules_of(prompts: Prompts) -> set[str]:
     store = whole(prompts)
     if isinstance(store, MappedStore) and "modules" in store.header:
         return set(store.header["modules"])
-    return {name for prompt in prompts for name in test_modules(prompt.row)}
+    return {name for prompt in prompts for name in modules_of_tests(prompt.row)}
 
 
 def load_tokenizer(path: str) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def test_modules(row: dict[str, Any]) -> set[str]:
+def modules_of_tests(row: dict[str, Any]) -> set[str]:
     """The modules that the tests of a row cannot do without, by the first part of their names.
 
     Of tests that are code (`"type": "check"`) and of their stub; what stands in a `try` may be missing. The other

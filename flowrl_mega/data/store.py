@@ -29,7 +29,7 @@ import numpy as np
 from flowrl_mega.config import ConfigError
 from flowrl_mega.data.chat import TEMPLATE_DATE
 from flowrl_mega.data.fingerprint import Fingerprint
-from flowrl_mega.data.modules import test_modules
+from flowrl_mega.data.modules import modules_of_tests
 from flowrl_mega.data.prompts import Prompt, Row
 
 FORMAT = 1
@@ -232,7 +232,7 @@ class StoreWriter:
         self._append("images", image, len(image))
         self.tasks[row.get("task", "")] += 1
         self.kinds[row.get("kind", "")] += 1
-        self.modules.update(test_modules(row))
+        self.modules.update(modules_of_tests(row))
         self.longest = max(self.longest, len(token_ids))
 
     def _append(self, part: str, data: bytes, length: int) -> None:

@@ -64,6 +64,16 @@ def head_options(weight: Tensor, bias: Tensor | None, logit_scale: float, softca
             raise ValueError(f"{name} = {value}: must be above 0 and finite")
 
 
+def liger_options(temperature: float | Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> float:
+    """The temperature, which must be one for all rows."""
+    if isinstance(temperature, Tensor) or bias is not None or logit_scale != 1 or softcap is not None:
+        raise ValueError(
+            "ops.backend = liger: takes one temperature for all rows, no bias, logit_scale or softcap; "
+            "use ops.backend=auto"
+        )
+    return temperature
+
+
 def vocab_valid(valid: int, columns: int) -> int:
     if not 0 <= valid <= columns:
         raise ValueError(f"vocab_valid = {valid}: must lie in 0..{columns}, the columns that there are")

@@ -98,12 +98,14 @@ def lm_head_logprob(
     if group is not None and not torch.compiler.is_compiling():
         check_ranks(backend, hidden.device, group)
     if backend == "liger":
-        if isinstance(temperature, Tensor) or bias is not None or logit_scale != 1 or softcap is not None:
-            raise ValueError(
-                "ops.backend = liger: takes one temperature for all rows, no bias, logit_scale or softcap; "
-                "use ops.backend=auto"
-            )
-        rest = (temperature, shard.valid, shard.vocab, IGNORE, group, reduce_gradient)
+        rest = (
+            checks.liger_options(temperature, bias, logit_scale, softcap),
+            shard.valid,
+            shard.vocab,
+            IGNORE,
+            group,
+            reduce_gradient,
+        )
         logp, entropy, sequence = liger_logprob(hidden, weight, target, cu_seqlens, *rest)
         return HeadOutput(logp.view(shape), entropy.view(shape), sequence, None)
     hidden = hidden.to(torch.promote_types(hidden.dtype, weight.dtype))

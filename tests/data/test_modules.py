@@ -9,7 +9,7 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 
 from flowrl_mega.data.load_prompts import modules_of
-from flowrl_mega.data.modules import test_modules as modules_of_tests
+from flowrl_mega.data.modules import modules_of_tests
 from flowrl_mega.data.prepare.make_store import Plan, prepare
 from flowrl_mega.data.prompts import tokenized
 from flowrl_mega.data.store import MappedStore

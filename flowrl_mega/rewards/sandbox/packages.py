@@ -30,22 +30,22 @@ def find(names: Iterable[str]) -> list[str]:
 
 
 class Finder:
-    """Imports the modules at these paths, and no others that lie beside them."""
+    """Imports the modules that it has folders of, and no others that lie beside them."""
 
-    def __init__(self, paths: Iterable[str]) -> None:
-        self.folders = {os.path.basename(path).partition(".")[0]: os.path.dirname(path) for path in paths}
+    def __init__(self) -> None:
+        self.folders: dict[str, str] = {}  # by the module's name
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
         folder = self.folders.get(name)
         return PathFinder.find_spec(name, [folder]) if folder else None
 
 
-finder = Finder([])
+finder = Finder()
 
 
 def allow(paths: Iterable[str]) -> None:
-    """From here on this interpreter imports them."""
-    finder.folders = Finder(paths).folders
+    """From here on this interpreter imports the modules at these paths."""
+    finder.folders = {os.path.basename(path).partition(".")[0]: os.path.dirname(path) for path in paths}
     sys.meta_path.append(finder)
 
 
