@@ -33,7 +33,11 @@ class LogZ(Settings):
 class ModelSettings(Settings):
     path: PathText = Field(description="Hugging Face folder with *.safetensors and tokenizer, or a Megatron checkpoint")
     dtype: Literal["fp32", "bf16"] = "fp32"
-    logits_budget_mb: int = Field(256, ge=1, description="logits kept for the backward pass; more is recomputed")
+    logits_budget_mb: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="logits kept for the backward pass, more is recomputed; auto: 256, and on a GPU from the second "
+        "update on half of the memory that was free at its peak",
+    )
     spec: Literal["auto", "local", "te"] = Field(
         "auto", description="layers: Megatron's own or Transformer Engine's; auto: te for bf16, where it can be used"
     )
@@ -51,6 +55,11 @@ class ModelSettings(Settings):
     fp8_check_every: int = Field(50, ge=0, description="steps between comparisons with bf16; 0: at the start only")
     fp8_budget: float = Field(0.1, gt=0, description="mean |FP8 - bf16| of a sequence's residual, nats a token")
     fp8_action: Literal["stop", "fallback"] = Field("stop", description="beyond the budget; fallback: go on in bf16")
+
+    @property
+    def first_logits_budget_mb(self) -> int:
+        """Of a run's first updates, before anything was measured."""
+        return 256 if self.logits_budget_mb == "auto" else self.logits_budget_mb
 
     @field_validator("fp8", "reference_fp8", mode="before")
     @classmethod

@@ -14,6 +14,7 @@ from flowrl_mega.metrics import Max, Mean
 from flowrl_mega.model.architecture import Architecture, read_architecture
 from flowrl_mega.model.critic import Critic
 from flowrl_mega.model.fp8_gate import Fp8Gate
+from flowrl_mega.model.logits_budget import LogitsBudget
 from flowrl_mega.model.policy import Policy, build_reference
 from flowrl_mega.model.stage import Model
 from flowrl_mega.monitor.step_metrics import reduce_reports
@@ -68,6 +69,7 @@ class Models:
     reference: Policy | None
     reference_offload: Offload | None  # the context in which the reference can be scored; None: always
     gate: Fp8Gate
+    logits_budget: LogitsBudget
 
     @property
     def shares_trunk(self) -> bool:
@@ -112,7 +114,8 @@ def build_models(arch: Architecture, objective: Objective, config: Config, layou
         reference = _loaded(build_reference(arch, config, layout), config.model.path)
         offload = reference.offload() if config.model.reference_offload else None
     gate = Fp8Gate(policy, config.model, getattr(objective, "length_norm", True))
-    return Models(policy, learner, own_critic, critic_learner, reference, offload, gate)
+    budget = LogitsBudget(policy, config.model.logits_budget_mb)
+    return Models(policy, learner, own_critic, critic_learner, reference, offload, gate, budget)
 
 
 def _loaded(model: Any, path: str | Path) -> Any:

@@ -11,7 +11,7 @@ import torch
 
 from flowrl_mega import objectives, ops
 from flowrl_mega.checkpoint import check_checkpoint, check_model, critic_in_checkpoint, find_checkpoint, is_megatron
-from flowrl_mega.config import Config, ConfigError
+from flowrl_mega.config import Config, ConfigError, ModelSettings
 from flowrl_mega.data.digest import digest
 from flowrl_mega.data.fit import check_prompts
 from flowrl_mega.data.load_prompts import PromptData, kinds_of, load_prompts, modules_of
@@ -233,7 +233,7 @@ def describe(inputs: Inputs, world: int, checkpoint: Path | None) -> str:
         "layers": describe_layers(config.model),
         "FP8": describe_fp8(config.model),
         "optimizer": backends.optimizer(),
-        "log-probs": f"{check_ops(config.ops.backend)}; {config.model.logits_budget_mb} MB of logits kept",
+        "log-probs": f"{check_ops(config.ops.backend)}; {logits_kept(config.model)}",
         "engine": check_engine(inputs, world),
         "objective": f"{config.objective['name']} ({settings})",
         "log Z": (objective.log_z.kind + (f", lr {rate:g}" if objective.log_z.learned else ""))
@@ -251,6 +251,12 @@ def describe(inputs: Inputs, world: int, checkpoint: Path | None) -> str:
         said = inputs.resumed.lines or ["settings and data are those of the checkpoint"]
         lines["compared"] = f"\n{' ' * 12}".join(said)
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+
+
+def logits_kept(model: ModelSettings) -> str:
+    measured = model.logits_budget_mb == "auto" and torch.cuda.is_available()
+    later = ", and from the second update on half of what it left free" if measured else ""
+    return f"{model.first_logits_budget_mb} MB of logits kept{later}"
 
 
 def describe_critic(config: Config) -> str:

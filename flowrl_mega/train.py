@@ -90,6 +90,7 @@ class Trainer:
             metrics |= self.models.critic_learner.update(mini_batch, lambda stage, b: stage(b.packed), self.value_loss)
         if self.config.critic is None or self.step_done >= self.config.critic.warmup_steps:
             metrics |= self.models.learner.update(mini_batch, self.forward, self.loss)
+            self.models.logits_budget.after_update(self.models.learner.optimizer.updates)
         return metrics
 
     def forward(self, stage: Any, batch: MicroBatch) -> PolicyOutput | torch.Tensor:

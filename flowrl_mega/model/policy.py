@@ -35,7 +35,7 @@ class PolicyStage(Stage):
         self, arch: Architecture, config: Config, layout: Layout, log_z: LogZ | None, with_value: bool, vp_stage: int
     ) -> None:
         super().__init__(arch, config, layout, vp_stage)
-        self.logits_budget_bytes, self.backend = config.model.logits_budget_mb << 20, config.ops.backend
+        self.logits_budget_bytes, self.backend = config.model.first_logits_budget_mb << 20, config.ops.backend
         self.log_z = log_z or LogZ(kind="zero")
         self.partition: nn.Module | None = None
         self.value_head: ValueHead | None = None
@@ -99,6 +99,16 @@ class Policy(Model):
     def partition(self) -> nn.Module | None:
         """The partition function, where this rank has it: on the last pipeline stage."""
         return self.stages[-1].partition
+
+    @property
+    def logits_budget_bytes(self) -> int:
+        """Logits that the lm-head keeps for the backward pass; a setter for all of this rank's stages."""
+        return self.stages[-1].logits_budget_bytes
+
+    @logits_budget_bytes.setter
+    def logits_budget_bytes(self, value: int) -> None:
+        for stage in self.stages:
+            stage.logits_budget_bytes = value
 
 
 def build_reference(arch: Architecture, config: Config, layout: Layout) -> Policy:

@@ -80,10 +80,10 @@ def lm_head_logprob(
     logit_scale (Cohere, Granite), softcap * tanh(. / softcap) (Gemma).
     Or hidden [B, S, H] with target and temperature [B, S]: R = B S rows, and without cu_seqlens B sequences.
 
-    The backward pass keeps logits up to `logits_budget_bytes` and makes the rest again. The weight's gradient is added
-    to `weight.main_grad` where Megatron has one. The gradient of `hidden` comes back summed over `group`; under
-    sequence parallelism the caller's gather reduce-scatters it instead (`reduce_gradient=False`). Under torch.compile
-    there is no group and no main_grad, and all logits are made again.
+    The backward pass keeps logits up to `logits_budget_bytes`, or all of them where only one chunk is beyond, and makes
+    the rest again. The weight's gradient is added to `weight.main_grad` where Megatron has one. The gradient of
+    `hidden` comes back summed over `group`; under sequence parallelism the caller's gather reduce-scatters it instead
+    (`reduce_gradient=False`). Under torch.compile there is no group and no main_grad, and all logits are made again.
     """
     shard = shard or Shard(0, weight.shape[0], weight.shape[0])
     checks.head(hidden, weight, rows, shard.valid)
@@ -159,6 +159,18 @@ class _Call(NamedTuple):
             for row in range(0, max(1, count), height):
                 yield columns, own, slice(row, min(row + height, count))
 
+    def kept_bytes(self, hidden: Tensor, weight: Tensor) -> int:
+        """Bytes of logits that backward finds: the budget, and of a last chunk beyond it too, which would be made again
+        beside all the others."""
+        if not self.budget:
+            return 0
+        size = stats_dtype(hidden.dtype).itemsize
+        blocks = [
+            size * (rows.stop - rows.start) * (columns.stop - columns.start)
+            for columns, _, rows in self.chunks(hidden, weight)
+        ]
+        return sum(blocks) if sum(blocks) <= self.budget + max(blocks) else self.budget
+
     def vocab_range(self, columns: slice) -> tuple[int, int, int]:
         """vocab_start, vocab_valid and ignore_index of a chunk."""
         return self.shard.start + columns.start, columns.stop - columns.start, IGNORE
@@ -176,7 +188,7 @@ class _LmHead(torch.autograd.Function):
         inv_temperature: Tensor,
         call: _Call,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        k, budget = call.kernels, call.budget
+        k, budget = call.kernels, call.kept_bytes(hidden, weight)
         kept: list[Tensor | None] = []
         parts: dict[int, list[Tensor]] = defaultdict(list)  # of each tile, a block of rows after another
         for columns, tiles, rows in call.chunks(hidden, weight):

@@ -75,7 +75,10 @@ EVIDENCE: dict[str, Any] = {
     "seed": Trained("seed=1"),
     "model.path": Refused("model.path=nowhere"),
     "model.dtype": Trained("model.dtype=bf16"),
-    "model.logits_budget_mb": Planned("model.logits_budget_mb=1"),
+    "model.logits_budget_mb": (
+        Planned("model.logits_budget_mb=1"),
+        Tested("distributed/test_logits_budget.py::test_a_number_is_kept_to"),
+    ),
     "model.spec": (Refused("model.spec=te"), Tested("model/test_precision.py::test_what_is_said")),
     "model.fp8": (Refused("model.fp8=tensorwise"), Tested("model/test_precision.py::test_fields_of_a_recipe")),
     "model.fp8_first_last_bf16": (

@@ -11,7 +11,7 @@ from test_lm_head import HIDDEN, all_same, chunked, head_case, ours
 from flowrl_mega.ops import lm_head, lm_head_logprob, logprob
 
 ROWS, WIDTH, CHUNKS = 37, 64, 9  # 530 columns
-CHUNK = 4 * ROWS * WIDTH  # bytes of one chunk's logits
+CHUNK, ALL = 4 * ROWS * WIDTH, 4 * ROWS * 530  # bytes of one chunk's logits, and of all
 
 
 @pytest.fixture(autouse=True)
@@ -20,10 +20,13 @@ def chunks(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("budget", "kept"), [(0, 0), (CHUNK - 1, 0), (CHUNK, 1), (4 * CHUNK, 4), (4 * ROWS * 530, 9), (1 << 40, 9)]
+    ("budget", "kept"),
+    [(0, 0), (1, 0), (CHUNK - 1, 0), (CHUNK, 1), (4 * CHUNK, 4)]
+    + [(ALL - CHUNK - 1, 7), (ALL - CHUNK, 9), (ALL, 9), (1 << 40, 9)],
 )
 def test_the_budget_says_how_many_chunks_are_kept(budget, kept, backend, monkeypatch):
-    """The rest is multiplied again, to the same bits: the budget is a matter of memory and time alone."""
+    """The rest is multiplied again, to the same bits: the budget is a matter of memory and time alone. Where only one
+    chunk is beyond it, making that again would hold as much as keeping it."""
     made = []
     real = lm_head._logits
     c = head_case()
@@ -62,7 +65,7 @@ def test_without_gradient_only_one_chunk_exists(how, backend, monkeypatch):
     assert used.peak <= temporaries * chunk + 0.04 * 4 * rows * vocab, "of the chunks before, four numbers a row"
 
 
-@pytest.mark.parametrize("budget", [0, 5 * CHUNK])
+@pytest.mark.parametrize("budget", [0, 5 * CHUNK, ALL - CHUNK])
 def test_training_holds_no_more_than_its_budget(budget, native):
     """Beyond it: the chunk at work, the gradients of hidden states and weight, and numbers by the row."""
     c = head_case()

@@ -13,6 +13,7 @@ from flowrl_mega.experience import MicroBatch
 from flowrl_mega.learner import Learner, Models
 from flowrl_mega.model.architecture import Architecture
 from flowrl_mega.model.fp8_gate import Fp8Gate
+from flowrl_mega.model.logits_budget import LogitsBudget
 from flowrl_mega.model.policy import Policy
 from flowrl_mega.monitor.step_metrics import merge_updates
 from flowrl_mega.parallel.layout import Layout
@@ -97,7 +98,8 @@ def trainer(arch: Architecture, config: Config, layout: Layout) -> Trainer:
     objective = objectives.build(config.objective)
     policy = Policy(arch, config, layout, objective.log_z)
     learner = Learner(policy, config.optimizer, config.model.dtype == "bf16", total_updates=1)
-    models = Models(policy, learner, None, None, None, None, Fp8Gate(policy, config.model, length_norm=True))
+    gate, budget = Fp8Gate(policy, config.model, length_norm=True), LogitsBudget(policy, config.model.logits_budget_mb)
+    models = Models(policy, learner, None, None, None, None, gate, budget)
     parts: Any = {"engine": None, "queue": None, "grader": None}
     return Trainer(config, layout, objective, models, **parts)
 
