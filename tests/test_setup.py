@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import subprocess
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -83,6 +84,8 @@ class FakeSetup:
         if "-c" in command and "import torch" in command[-1]:
             return f"{self.version} {'None' if self.kind == 'cpu' else '13.0'}\n"
         what = "project" if command[-1] == str(self.root) else Path(command[-1]).name
+        if "compileall" in command:
+            what = "compileall"
         if what == self.fail_on:
             raise self.tool.SetupError("no network")
         self.ran.append(what)
@@ -100,22 +103,22 @@ def setup(tmp_path: Path) -> FakeSetup:
     return FakeSetup(tmp_path)
 
 
-FRESH = ["venv", "torch==1.0+cpu", "runtime.txt", "dev.txt", "project", "flowrl_mega.ops"]
+FRESH = ["venv", "torch==1.0+cpu", "runtime.txt", "dev.txt", "project", "compileall", "flowrl_mega.ops"]
 
 
 def test_a_second_set_up_does_nothing(setup: FakeSetup):
     assert setup() == FRESH
     assert setup() == []
-    assert setup(None, "example") == ["example.txt"]
+    assert setup(None, "example") == ["example.txt", "compileall"]
     assert setup(None, "example") == setup() == []
 
 
 def test_only_what_changed_is_installed_again(setup: FakeSetup):
     setup()
     (setup.root / "requirements" / "dev.txt").write_text("dev==2.0\n")
-    assert setup() == ["dev.txt"]
+    assert setup() == ["dev.txt", "compileall"]
     (setup.root / "pyproject.toml").write_text("# changed")
-    assert setup() == ["project", "flowrl_mega.ops"]
+    assert setup() == ["project", "compileall", "flowrl_mega.ops"]
 
 
 def test_another_torch_python_or_place_starts_anew(setup: FakeSetup):
@@ -144,7 +147,7 @@ def test_a_failed_set_up_is_not_taken_for_complete(setup: FakeSetup):
         setup()
     setup.fail_on = None
     (setup.root / "requirements" / "dev.txt").write_text("dev==1.0\n")
-    assert setup() == ["dev.txt"], "it may be half installed"
+    assert setup() == ["dev.txt", "compileall"], "it may be half installed"
 
 
 def test_without_a_cpu_wheel_uv_is_asked_then_the_user(setup: FakeSetup):
@@ -176,3 +179,19 @@ def test_make_refuses_another_python_with_one_message():
     result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
     assert "setup: no Python 3.11 or 3.12 found (tried: false)" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_what_is_installed_is_compiled(setup: FakeSetup, monkeypatch: pytest.MonkeyPatch):
+    """Where Python is told not to keep what it compiles, too; a file that is no Python is passed over."""
+    real = importlib.util.module_from_spec(setup.tool.__spec__)
+    setup.tool.__spec__.loader.exec_module(real)
+    package = setup.root / "venv" / "lib" / "package"
+    package.mkdir(parents=True)
+    (package / "a.py").write_text("x = 1\n")
+    (package / "b.py").write_text("def f[T](a: This is\n")
+    monkeypatch.setattr(real, "VENV", setup.root / "venv")
+    monkeypatch.setattr(real, "PYTHON", Path(sys.executable))
+    monkeypatch.setattr(real, "LOG", setup.root / "log")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    real.compile_all()
+    assert [path.name.split(".")[0] for path in package.glob("__pycache__/*.pyc")] == ["a"]

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +91,8 @@ def install(missing: list[str], kind: str) -> None:
     if any(name in missing for name in PROJECT):
         with phase("flowrl-mega"):
             pip("--no-deps", "-e", str(ROOT))
+    with phase("bytecode"):
+        compile_all()
     if TORCH in missing or any(name in missing for name in PROJECT):
         build_csrc()
 
@@ -183,9 +185,17 @@ def check_torch(kind: str) -> None:
 
 
 def pip(*args: str) -> None:
-    """No build isolation: it would bring a setuptools of its own, unpinned. Python compiles at the first import."""
+    """No build isolation: it would bring a setuptools of its own, unpinned. All is compiled in one go afterwards."""
     command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check"]
     run(*command, "--no-compile", "--no-build-isolation", *args)
+
+
+def compile_all() -> None:
+    """On all cores, and what is compiled already is passed over. Without it every rank and server would compile torch
+    and Megatron at each start (50 s here) where Python is told not to keep what it compiled, as in many containers."""
+    command = [str(PYTHON), "-m", "compileall", "-q", "-j", "0", str(VENV / "lib")]
+    with suppress(SetupError):  # packages ship files that are no Python, for tests of theirs
+        run(*command)
 
 
 def run(*command: str) -> str:

@@ -56,7 +56,7 @@ def set_up(kind: str) -> Path:
             venv_tool.make_venv(system_site=False)
         install(kind)
         with phase("bytecode"):
-            compile_all()
+            venv_tool.compile_all()
         stamp.write_text(json.dumps({"kind": kind, "sglang": pinned()["sglang"]}) + "\n")
     return folder
 
@@ -70,13 +70,6 @@ def install(kind: str) -> None:
         venv_tool.install_torch("cpu")
     with phase("sglang packages"):
         pip("--no-deps", "-r", str(PINS))  # which lists torch too: the build that is there satisfies it
-
-
-def compile_all() -> None:
-    """Or each of a server's three processes would, at each start, where Python is told not to keep what it compiled."""
-    command = [str(venv_tool.PYTHON), "-m", "compileall", "-q", "-j", "0", str(venv_tool.VENV / "lib")]
-    with contextlib.suppress(SetupError):  # packages ship files that are no Python, for tests of theirs
-        venv_tool.run(*command)
 
 
 def pinned() -> dict[str, str]:
