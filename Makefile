@@ -51,8 +51,8 @@ setup-slurm:  ## SLURM's packages for the tests, where apt-get has them; does no
 build: setup  ## csrc compiled ahead of first use, for the CPU and, where torch and nvcc have it, for CUDA
 	@$(PY) -m flowrl_mega.ops
 
-build-cuda-check: setup  ## csrc/cuda compiled for sm_80 and sm_90a and thrown away; needs nvcc, but no GPU
-	@$(PY) -m flowrl_mega.ops --check-cuda
+build-cuda-check: setup  ## csrc/cuda compiled for sm_80 and sm_90a, its instructions counted; needs nvcc, but no GPU
+	@$(PY) -m flowrl_mega.ops --check-cuda build/cuda && $(PY) tools/sass.py build/cuda
 
 quickstart: setup  ## the main job: GRPO and FlowRL from one warm start, a table and a picture (SEEDS=3: the spread)
 	@$(PY) -m examples.quickstart.run $(if $(SEEDS),--seeds $(SEEDS))

@@ -19,6 +19,10 @@ constexpr int VECTOR_BYTES = 16;
 template <int VEC>
 constexpr int LOADS = VEC == 1 ? 16 : 4;
 
+// -inf in every element of T that a 32-bit word holds.
+template <typename T>
+constexpr unsigned MASKED = sizeof(T) == 4 ? 0xff800000u : std::is_same_v<T, __half> ? 0xfc00fc00u : 0xff80ff80u;
+
 // N values of T as one register image.
 template <typename T, int N>
 using Raw = std::conditional_t<
@@ -82,17 +86,39 @@ __device__ inline float max_nan(float a, float b) {
   return result;
 }
 
+// The larger of two bf16, twice; with a NaN kept, or dropped.
+__device__ inline unsigned max_nan_bf16x2(unsigned a, unsigned b) {
+  unsigned result;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+__device__ inline unsigned max_bf16x2(unsigned a, unsigned b) {
+  unsigned result;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+__device__ inline float low_bf16(unsigned pair) { return __uint_as_float(pair << 16); }
+__device__ inline float high_bf16(unsigned pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+// 2^x; below 2^-126 it is 0.
+__device__ inline float exp2_ftz(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
+constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
+
 // e^d for -86 <= d <= 0, with a relative error of at most 2^-22 + 1.4e-8 |d|, in six instructions where expf takes
-// eight: at 16 bits a logit an H100 has about 20 issue slots a logit before memory is no longer what limits. The power
-// of two is split off exactly (SHIFT rounds to an integer), so ex2 sees only [-1/2, 1/2]. Rounding d * log2(e) first,
-// as __expf does, would cost the entropy 6e-8 |d| more, 2e-6 in all where half the mass sits at d = -12.
+// eight. The power of two is split off exactly (SHIFT rounds to an integer), so ex2 sees only [-1/2, 1/2]. Rounding
+// d * log2(e) first, as __expf and the sums of bf16 do, would cost the entropy 6e-8 |d| more.
 __device__ inline float exp_nonpositive(float d) {
-  constexpr float LOG2E = 1.44269504f, SHIFT = 12582912.0f;  // 1.5 * 2^23
+  constexpr float SHIFT = 12582912.0f;  // 1.5 * 2^23
   const float shifted = fmaf(d, LOG2E, SHIFT);
   const float fraction = fmaf(d, LOG2E, SHIFT - shifted);
-  float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(fraction));
-  return __uint_as_float(__float_as_uint(power) + (__float_as_uint(shifted) << 23));
+  return __uint_as_float(__float_as_uint(exp2_ftz(fraction)) + (__float_as_uint(shifted) << 23));
 }
 
 // m, S and E of some of a row's logits: S = sum e^d, E = sum d e^d, d = (x - m) * inv_temperature. m = -inf means that
@@ -134,6 +160,39 @@ __device__ void add(Partial& p, const float (&x)[N], float inv_temperature) {
   }
   p.sum += (sum[0] + sum[1]) + (sum[2] + sum[3]);
   p.dsum += (dsum[0] + dsum[1]) + (dsum[2] + dsum[3]);
+}
+
+// The same for N pairs of bf16, in 8 instructions a logit instead of 14: at 16 bits a logit an H200 has 14 to 15 issue
+// slots a logit before memory is no longer what limits. Maxima are of pairs, d is in powers of two from the start, and
+// its rounding costs the entropy up to 3e-6 where half the mass sits at d = -12; half a step of a bf16 logit there is
+// 0.03. A logit below `floor` weighs 2^-149 or less, which is 0 here: raised to it, no masked one makes 0 * -inf.
+template <bool ENTROPY, int N>
+__device__ void add_pairs(Partial& p, unsigned& floor, const unsigned (&x)[N], float inv_temperature) {
+  unsigned most = x[0];
+#pragma unroll
+  for (int i = 1; i < N; ++i) most = max_nan_bf16x2(most, x[i]);
+  const float top = max_nan(p.max, max_nan(low_bf16(most), high_bf16(most)));
+  if (top == -INFINITY) return;
+  if (top != p.max) {
+    p = raised(p, top, inv_temperature);
+    const float low = top - 104.0f / inv_temperature;  // e^-104 < 2^-149
+    const unsigned below = __float_as_uint(fmaxf(fmaf(fabsf(low), -0.0078125f, low), -3.3e38f)) >> 16;  // cut to bf16
+    floor = below << 16 | below;
+  }
+  const float scale = inv_temperature * LOG2E;
+  float sum[4] = {}, dsum[4] = {};
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const unsigned pair = max_bf16x2(x[i], floor);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float d = ((half ? high_bf16(pair) : low_bf16(pair)) - top) * scale, e = exp2_ftz(d);
+      sum[2 * i % 4 + half] += e;
+      if (ENTROPY) dsum[2 * i % 4 + half] = fmaf(e, d, dsum[2 * i % 4 + half]);
+    }
+  }
+  p.sum += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  p.dsum += LN2 * ((dsum[0] + dsum[1]) + (dsum[2] + dsum[3]));
 }
 
 // E of a row whose every other logit is masked is 0, where the clamp of `add` leaves at most 86 e^-86 a column: 2e-27 in

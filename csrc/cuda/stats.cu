@@ -13,43 +13,66 @@ constexpr int WIDTH = VECTOR_BYTES / sizeof(T);
 
 // A thread's LOADS vectors, `step` columns apart. With EDGE the chunk may end early: at and past `end` it reads -inf.
 template <bool ALIGNED, bool EDGE, typename T, int VEC = WIDTH<T>>
-__device__ void load_chunk(const T* row, int column, int step, int end, float (&x)[LOADS<VEC> * VEC]) {
-  Raw<T, VEC> raw[LOADS<VEC>];
-#pragma unroll
-  for (int k = 0; k < LOADS<VEC>; ++k)
-    if (!EDGE || column + k * step < end)
-      raw[k] = ALIGNED ? load<VEC>(row + column + k * step) : load_unaligned<VEC>(row + column + k * step);
+__device__ void load_chunk(const T* row, int column, int step, int end, Raw<T, VEC> (&raw)[LOADS<VEC>]) {
 #pragma unroll
   for (int k = 0; k < LOADS<VEC>; ++k) {
-    if (!EDGE || column + k * step < end) {
-      unpack<VEC, T>(raw[k], x + k * VEC);
-    } else {
-#pragma unroll
-      for (int i = 0; i < VEC; ++i) x[k * VEC + i] = -INFINITY;
-    }
+    if (!EDGE || column + k * step < end)
+      raw[k] = ALIGNED ? load<VEC>(row + column + k * step) : load_unaligned<VEC>(row + column + k * step);
+    else
+      raw[k] = {MASKED<T>, MASKED<T>, MASKED<T>, MASKED<T>};
   }
 }
+
+// What a thread has of its row.
+template <bool ENTROPY, typename T>
+struct Sums {
+  Partial partial{-INFINITY, 0.0f, 0.0f};
+  float inv_temperature;
+  unsigned floor = MASKED<T>;  // of add_pairs
+
+  template <int VEC>
+  __device__ void add_chunk(const Raw<T, VEC> (&raw)[LOADS<VEC>]) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      unsigned x[LOADS<VEC> * VEC / 2];
+      memcpy(x, raw, sizeof(x));
+      add_pairs<ENTROPY>(partial, floor, x, inv_temperature);
+    } else {
+      float x[LOADS<VEC> * VEC];
+#pragma unroll
+      for (int k = 0; k < LOADS<VEC>; ++k) unpack<VEC, T>(raw[k], x + k * VEC);
+      add<ENTROPY>(partial, x, inv_temperature);
+    }
+  }
+
+  __device__ void add_one(const T& logit) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      const unsigned x[1] = {__float_as_uint(static_cast<float>(logit)) | (MASKED<T> & 0xffffu)};
+      add_pairs<ENTROPY>(partial, floor, x, inv_temperature);
+    } else {
+      const float x[1] = {static_cast<float>(logit)};
+      add<ENTROPY>(partial, x, inv_temperature);
+    }
+  }
+};
 
 template <bool ENTROPY, bool ALIGNED, typename T, int VEC = WIDTH<T>>
 __device__ Partial thread_partial(const T* row, int valid, float inv_temperature) {
   const int step = blockDim.x * VEC;
   const int whole = valid - valid % VEC;  // where the last whole vector ends
-  Partial p{-INFINITY, 0.0f, 0.0f};
-  float x[LOADS<VEC> * VEC];
+  Sums<ENTROPY, T> sums;
+  sums.inv_temperature = inv_temperature;
+  Raw<T, VEC> raw[LOADS<VEC>];
   int column = threadIdx.x * VEC;
   for (; column + (LOADS<VEC> - 1) * step < whole; column += LOADS<VEC> * step) {
-    load_chunk<ALIGNED, false>(row, column, step, whole, x);
-    add<ENTROPY>(p, x, inv_temperature);
+    load_chunk<ALIGNED, false>(row, column, step, whole, raw);
+    sums.template add_chunk<VEC>(raw);
   }
   if (column < whole) {
-    load_chunk<ALIGNED, true>(row, column, step, whole, x);
-    add<ENTROPY>(p, x, inv_temperature);
+    load_chunk<ALIGNED, true>(row, column, step, whole, raw);
+    sums.template add_chunk<VEC>(raw);
   }
-  if (static_cast<int>(threadIdx.x) < valid - whole) {
-    const float last[1] = {static_cast<float>(row[whole + threadIdx.x])};
-    add<ENTROPY>(p, last, inv_temperature);
-  }
-  return p;
+  if (static_cast<int>(threadIdx.x) < valid - whole) sums.add_one(row[whole + threadIdx.x]);
+  return sums.partial;
 }
 
 __device__ Partial warp_merged(Partial p, float inv_temperature) {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +13,12 @@ from flowrl_mega.ops import build
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flowrl_mega.ops", description="Build csrc ahead of use.")
-    parser.add_argument("--check-cuda", action="store_true", help="only compile csrc/cuda, whatever torch is there")
+    parser.add_argument(
+        "--check-cuda", type=Path, metavar="FOLDER", help="only compile csrc/cuda, whatever torch is there, into FOLDER"
+    )
     try:
-        return _check_cuda() if parser.parse_args(arguments).check_cuda else _build_all()
+        folder = parser.parse_args(arguments).check_cuda
+        return _check_cuda(folder) if folder else _build_all()
     except build.BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -37,7 +39,7 @@ def _build_all() -> int:
     return 0
 
 
-def _check_cuda() -> int:
+def _check_cuda(objects: Path) -> int:
     """Compiles for every GPU in CUDA_FLAGS and links nothing, so it needs neither a GPU nor torch's CUDA build."""
     found = build.find_nvccs()
     if not found:
@@ -46,9 +48,9 @@ def _check_cuda() -> int:
     nvcc, (release, _) = next(iter(found.items()))
     cxx, _ = build.find_cxx()
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="flowrl-mega-") as objects:
-        commands = build.compile_commands("cuda", build.sources(), build.Tools(cxx, nvcc, release, ""), Path(objects))
-        build.run(list(commands.values()), f"csrc/cuda does not compile with {nvcc} {release}")
+    objects.mkdir(parents=True, exist_ok=True)
+    commands = build.compile_commands("cuda", build.sources(), build.Tools(cxx, nvcc, release, ""), objects)
+    build.run(list(commands.values()), f"csrc/cuda does not compile with {nvcc} {release}")
     names = ", ".join(path.stem for path in commands)
     print(f"csrc/cuda compiles with {nvcc} {release}: {names} ({time.monotonic() - began:.1f} s)")
     return 0

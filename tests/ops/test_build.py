@@ -305,9 +305,11 @@ def test_the_command(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert capsys.readouterr().err.startswith("error: csrc/cpu does not compile:\n")
 
 
-def test_the_cuda_check_without_nvcc_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_cuda_check_without_nvcc_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setattr(build, "find_nvccs", dict)
-    assert build_command.main(["--check-cuda"]) == 0
+    assert build_command.main(["--check-cuda", str(tmp_path)]) == 0
     assert "csrc/cuda is not checked: there is no nvcc in CUDA_HOME" in capsys.readouterr().out
 
 

@@ -57,6 +57,7 @@ def of_kernels(test: Callable[..., None]) -> Callable[[Emulation, pytest.MonkeyP
     return lambda emulation, patch: test(emulation.kernels)
 
 
+NAN = test_logprob_edges.test_nan_and_infinity_come_out_as_nan
 VALUES, PLACES = test_cuda.test_equals_log_softmax_in_float64, test_cuda.test_where_a_row_lies_does_not_change_a_bit
 FAR = emulated(test_cuda.test_a_view_of_more_than_2_to_the_31_elements)
 
@@ -98,12 +99,24 @@ FAULTS = {
     "vectors read beyond the end": Planted(
         "stats.cu",
         "if (!EDGE || column + k * step < end)\n      raw[k]",
-        "raw[k]",
+        "if (true)\n      raw[k]",
         emulated(VALUES, "fp32", 255),
         NO_MEMORY,
     ),
     "a vector written beyond the valid columns": Planted(
         "backward.cu", "c >= valid && c + VEC <= columns", "c >= valid", emulated(PLACES, "fp32", 9), NO_MEMORY
+    ),
+    "a NaN that the maximum of pairs drops": Planted(
+        "row.cuh", 'asm("max.NaN.bf16x2', 'asm("max.bf16x2', shared(NAN, torch.nan, "bf16")
+    ),
+    "masked pairs that are not raised": Planted(
+        "row.cuh", "max_bf16x2(x[i], floor)", "x[i]", shared(test_logprob_edges.test_masked_logits, "bf16")
+    ),
+    "a floor that is too high": Planted(
+        "row.cuh",
+        "fmaf(fabsf(low), -0.0078125f, low)",
+        "low + 100.0f / inv_temperature",
+        emulated(VALUES, "bf16", 1024),
     ),
     "the last columns forgotten": Planted("stats.cu", "< valid - whole)", "< 0)", emulated(VALUES, "bf16", 33)),
     "a maximum that drops NaN": Planted(

@@ -22,7 +22,7 @@ UNKNOWN = {
     'asm("min.f32 %0, %1, %2;" : "=f"(m) : "f"(a), "f"(b));': "unknown PTX: min.f32",
     'asm("max.NaN.f32 %0, %1, %2, %3;" : "=f"(m) : "f"(a), "f"(b));': "unknown PTX: max.NaN.f32 %0, %1, %2, %3;",
     'asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));': "unknown: asm",
-    'asm("max.NaN.f32 %0, %1, %2;" : "=r"(m) : "r"(a), "r"(b));': "unknown: asm",
+    'asm("max.NaN.f32 %0, %1, %2;" : "=r"(m) : "r"(a), "r"(b));': "unknown PTX: max.NaN.f32",
     '__asm__("bar.sync 0;");': "unknown: __asm__",
     "(*kernel)<<<1, 32>>>(a);": "unknown: <<<",
     "extern __shared__ float buffer[];": "unknown: extern __shared__",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import DTYPES, IGNORED, Case, Result, agrees, case, oracle, same_bits
+from oracle import DTYPES, ENTROPY, IGNORED, LOGP, Case, Result, agrees, case, excess, oracle, same_bits
 from torch import Tensor
 
 from flowrl_mega.ops import logprob
@@ -106,6 +106,10 @@ def test_extreme_temperatures(temperature, backend):
     agrees(
         found._replace(gradient=found.gradient * temperature), wanted._replace(gradient=wanted.gradient * temperature)
     )
+    c = case(6, 300, torch.bfloat16)
+    c.logits[0, 1::2] = -torch.inf
+    found, wanted = ours(c, backend, temperature=temperature), oracle(c.logits, c.target, temperature)
+    assert excess(found.logp, wanted.logp, LOGP) <= 1 and excess(found.entropy, wanted.entropy, ENTROPY) <= 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -104,6 +104,17 @@ void launch(dim3 grid, dim3 threads, size_t shared, cudaStream_t, F kernel) {
 // The inline PTX that there is: translate.py gives each instruction its function.
 inline float ptx_max_nan(float a, float b) { return a != a || b != b ? NAN : std::fmax(a, b); }
 
+template <class Max>
+unsigned of_bf16_pairs(unsigned a, unsigned b, Max max) {  // the larger is one of the two, or the NaN 0x7fff
+  const float low = max(__uint_as_float(a << 16), __uint_as_float(b << 16));
+  const float high = max(__uint_as_float(a & 0xffff0000), __uint_as_float(b & 0xffff0000));
+  return unsigned{__nv_bfloat16(high).bits} << 16 | __nv_bfloat16(low).bits;
+}
+inline unsigned ptx_max_nan_bf16x2(unsigned a, unsigned b) { return of_bf16_pairs(a, b, ptx_max_nan); }
+inline unsigned ptx_max_bf16x2(unsigned a, unsigned b) {
+  return of_bf16_pairs(a, b, [](float x, float y) { return std::fmax(x, y); });
+}
+
 inline float ptx_ex2_approx_ftz(float x) {
   const auto flushed = [](float y) { return std::fabs(y) < 0x1p-126f ? std::copysign(0.0f, y) : y; };
   const double exact = std::exp2(static_cast<double>(flushed(x)));

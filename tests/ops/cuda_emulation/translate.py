@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 
 LAUNCH = re.compile(r"(\w+(?:<[^<>;]*>)?)<<<([^;]*?)>>>\(([^;]*)\);")
-ASM = re.compile(r'asm\("([^"]*)" : "=f"\((\w+)\) : "f"\((\w+)\)(?:, "f"\((\w+)\))?\);')
-PTX = {  # instruction -> its function in cuda_emulation.h
-    "max.NaN.f32 %0, %1, %2;": "ptx_max_nan",
-    "ex2.approx.ftz.f32 %0, %1;": "ptx_ex2_approx_ftz",
+ASM = re.compile(r'asm\("([^"]*)" : "=([fr])"\((\w+)\) : "\2"\((\w+)\)(?:, "\2"\((\w+)\))?\);')
+PTX = {  # instruction and the kind of its registers -> its function in cuda_emulation.h
+    ("max.NaN.f32 %0, %1, %2;", "f"): "ptx_max_nan",
+    ("max.NaN.bf16x2 %0, %1, %2;", "r"): "ptx_max_nan_bf16x2",
+    ("max.bf16x2 %0, %1, %2;", "r"): "ptx_max_bf16x2",
+    ("ex2.approx.ftz.f32 %0, %1;", "f"): "ptx_ex2_approx_ftz",
 }
 HEADERS = ("cuda_runtime.h", "cuda_runtime_api.h", "cuda_bf16.h", "cuda_fp16.h")
 INCLUDE = re.compile(r"#include <(\w*(?:cuda|cooperative_groups|cub)\w*(?:/[\w./]*|\.\w+)?)>")
@@ -35,10 +37,10 @@ def translated(text: str, name: str) -> str:
         return Unknown(f"{name}:{text.count(chr(10), 0, at) + 1}: {what}")
 
     def instruction(match: re.Match[str]) -> str:
-        ptx, out, *inputs = match.groups()
-        if ptx not in PTX:
+        ptx, registers, out, *inputs = match.groups()
+        if (ptx, registers) not in PTX:
             raise refuse(match.start(), f"unknown PTX: {ptx}")
-        return f"{out} = emulated::{PTX[ptx]}({', '.join(x for x in inputs if x)});"
+        return f"{out} = emulated::{PTX[ptx, registers]}({', '.join(x for x in inputs if x)});"
 
     def include(match: re.Match[str]) -> str:
         if match[1] not in HEADERS:
