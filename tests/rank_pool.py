@@ -6,6 +6,7 @@ rank fails, its traceback is the test's error, and all ranks are ended (the next
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -32,6 +33,7 @@ def _serve(environment: dict[str, str], megatron: bool, pipe: Connection) -> Non
     if megatron:
         import flowrl_mega.parallel  # noqa: F401
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays: without this a collection between two jobs takes half a second a rank
     while True:
         try:
             function, args, kwargs = _receive(pipe)

@@ -71,7 +71,7 @@ MODELS = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads
 COMMON = {
     "objective": FLOWRL,
     "rollout": {"prompts_per_step": 3, "group_size": 4},
-    "optimizer": {"lr": 2e-3, "warmup_steps": 0},
+    "optimizer": {"lr": 4e-3, "warmup_steps": 0},
 }
 
 
@@ -92,7 +92,7 @@ def recorded(step: int) -> Experience:
     return Experience(sequences, rollouts, scores)
 
 
-STEPS = [recorded(step) for step in range(3)]
+STEPS = [recorded(step) for step in range(2)]
 
 
 @pytest.fixture(scope="module")

@@ -46,13 +46,14 @@ def over_shards(
     return Result(logp, entropy, torch.cat(gradient, 1))
 
 
+SPLITS = {"1": (1, 301), "1-padded": (1, 320), "2": (2, 151), "2-one-is-padding": (2, 301)}
+SPLITS |= {"4": (4, 76), "4-one-is-padding": (4, 120), "8": (8, 38), "8-three-are-padding": (8, 64)}
+PADDINGS = [pytest.param(*SPLITS[name], torch.nan, id=name) for name in SPLITS]
+PADDINGS += [pytest.param(4, 120, padding, id=f"4-one-is-padding-of-{padding}") for padding in (torch.inf, 1e4)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("padding", [torch.nan, torch.inf, 1e4], ids=["nan", "inf", "huge"])
-@pytest.mark.parametrize(
-    ("shards", "size"),
-    [(1, 301), (1, 320), (2, 151), (2, 301), (4, 76), (4, 120), (8, 38), (8, 64)],
-    ids=["1", "1-padded", "2", "2-one-is-padding", "4", "4-one-is-padding", "8", "8-three-are-padding"],
-)
+@pytest.mark.parametrize(("shards", "size", "padding"), PADDINGS)
 def test_any_split_gives_the_whole(shards, size, padding, dtype, kernels):
     """Down to shards of nothing but padding, whose maximum of -inf must weigh exactly nothing."""
     parts = [case(4, VOCAB, DTYPES[dtype], scale, seed) for seed, scale in enumerate((0.02, 3.0, 30.0))]
