@@ -88,7 +88,7 @@ class MicroBatch:
             old_logp = logp.detach() if old_logp is None else old_logp
         else:
             # What is not scored must not be read: NaN makes of such a mistake a refused update.
-            unknown = torch.full((int(self.packed.response_cu_seqlens[-1]),), math.nan, device=self.credit.device)
+            unknown = torch.full((self.packed.response_offsets[-1],), math.nan, device=self.credit.device)
             logp = old_logp = unknown if self.old_logp is None else self.old_logp
         return LossInputs(
             logp=logp,
@@ -96,6 +96,7 @@ class MicroBatch:
             ref_logp=self.ref_logp,
             log_z=output.log_z if output else None,
             cu_seqlens=self.packed.response_cu_seqlens,
+            offsets=self.packed.response_offsets,
             credit=self.credit,
             rollout_logp=self.rollout_logp,
             group=self.group,

@@ -137,5 +137,5 @@ class Trainer:
 def mean_loss(loss_sum: torch.Tensor, count: int, batch: MicroBatch) -> FromMeans:
     """The loss as a metric: an update's sum of losses by its count, which is one of sequences or of tokens."""
     sequences = batch.packed.size
-    counts = torch.tensor(count, device=loss_sum.device)
+    counts = torch.full((), count, device=loss_sum.device)
     return FromMeans(truediv, Mean(loss_sum, sequences), Mean(counts, sequences))

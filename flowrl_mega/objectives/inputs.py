@@ -31,6 +31,7 @@ class LossInputs:
     rollout_logp: Tensor | None = None  # [T] log-probs of the sampled tokens that the engine reported
     group: Tensor | None = None  # [B] int64, each response's prompt, by its number in the step
     value: Tensor | None = None  # [T] the critic's V(x, y_<t), before the step's first update
+    offsets: list[int] | None = None  # cu_seqlens on the host; without it they are read, for which a GPU is waited for
     prepared: Mapping[str, Tensor] = field(default_factory=dict)  # what `Objective.prepare` gave for this micro-batch
 
     def __post_init__(self) -> None:
@@ -43,7 +44,7 @@ class LossInputs:
         assert self.group is None or self.group.shape == batch, "group is not [B]"
         assert self.value is None or self.value.shape == tokens, "value is not [T]"
         assert self.cu_seqlens.shape == (batch[0] + 1,), "cu_seqlens is not [B + 1]"
-        ends = self.cu_seqlens.tolist()
+        ends = self.offsets or self.cu_seqlens.tolist()
         assert ends[0] == 0 and ends[-1] == tokens[0], f"cu_seqlens spans {ends[0]}..{ends[-1]}, not 0..{tokens[0]}"
         # 1/|y| needs a token, and an empty answer still has its end token.
         assert all(a < b for a, b in pairwise(ends)), "every response has at least one token"

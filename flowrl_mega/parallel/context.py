@@ -21,7 +21,7 @@ def whole_response(values: Tensor, batch: PackedBatch, group: dist.ProcessGroup)
     """This rank's values, one per response token -> all ranks' values [R], in the batch's order, on every rank."""
     if batch.response_index is None:
         return values
-    whole = values.new_zeros(int(batch.response_cu_seqlens[-1]))
+    whole = values.new_zeros(batch.response_offsets[-1])
     return all_reduce_grad(whole.index_copy(0, batch.response_index, values), group)
 
 

@@ -55,6 +55,7 @@ class PackedBatch:
     response_rows: Tensor  # [R] int64, rows that predict a response token
     target: Tensor  # [R] int64, the response tokens
     response_cu_seqlens: Tensor  # [B + 1] int64 offsets into the response tokens
+    response_offsets: list[int]  # the same on the host: to read a GPU's would wait for all that it has to do
     prompt_rows: Tensor  # [P] int64, rows of prompt tokens (log Z reads them)
     prompt_segment: Tensor  # [P] int64, the sequence of each prompt row
     prompt_lengths: Tensor  # [B] int64
@@ -86,6 +87,7 @@ def pack(
     starts = torch.tensor([0, *all_rows]).cumsum(0)
     prompt_lengths = torch.tensor([len(s.prompt) for s in ordered])
     response_lengths = torch.tensor([len(s.response) for s in ordered])
+    response_cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), response_lengths.cumsum(0)])
     sequence_starts = starts[: len(ordered)]
     batch = PackedBatch(
         tokens=torch.tensor(tokens),
@@ -97,7 +99,8 @@ def pack(
         index=torch.tensor([s.index for s in ordered]),
         response_rows=_ranges(sequence_starts + prompt_lengths - 1, response_lengths),
         target=torch.tensor([token for s in ordered for token in s.response]),
-        response_cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.long), response_lengths.cumsum(0)]),
+        response_cu_seqlens=response_cu_seqlens,
+        response_offsets=response_cu_seqlens.tolist(),
         prompt_rows=_ranges(sequence_starts, prompt_lengths),
         prompt_segment=torch.repeat_interleave(prompt_lengths),
         prompt_lengths=prompt_lengths,

@@ -33,7 +33,8 @@ def forward_backward(
 
     def after(output: Any, batch: B) -> tuple[Tensor, Tensor, Any]:
         total, count, report = loss(output, batch)
-        return total, torch.tensor(count, dtype=torch.int, device=total.device), report
+        # Filled on the device: a number copied to a GPU waits for it, and the backward could not be launched ahead.
+        return total, torch.full((), count, dtype=torch.int, device=total.device), report
 
     return _run(model, batches, forward, after, forward_only=False)
 
