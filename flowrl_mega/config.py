@@ -82,7 +82,9 @@ class ParallelSettings(Settings):
     pp: int = Field(1, ge=1, description="pipeline stages: runs of layers on ranks of their own")
     vpp: int = Field(1, ge=1, description="virtual stages per pipeline rank (interleaved schedule)")
     cp: int = Field(1, ge=1, description="context-parallel ranks: each sequence is shared out over them")
-    dp: int | None = Field(None, ge=1, description="data-parallel replicas; null: the ranks that are left (1 alone)")
+    dp: int | None = Field(
+        None, ge=1, description="data-parallel replicas; null: the ranks, or this host's GPUs, that are left (CPU: 1)"
+    )
     timeout_s: int = Field(600, ge=10, description="a collective that takes longer ends the job")
 
     @property

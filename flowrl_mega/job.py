@@ -15,7 +15,7 @@ from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.precision import row_alignment
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.launch import launch, rank_environment
-from flowrl_mega.preflight import Inputs, check, check_ops_of_ranks, describe
+from flowrl_mega.preflight import Inputs, check, check_ops_of_ranks, describe, ranks_to_start
 from flowrl_mega.run import Run
 from flowrl_mega.run_lock import run_lock
 
@@ -39,7 +39,11 @@ def _train(
     config: Config, arguments: list[str], resume: str, dry_run: bool, checked: bool, stop_requested: Callable[[], bool]
 ) -> int:
     is_rank = started_by_launcher()
-    world = int(os.environ["WORLD_SIZE"]) if is_rank else layouts.world_size(config.parallel)
+    world = int(os.environ["WORLD_SIZE"]) if is_rank else ranks_to_start(config)
+    if config.parallel.tp > 1:
+        # One queue of kernels, from before CUDA starts: with more, those of a collective that Megatron and Transformer
+        # Engine let overlap a GEMM may come to run after it.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     checkpoint = find_checkpoint(Path(config.run_dir), resume)
     first_rank = os.environ.get("RANK", "0") == "0"
     inputs = Inputs(config)

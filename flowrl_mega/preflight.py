@@ -73,6 +73,19 @@ class Inputs:
         return reward.describe(set().union(*map(kinds_of, every)), set().union(*map(modules_of, every)))
 
 
+def ranks_to_start(config: Config) -> int:
+    """Ranks of a job that nobody has started yet. Without parallel.dp they take the host's GPUs that servers leave."""
+    gpus, rollout, parallel = None, config.rollout, config.parallel
+    if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        if rollout.engine == "sglang" and isinstance(rollout.servers, int) and not rollout.colocated:
+            from flowrl_mega.rollout.sglang.flags import on_gpu, ranks_per_server
+
+            left = gpus - (rollout.servers * ranks_per_server(rollout) if on_gpu(rollout) else 0)
+            gpus = max(left, min(gpus, parallel.model_ranks))  # check_servers says what is wrong with too many servers
+    return layouts.world_size(parallel, gpus, config.batch.mini_batch or config.sequences_per_step)
+
+
 def check(inputs: Inputs, world: int, resume: str, checkpoint: Path | None, one_of_many: bool = False) -> None:
     """Raises ConfigError for anything wrong with the input, before a rank starts and before anything is written.
 

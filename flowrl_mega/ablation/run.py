@@ -121,11 +121,10 @@ def check(configs: Mapping[str, Config]) -> None:
     if not configs:
         return
     from flowrl_mega import preflight  # with torch and megatron: a wrong name in --vary was told before
-    from flowrl_mega.parallel.layout import world_size
 
     for name, config in configs.items():
         try:
-            preflight.check(preflight.Inputs(config), world_size(config.parallel), "auto", checkpoint=None)
+            preflight.check(preflight.Inputs(config), preflight.ranks_to_start(config), "auto", checkpoint=None)
         except ConfigError as error:
             raise ConfigError(f"cell {name}: {error}") from None
 

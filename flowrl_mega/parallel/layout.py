@@ -126,9 +126,22 @@ def raise_on_all_ranks() -> Iterator[None]:
             raise found
 
 
-def world_size(settings: ParallelSettings) -> int:
-    """The ranks that the settings ask for when nobody has started any."""
-    return settings.model_ranks * (settings.dp or 1)
+def world_size(settings: ParallelSettings, gpus: int | None, sequences: int) -> int:
+    """The ranks to start where nobody has started any: parallel.dp replicas, or as many as the trainer's `gpus` hold
+    (None: there are none) and the `sequences` of an update keep busy."""
+    dp = settings.dp
+    if dp is None:
+        least = settings.pp if settings.vpp > 1 else 1  # sequences of a replica, see preflight.check_sequences
+        dp = 1 if gpus is None else max(1, min(gpus // settings.model_ranks, sequences // least))
+    ranks = settings.model_ranks * dp
+    if gpus is not None and ranks > gpus:
+        sizes = {name: getattr(settings, name) for name in ("tp", "pp", "cp")} | {"dp": dp}
+        asked = " x ".join(f"parallel.{name} = {size}" for name, size in sizes.items() if size > 1)
+        raise ConfigError(
+            f"{asked}: {ranks} ranks, but this host has {gpus} GPUs for them, and two ranks cannot share one; take "
+            "less, start the ranks on several hosts (torchrun, srun), or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    return ranks
 
 
 def check_world(settings: ParallelSettings, world: int) -> None:
@@ -176,6 +189,7 @@ def init(settings: ParallelSettings, seed: int, row_alignment: int = 1) -> Layou
             pipeline_model_parallel_size=settings.pp,
             virtual_pipeline_model_parallel_size=settings.vpp if settings.vpp > 1 else None,
             context_parallel_size=settings.cp,
+            distributed_timeout_minutes=settings.timeout_s / 60,
         )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return Layout(

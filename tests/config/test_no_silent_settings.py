@@ -326,12 +326,11 @@ def test_refused(field: str, entry: Refused, settings: Path) -> None:
 
 @pytest.mark.parametrize(("field", "entry"), evidence(Planned))
 def test_the_plan_changes(field: str, entry: Planned, settings: Path) -> None:
-    from flowrl_mega.parallel.layout import world_size
-    from flowrl_mega.preflight import Inputs, describe
+    from flowrl_mega.preflight import Inputs, describe, ranks_to_start
 
     def plan(*overrides: str) -> str:
         config = load_config(settings, [*entry.beside, *overrides])
-        return describe(Inputs(config), world_size(config.parallel), None)
+        return describe(Inputs(config), ranks_to_start(config), None)
 
     assert plan() != plan(entry.override)
 
