@@ -161,12 +161,15 @@ class Health:
     async def _set_memory(
         self, what: Literal["release", "resume"], tags: list[str], servers: list[ServerState]
     ) -> None:
-        """Release or resume the memory of `tags`; a server that fails at it is lost."""
+        """Release or resume the memory of `tags`; a server that fails at it is lost. It releases nothing before the
+        last decoding step, which may follow the last answer, is over: SGLang ends where it is asked sooner."""
 
         async def ask(server: ServerState) -> None:
             client = server.client
             set_memory = client.release_memory_occupation if what == "release" else client.resume_memory_occupation
             try:
+                if what == "release":
+                    await client.flush_cache(self.settings.sync.timeout_s)
                 await set_memory(tags, self.settings.sync.timeout_s)
             except ServerError as error:
                 self.lose(server, f"did not {what} its memory ({error.message})")

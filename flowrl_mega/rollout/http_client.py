@@ -34,16 +34,20 @@ class HttpClient:
     async def get(self, path: str, timeout_s: float) -> Any:
         return await self._request("GET", path, None, timeout_s)
 
-    async def post(self, path: str, body: dict[str, Any], timeout_s: float) -> Any:
-        return await self._request("POST", path, body, timeout_s)
+    async def post(self, path: str, body: dict[str, Any], timeout_s: float, is_json: bool = True) -> Any:
+        """`is_json`: of the response; what is not is not read."""
+        return await self._request("POST", path, body, timeout_s, is_json)
 
     async def close(self) -> None:
         if self._session:
             await self._session.close()
             self._session = None
 
-    async def _request(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
-        """The response body as JSON, None if empty. Raises ServerError unless the status is 2xx and the body valid."""
+    async def _request(
+        self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float, is_json: bool = True
+    ) -> Any:
+        """The response body as JSON; None if it is empty, or none. ServerError unless the status is 2xx and the body
+        valid."""
         if self._session is None:
             connector = aiohttp.TCPConnector(limit=self._connections)
             # An ever longer read buffer is the price of large answers otherwise; 1 MiB keeps the loop free.
@@ -56,7 +60,7 @@ class HttpClient:
                 text = await answer.read()
                 if answer.status // 100 != 2:
                     raise ServerError(self.url, f"{method} {path}: {answer.status}, {_message(text)}", answer.status)
-                return await answer.json(content_type=None) if text.strip() else None
+                return await answer.json(content_type=None) if is_json and text.strip() else None
         except TimeoutError:
             raise ServerError(self.url, f"{method} {path}: no answer in {timeout_s:g} s") from None
         except aiohttp.ClientError as error:

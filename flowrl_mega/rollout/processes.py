@@ -17,11 +17,13 @@ import psutil
 
 from flowrl_mega.config import ConfigError
 
-# Asks the kernel for SIGKILL when the parent dies, then becomes the server (SGLang's child processes do the same).
+# Asks the kernel for SIGKILL when the parent dies, then becomes the server (SGLang's child processes do the same). It
+# runs on all cores that the job has: srun gives rank 0, which starts it, only a share of them.
 END_WITH_PARENT = """
 import ctypes, os, sys
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, 9)
+    os.sched_setaffinity(0, range(os.cpu_count()))
 if os.getppid() != int(sys.argv[1]):
     sys.exit("the process that started this server is gone")
 os.execvp(sys.argv[2], sys.argv[2:])

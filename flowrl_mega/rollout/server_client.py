@@ -40,6 +40,9 @@ class ServerClient(Protocol):
     async def continue_generation(self, timeout_s: float) -> None:
         """Resume after a pause."""
 
+    async def flush_cache(self, timeout_s: float) -> None:
+        """Wait until nothing is in progress, and forget the keys and values of earlier prompts."""
+
     async def release_memory_occupation(self, tags: list[str], timeout_s: float) -> None:
         """Free the device memory of `tags`: "weights", "kv_cache"."""
 

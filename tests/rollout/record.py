@@ -60,6 +60,7 @@ REQUESTS = {
     "begin": Ask("/begin_weight_update", {}),
     "begin_twice": Ask("/begin_weight_update", {}),
     "end": Ask("/end_weight_update", {}),
+    "flush": Ask("/flush_cache?timeout=5", {}),
     "release": Ask("/release_memory_occupation", {"tags": ["kv_cache", "weights"]}),
     "resume": Ask("/resume_memory_occupation", {"tags": ["weights", "kv_cache"]}),
 }
@@ -74,7 +75,10 @@ def ask(url: str, request: Ask) -> dict[str, Any]:
             status, text = answer.status, answer.read()
     except urllib.error.HTTPError as error:
         status, text = error.code, error.read()
-    found = json.loads(text) if text.strip() else None
+    try:
+        found = json.loads(text) if text.strip() else None
+    except ValueError:
+        found = "no JSON"
     if request.read:
         found = {name: found[name] for name in request.read}
     return {"status": status, "answer": likeness(found)}

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import json
 import random
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
@@ -67,6 +68,8 @@ class StandIn:
         self.workers: list[str] | None = None  # of a router
         self.under_way = Counter[str]()
         self.most_at_once = 0
+        self.lags_s = 0.0  # for how long after an answer a last decoding step is in progress
+        self.idle_at = 0.0
         self.hold_at: int | None = None  # the token before which every answer waits, while this is set
         self.held = 0  # answers that have come so far
         self.thread = LoopThread()
@@ -216,6 +219,7 @@ class StandIn:
             return await self._generate(body, what if kind == "edit" else None, truncated=kind == "truncated")
         finally:
             self.under_way["generate"] -= 1
+            self.idle_at = time.monotonic() + self.lags_s
 
     async def _pass_on(self, body: Json) -> web.Response:
         """As a router does; it takes one prompt a request."""
@@ -327,7 +331,14 @@ class StandIn:
     def _result(self, success: bool, message: str) -> web.Response:
         return web.json_response({"success": success, "message": message}, status=200 if success else 400)
 
+    async def do_flush_cache(self, body: Json) -> web.Response:
+        """The caller's query says how long to wait; here it is as long as it takes."""
+        await asyncio.sleep(max(0.0, self.idle_at - time.monotonic()))
+        return web.Response(text="Cache flushed.")
+
     async def do_release_memory_occupation(self, body: Json) -> web.Response:
+        if time.monotonic() < self.idle_at:  # the real one's scheduler asserts that it is idle
+            await self._die()
         self.memory -= set(body["tags"])
         return web.json_response(None)
 

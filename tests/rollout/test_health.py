@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from driving import REQUESTS, Ours, content, expected
 
@@ -146,6 +148,18 @@ def test_a_router_gets_prompts_and_its_servers_get_weights(stand_in, drive):
     assert content(rollouts) == expected(seed=9)
     assert {span for of in rollouts for rollout in of for span, _ in rollout.versions} == {2}
     assert driver.counts["stale_answers"] >= 1
+
+
+def test_memory_is_given_back_when_the_server_is_idle(stand_in, drive):
+    """With overlapping scheduling one more decoding step is in progress when the last answer has come."""
+    server = stand_in()
+    driver = drive([server])
+    driver.push(version=1)
+    server.lags_s = 0.3
+    assert content(driver.run()) == expected()
+    driver.loop.call(driver.dispatcher.health.release())
+    assert server.memory == set() and driver.counts.get("servers_lost", 0) == 0
+    assert time.monotonic() >= server.idle_at
 
 
 def test_memory_is_given_back_and_taken_again(stand_in, drive):

@@ -16,6 +16,7 @@ from flowrl_mega.rollout.http_client import HttpClient
 from flowrl_mega.rollout.sglang.answers import read_answers, request_body
 
 MODEL_INFO = "/model_info"
+ANSWERS_S = 2.0  # between what a server is asked to wait for and our own patience
 
 
 class SglangServer(HttpClient):
@@ -67,6 +68,10 @@ class SglangServer(HttpClient):
         return await self.post("/weights_checker", {"action": action}, timeout_s)
 
     # Memory
+
+    async def flush_cache(self, timeout_s: float) -> None:
+        wait_s = max(0.0, timeout_s - ANSWERS_S)  # the server says in time that it was not idle
+        await self.post(f"/flush_cache?timeout={wait_s:g}", {}, timeout_s, is_json=False)
 
     async def release_memory_occupation(self, tags: list[str], timeout_s: float) -> None:
         await self.post("/release_memory_occupation", {"tags": tags}, timeout_s)

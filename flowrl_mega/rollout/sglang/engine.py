@@ -8,6 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+import torch.distributed as dist
+
 from flowrl_mega.config import Config, ConfigError, RunError
 from flowrl_mega.model.architecture import Architecture
 from flowrl_mega.model.generation import Sampling
@@ -48,6 +51,8 @@ class SglangEngine:
         more = (layout, arch, side_files, run_dir / "weights", self.loop)
         self.weights = WeightSync(self.settings.sync, self.settings.colocated, *more)
         try:
+            # A server takes a share of the memory that is free when it starts: all ranks must have loaded their models.
+            dist.barrier()
             self.context = self._in_thread(lambda: self._start(run_dir / "servers", side_files, trainer_gpus))
         except BaseException:
             self.close()
@@ -83,6 +88,8 @@ class SglangEngine:
         if self.settings.sync.pause == "wait":
             self._on_first(lambda d: d.set_hold(True))
             self._until(lambda d: d.is_idle(), heal=False)
+        if self.settings.colocated:
+            self._make_room()
         self._push(None, check)
         self._on_first(lambda d: d.set_hold(False))
         self._until(lambda d: d.has_server())
@@ -105,6 +112,15 @@ class SglangEngine:
     def release(self) -> None:
         if self.settings.colocated:
             self._on_first(lambda d: d.health.release())
+            dist.barrier()  # no rank takes memory that its GPU's server still has
+
+    def _make_room(self) -> None:
+        """Give what this rank's allocator keeps in reserve to the server on its GPU, which is about to take its memory
+        back: without it a server runs out of memory, and is started again in vain. Collective."""
+        if self.layout.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        dist.barrier()
 
     def metrics(self) -> dict[str, float]:
         counts: dict[str, float] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +16,23 @@ TESTED_WITH = "0.5.23"
 CPU_LAUNCHER = Path(__file__).parent / "cpu_server" / "launch.py"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # Flags that Fleet sets for each server, and those of a server that spans several hosts.
-RESERVED = ("host", "port", "model", "model-path", "nnodes", "node-rank")
+RESERVED = ("host", "port", "model", "model-path", "nnodes", "node-rank", "base-gpu-id", "gpu-id-step")
 
 
 def command(
-    settings: RolloutSettings, model: Path, dtype: str, port: int, load_format: str, host: str = "127.0.0.1"
+    settings: RolloutSettings,
+    model: Path,
+    dtype: str,
+    port: int,
+    load_format: str,
+    host: str = "127.0.0.1",
+    first_gpu: int | None = None,
 ) -> list[str]:
-    """The server's command line. `rollout.server_args` come last and win; check_servers refuses those in RESERVED."""
+    """The server's command line. `rollout.server_args` come last and win; check_servers refuses those in RESERVED.
+
+    `first_gpu`: the first of its GPUs, by number among those that this process sees. The server sees all of them: a
+    handle of memory on the trainer's GPU opens only where that GPU can be seen.
+    """
     flags: dict[str, Any] = {
         "model-path": str(Path(model).resolve()),
         "host": host,
@@ -36,8 +45,8 @@ def command(
     if on_cpu:
         # Otherwise an idle scheduler spins on a core that the trainer needs.
         flags |= {"device": "cpu", "attention-backend": "torch_native", "sleep-on-idle": True}
-    elif settings.colocated:
-        flags["enable-memory-saver"] = True
+    else:
+        flags |= {"base-gpu-id": first_gpu} | ({"enable-memory-saver": True} if settings.colocated else {})
     flags |= _named(settings.server_args)
     program = [str(CPU_LAUNCHER)] if on_cpu else ["-m", "sglang.launch_server"]
     return [settings.python or sys.executable, *program, *_written(flags)]
@@ -77,14 +86,18 @@ def ranks_per_server(settings: RolloutSettings) -> int:
     return size
 
 
-def placement(settings: RolloutSettings, trainer_gpus: int) -> list[list[str]]:
-    """Each server's GPUs, as CUDA_VISIBLE_DEVICES names them; [] on CPU. ConfigError if this host has too few."""
+def placement(settings: RolloutSettings, trainer_gpus: int) -> list[int]:
+    """Each server's first GPU, of ranks_per_server next to each other; [] on CPU. ConfigError if this host has too
+    few, or two processes of one communicator would be on the same."""
     assert isinstance(settings.servers, int)
     if not on_gpu(settings):
         return []
+    if settings.colocated and settings.sync.transfer == "distributed":
+        raise ConfigError(
+            "rollout.sync.transfer = 'distributed': NCCL refuses two processes on one GPU, as rollout.colocated=true "
+            "puts them; leave it out, or take tensor or disk"
+        )
     count = torch.cuda.device_count()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    gpus = visible[:count] if visible != [""] else [str(gpu) for gpu in range(count)]
     size, first = ranks_per_server(settings), 0 if settings.colocated else trainer_gpus
     needed = first + settings.servers * size
     if needed > count:
@@ -93,7 +106,7 @@ def placement(settings: RolloutSettings, trainer_gpus: int) -> list[list[str]]:
             f"rollout.servers = {settings.servers}: {settings.servers * size} GPUs ({size} a server){others}, but this "
             f"host has {count}; take fewer servers, a smaller rollout.server_args.tp_size, or rollout.colocated=true"
         )
-    return [gpus[at : at + size] for at in range(first, needed, size)]
+    return list(range(first, needed, size))
 
 
 def check_servers(settings: RolloutSettings, trainer_gpus: int = 0) -> str:

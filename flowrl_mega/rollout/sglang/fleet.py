@@ -15,10 +15,11 @@ from pathlib import Path
 from flowrl_mega.config import ConfigError, RolloutSettings
 from flowrl_mega.rollout.processes import ending, free_ports, is_free, kill, popen
 from flowrl_mega.rollout.sglang.endpoints import is_up
-from flowrl_mega.rollout.sglang.flags import command, placement, ranks_per_server
+from flowrl_mega.rollout.sglang.flags import command, on_gpu, placement, ranks_per_server
 
 # Variables of the job's ranks, which would make a server take itself for one of them.
-OF_THE_JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+OF_THE_JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
+              "CUDA_DEVICE_MAX_CONNECTIONS")  # fmt: skip
 PROGRESS_S = 15.0
 GRACE_S = 5.0  # between SIGTERM, on which SGLang also waits for the answers under way, and SIGKILL
 
@@ -55,8 +56,10 @@ class Fleet:
                 raise ConfigError(f"port {port} of {host}: cannot be listened on, or is in use; name another one")
         near = "127.0.0.1" if host == "0.0.0.0" else host
         self.urls = [f"http://{near}:{port}" for port in ports]
-        self._commands = [command(settings, model, dtype, port, load_format, host) for port in ports]
-        self._gpus = placement(settings, trainer_gpus)
+        gpus: list[int] | list[None] = placement(settings, trainer_gpus) or [None] * len(ports)
+        self._commands = [
+            command(settings, model, dtype, port, load_format, host, gpu) for port, gpu in zip(ports, gpus, strict=True)
+        ]
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._log_starts: dict[str, int] = {}  # size of each log at the last start
         # The kernel counts the *thread* that started a process as its parent: it must live as long as this object.
@@ -118,17 +121,15 @@ class Fleet:
                 raise ConfigError(f"{url}: not started again, the job is ending")
             print(f"=== {time.strftime('%F %T')} {shlex.join(self._commands[at])}", file=log, flush=True)
             self._log_starts[url] = log.tell()
-            self._running[url] = self._starter.submit(popen, self._commands[at], self._environment(at), log).result()
+            self._running[url] = self._starter.submit(popen, self._commands[at], self._environment(), log).result()
 
-    def _environment(self, at: int) -> dict[str, str]:
+    def _environment(self) -> dict[str, str]:
         environment = {
             name: value
             for name, value in os.environ.items()
             if name not in OF_THE_JOB and not name.startswith("TORCHELASTIC_")
         }
-        if self._gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus[at])
-        elif (ranks := ranks_per_server(self.settings)) > 1:
+        if not on_gpu(self.settings) and (ranks := ranks_per_server(self.settings)) > 1:
             # SGLang wants a NUMA node per rank unless it is told which cores each rank has.
             cores = sorted(os.sched_getaffinity(0))
             environment.setdefault(

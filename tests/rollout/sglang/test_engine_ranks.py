@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
 
 import on_ranks
 import pytest
+import torch
 import torch.distributed as dist
 from driving import content, expected
 from rank_pool import RankFailed
@@ -217,3 +220,53 @@ def test_answers_travel_whole(ranks2):
     requests = [Request([1], 1, 5), Request([1], 2, 5)]
     assert ranks2.run(shared, answers, requests) == [answers, answers]
     assert ranks2.run(shared, [], []) == [[], []]
+
+
+def release_and_sync(path: Path, folder: Path, url: str) -> None:
+    """A colocated trainer's step, as if on GPUs: rank 1 is slow to let go of what its allocator keeps."""
+    policy, engine = engine_for(path, folder, [url], {"dp": 2})
+    rank = engine.layout.rank
+    engine.settings = engine.settings.model_copy(update={"colocated": True})
+    engine.layout = dataclasses.replace(engine.layout, device=torch.device("cuda"))
+
+    def note(what: str) -> None:
+        with (folder / "events").open("a") as file:
+            print(what, file=file)
+
+    def empty_cache() -> None:
+        time.sleep(0.5 * rank)
+        note(f"emptied {rank}")
+
+    torch.cuda.synchronize = lambda *_: note(f"synchronized {rank}")
+    real, torch.cuda.empty_cache = torch.cuda.empty_cache, empty_cache
+    try:
+        engine.sync(policy, version=1)
+        engine.release()
+        note(f"released {rank}")
+        engine.sync(policy, version=2)
+    finally:
+        torch.cuda.empty_cache = real
+        engine.close()
+
+
+def test_memory_is_let_go_of_on_all_ranks_before_a_server_takes_it(tiny_llama, stand_in, ranks2, tmp_path):
+    """And no rank goes on before the servers have let go of theirs."""
+    server = stand_in()
+    for what in ("resume", "release"):
+        real = getattr(server, f"do_{what}_memory_occupation")
+
+        async def noting(body: Any, what: str = what, real: Any = real) -> Any:
+            await asyncio.sleep(0.3)
+            with (tmp_path / "events").open("a") as file:
+                print(f"server: {what} {body['tags'][0]}", file=file)
+            return await real(body)
+
+        setattr(server, f"do_{what}_memory_occupation", noting)
+    ranks2.run(release_and_sync, tiny_llama, tmp_path, server.url)
+    events = (tmp_path / "events").read_text().splitlines()
+    at = events.index("server: release kv_cache")
+    assert all(events.index(f"released {rank}") > at for rank in range(2))
+    later = events[at:]
+    resumed = later.index("server: resume weights")
+    for rank in range(2):
+        assert later.index(f"synchronized {rank}") < later.index(f"emptied {rank}") < resumed

@@ -9,9 +9,13 @@ from typing import Any
 import fake_server
 import pytest
 import torch
+import yaml
 
 from flowrl_mega.config import ConfigError, RolloutSettings
 from flowrl_mega.rollout.sglang.flags import check_servers, command, placement
+from flowrl_mega.rollout.sglang.fleet import Fleet
+
+REPO = Path(__file__).parents[3]
 
 
 def test_a_command_line_says_what_the_settings_say(tmp_path: Path):
@@ -35,7 +39,7 @@ def test_a_command_line_says_what_the_settings_say(tmp_path: Path):
 
 def test_what_only_we_can_know_is_refused(tmp_path: Path):
     """Two servers on one port, or on another model than the trainer's, would fail late or not at all."""
-    for name in ("host", "port", "model_path", "model-path", "--port", "nnodes"):
+    for name in ("host", "port", "model_path", "model-path", "--port", "nnodes", "base_gpu_id", "gpu-id-step"):
         settings = RolloutSettings(python=fake_server.make(tmp_path), server_args={name: 1})
         with pytest.raises(ConfigError, match=f"rollout.server_args.{name} = 1: set for each server.*rollout.servers"):
             check_servers(settings)
@@ -60,22 +64,50 @@ def test_words_for_a_dry_run(tmp_path: Path):
     assert "0.6.0 (tested with 0.5.23)" in check_servers(RolloutSettings(python=str(other)))
 
 
-def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch):
-    """Servers take the GPUs after the trainer's, or the trainer's own, and of those only what this job was given."""
+@pytest.fixture
+def eight_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
-    def placed(trainer: int = 4, **settings: Any) -> list[list[str]]:
+
+def test_gpus_are_shared_out(eight_gpus: None):
+    """Servers take the GPUs after the trainer's, or the trainer's own."""
+
+    def placed(trainer: int = 4, **settings: Any) -> list[int]:
         return placement(RolloutSettings(**settings), trainer)
 
-    assert placed(servers=2, server_args={"tp_size": 2}) == [["4", "5"], ["6", "7"]]
-    assert placed(servers=4) == [["4"], ["5"], ["6"], ["7"]]
-    assert placed(servers=1, server_args={"tp": 2, "dp-size": 2}) == [["4", "5", "6", "7"]]
-    assert placed(servers=1, server_args={"tp": 2, "dp-size": 2, "enable_dp_attention": True}) == [["4", "5"]]
-    assert placed(servers=2, colocated=True, server_args={"tp_size": 4}) == [list("0123"), list("4567")]
+    assert placed(servers=2, server_args={"tp_size": 2}) == [4, 6]
+    assert placed(servers=4) == [4, 5, 6, 7]
+    assert placed(servers=1, server_args={"tp": 2, "dp-size": 2}) == [4]
+    assert placed(servers=2, server_args={"tp": 2, "dp-size": 2, "enable_dp_attention": True}) == [4, 6]
+    assert placed(servers=2, colocated=True, server_args={"tp_size": 4}) == [0, 4]
     assert placed(servers=3, server_args={"device": "cpu"}) == []
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "8,9,10,11,12,13,14,15")
-    assert placed(servers=2, server_args={"tp_size": 2}) == [["12", "13"], ["14", "15"]]
     with pytest.raises(ConfigError, match="rollout.servers = 3: 6 GPUs .2 a server. beside the trainer's 4.*has 8"):
         placed(servers=3, server_args={"tp_size": 2})
+
+
+@pytest.mark.parametrize("file", sorted((REPO / "examples").glob("qwen2.5_*.yaml")), ids=lambda file: file.stem)
+def test_every_server_sees_the_gpu_whose_memory_it_is_handed(
+    file: Path, eight_gpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """SGLang looks for the handle's GPU among those that it sees: the first rank's must be one of them for all servers,
+    which lie on GPUs of their own by number."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    settings = RolloutSettings(**{**yaml.safe_load(file.read_text())["rollout"], "python": fake_server.make(tmp_path)})
+    assert settings.colocated and settings.sync.transfer in (None, "tensor")
+    fleet = Fleet(settings, tmp_path, tmp_path, "bf16", trainer_gpus=8)
+    try:
+        firsts = [int(words[words.index("--base-gpu-id") + 1]) for words in fleet._commands]
+        assert firsts == list(range(0, 8, 8 // len(firsts)))
+        assert fleet._environment()["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7"
+    finally:
+        fleet.close()
+
+
+def test_a_communicator_of_two_processes_on_one_gpu_is_refused(eight_gpus: None, tmp_path: Path):
+    """NCCL would, after the models are loaded."""
+    settings = {"servers": 2, "colocated": True, "python": fake_server.make(tmp_path)}
+    with pytest.raises(ConfigError, match="rollout.sync.transfer = 'distributed': NCCL refuses two processes"):
+        check_servers(RolloutSettings(**settings, sync={"transfer": "distributed"}), 2)
+    check_servers(RolloutSettings(**settings, sync={"transfer": "disk"}), 2)
+    check_servers(RolloutSettings(**{**settings, "colocated": False}, sync={"transfer": "distributed"}), 2)

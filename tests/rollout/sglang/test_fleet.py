@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 import urllib.request
@@ -224,3 +225,18 @@ def test_supervision_restarts_until_it_is_stopped(make: Make):
     assert gone(before)
     supervise(fleet, stop=lambda: fleet.is_alive(fleet.urls[0]))
     assert info(fleet)["pid"] != before
+
+
+def test_servers_run_on_all_cores_of_the_job(tmp_path: Path):
+    """srun gives the rank that starts them a share of the cores, which its servers' threads would fight for."""
+    code = "import os; print(sorted(os.sched_getaffinity(0)))"
+    mine = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(mine)})
+        with (tmp_path / "log").open("w") as log:
+            process = fleets.popen([sys.executable, "-c", code], dict(os.environ), log)
+        assert process.wait(60) == 0
+    finally:
+        os.sched_setaffinity(0, mine)
+    assert (tmp_path / "log").read_text().strip() == str(sorted(mine))
+    assert len(mine) > 1, "a machine of one core shows nothing"
