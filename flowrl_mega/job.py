@@ -71,7 +71,7 @@ def run_rank(inputs: Inputs, checkpoint: Path | None, stop_requested: Callable[[
     if "RANK" not in os.environ:
         os.environ.update(rank_environment(0, 1))
     config = inputs.config
-    layout = layouts.init(config.parallel, config.seed, row_alignment(config.model))
+    layout = layouts.init(config.parallel, config.seed, row_alignment(config.model, config.parallel.sequence_parallel))
     check_ops_of_ranks(config.ops.backend, layout)
     run = Run(inputs, layout, checkpoint)
     try:

@@ -81,6 +81,8 @@ class Decoder:
         self.arch, weights = arch, {local_name(name): tensor for name, tensor in weights.items()}
         self.embedding = weights["embedding.word_embeddings.weight"]
         self.head = weights.get("output_layer.weight", self.embedding)[: arch.vocab].t()
+        if not self.head.is_cuda:  # on a GPU the product itself accumulates in fp32
+            self.head = self.head.float()
         self.norm = weights["decoder.final_layernorm.weight"]
         self.layers = [_layer(weights, i) for i in range(arch.layers)]
 
@@ -100,7 +102,9 @@ class Decoder:
             x = x + F.linear(F.silu(gate) * up, layer["fc2"])
         cache.length += s
         last = F.rms_norm(x[:, -1], (arch.hidden,), self.norm, arch.norm_eps)
-        return (last @ self.head).float() if last.dtype == torch.float32 else last.float() @ self.head.float()
+        if last.is_cuda and last.dtype != torch.float32:
+            return torch.mm(last, self.head, out_dtype=torch.float32)
+        return last.float() @ self.head
 
     def _attention(
         self,

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from flowrl_mega.config import Fp8Recipe, ModelSettings
 from flowrl_mega.parallel import backends
 
+BLOCK = 128  # values that share a scale in the blockwise recipe
 ALIGNMENT = 16  # FP8 GEMMs read 16 values at a time: Transformer Engine refuses other sizes
 
 # hybrid: e4m3 forward, e5m2 for gradients. Blocks have scales of their own and do not need the range of e5m2.
@@ -69,9 +70,15 @@ def reference_settings(model: ModelSettings) -> ModelSettings:
     return model.model_copy(update={"fp8": model.reference_fp8, "fp8_params": False})
 
 
-def row_alignment(model: ModelSettings) -> int:
-    """A rank's rows of a micro-batch are padded to a multiple of this: 16 where policy or reference compute in FP8."""
-    return ALIGNMENT if model.fp8 != "off" or model.reference_fp8 != "off" else 1
+def row_alignment(model: ModelSettings, sequence_parallel: bool) -> int:
+    """A rank's rows of a micro-batch are padded to a multiple of this: 16 where policy or reference compute in FP8.
+
+    128 for blocks under sequence parallelism: else Transformer Engine gathers in bf16 and quantizes again.
+    """
+    recipes = {model.fp8, model.reference_fp8} - {"off"}
+    if "blockwise" in recipes and sequence_parallel:
+        return BLOCK
+    return ALIGNMENT if recipes else 1
 
 
 def describe_layers(model: ModelSettings) -> str:

@@ -133,11 +133,20 @@ def test_the_reference_has_a_recipe_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "rows"),
-    [({}, 1), ({"fp8": "tensorwise"}, 16), ({"fp8": "blockwise"}, 16), ({"reference_fp8": "tensorwise"}, 16)],
+    ("values", "rows", "rows_in_shares"),
+    [
+        ({}, 1, 1),
+        ({"fp8": "tensorwise"}, 16, 16),
+        ({"fp8": "blockwise"}, 16, 128),
+        ({"reference_fp8": "tensorwise"}, 16, 16),
+        ({"fp8": "tensorwise", "reference_fp8": "blockwise"}, 16, 128),
+    ],
 )
-def test_rows_of_a_rank_are_a_multiple_of_16_in_fp8(values: dict[str, str], rows: int) -> None:
-    assert precision.row_alignment(settings(dtype="bf16", **values)) == rows
+def test_rows_of_a_rank_are_a_multiple_in_fp8(values: dict[str, str], rows: int, rows_in_shares: int) -> None:
+    """Of a GEMM's 16; and of a block's 128 where ranks gather their shares of the rows."""
+    model = settings(dtype="bf16", **values)
+    assert precision.row_alignment(model, sequence_parallel=False) == rows
+    assert precision.row_alignment(model, sequence_parallel=True) == rows_in_shares
 
 
 @pytest.mark.parametrize(
