@@ -19,7 +19,7 @@ echo 'setup: no Python 3.11 or 3.12 found (tried: $(CANDIDATES)).' >&2; \
 echo 'Install one, or name it: make setup PYTHON=/path/to/python3.12' >&2; exit 1
 endef
 
-.PHONY: help setup setup-example setup-integration setup-tests setup-sglang setup-slurm build build-cuda-check quickstart compare example-smollm2
+.PHONY: help setup setup-example setup-integration setup-tests setup-sglang setup-slurm setup-te-emulation build build-cuda-check quickstart compare example-smollm2
 .PHONY: test test-fast test-tools test-integration verify-exact exact-table lint format
 
 help:  ## this list
@@ -48,6 +48,9 @@ setup-sglang: setup  ## SGLang in an environment of its own, .venv-sglang, kept 
 setup-slurm:  ## SLURM's packages for the tests, where apt-get has them; does nothing when they are there
 	@tools/setup_slurm.sh
 
+setup-te-emulation: setup  ## Transformer Engine's Python, 1 MB in a cache outside the clone, for tests that emulate the rest
+	@$(PY) tools/setup_te_emulation.py
+
 build: setup  ## csrc compiled ahead of first use, for the CPU and, where torch and nvcc have it, for CUDA
 	@$(PY) -m flowrl_mega.ops
 
@@ -66,7 +69,7 @@ exact-table: setup  ## docs/exact.md: every objective where the right end is kno
 example-smollm2: setup-example  ## train a real pretrained model, SmolLM2-135M-Instruct, on reasoning-gym tasks
 	@$(PY) -m examples.smollm2.run
 
-test: setup-tests  ## every test of the package that needs no real model or service, in two runs side by side
+test: setup-tests setup-te-emulation  ## every test of the package that needs no real model or service, in two runs side by side
 	@OMP_NUM_THREADS=1 $(PY) tests/side_by_side.py $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test-fast: setup-tests  ## those without ranks, and without what waits or computes for seconds: an inner loop
@@ -75,7 +78,7 @@ test-fast: setup-tests  ## those without ranks, and without what waits or comput
 test-tools: setup-tests  ## tests of tools/: benchmarks, releases, setup
 	@$(PYTEST) tests -m "tools and not integration" $(if $(DATA),--data $(DATA)) $(ARGS)
 
-test-integration: setup-integration setup-sglang setup-slurm  ## tests with a real model, SGLang, SLURM, DALI
+test-integration: setup-integration setup-sglang setup-slurm setup-te-emulation  ## tests with a real model, SGLang, SLURM, DALI
 	@$(PYTEST) tests -m integration $(if $(DATA),--data $(DATA)) $(ARGS)
 
 verify-exact: setup  ## the trainer against exact answers on a space small enough to enumerate

@@ -58,11 +58,13 @@ class RankPool:
     """`run(function, ...)` on `world` ranks gives each rank's result, by rank.
 
     Without `megatron` the ranks start in half the time, but no tensors can be sent to them: Megatron, which is in the
-    process that sends them, makes itself part of how torch pickles.
+    process that sends them, makes itself part of how torch pickles. `context` is multiprocessing's, of other processes
+    that have imported Megatron.
     """
 
-    def __init__(self, world: int, megatron: bool = True) -> None:
+    def __init__(self, world: int, megatron: bool = True, context: Any = None) -> None:
         self.world, self.megatron = world, megatron
+        self.context: Any = context or (FORKSERVER if megatron else multiprocessing.get_context("spawn"))
         self.ranks: list[Any] = []
         self.pipes: list[Connection] = []
         self.store: torch.distributed.TCPStore | None = None  # where the ranks meet
@@ -108,12 +110,11 @@ class RankPool:
             rendezvous_store,
         )  # not in the ranks: it imports Megatron
 
-        context: Any = FORKSERVER if self.megatron else multiprocessing.get_context("spawn")
         self.store = rendezvous_store()
         for rank in range(self.world):
-            ours, theirs = context.Pipe()
+            ours, theirs = self.context.Pipe()
             environment = rank_environment(rank, self.world, self.store.port)
-            process = context.Process(target=_serve, args=(environment, self.megatron, theirs), daemon=True)
+            process = self.context.Process(target=_serve, args=(environment, self.megatron, theirs), daemon=True)
             process.start()
             theirs.close()
             self.ranks.append(process)

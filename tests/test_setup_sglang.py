@@ -20,7 +20,7 @@ class FakeSetup:
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.syspath_prepend(str(REPO / "tools"))
-        for name in ("setup", "setup_sglang"):
+        for name in ("setup", "user_cache", "setup_sglang"):
             monkeypatch.delitem(sys.modules, name, raising=False)
         self.tool = importlib.import_module("setup_sglang")
         self.ran: list[str] = []
@@ -54,7 +54,7 @@ class FakeSetup:
 @pytest.fixture
 def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     yield FakeSetup(tmp_path, monkeypatch)
-    for name in ("setup", "setup_sglang"):
+    for name in ("setup", "user_cache", "setup_sglang"):
         sys.modules.pop(name, None)
 
 
@@ -113,13 +113,13 @@ def test_two_at_once_wait_for_each_other(setup: FakeSetup):
 def test_the_clone_links_to_it(setup: FakeSetup, tmp_path: Path):
     """The link follows the pins; what somebody made there by hand is not thrown away."""
     first, second = tmp_path / "first", tmp_path / "second"
-    setup.tool.link(first)
-    setup.tool.link(second)
+    setup.tool.link(setup.tool.LINK, first)
+    setup.tool.link(setup.tool.LINK, second)
     assert (tmp_path / ".venv-sglang").readlink() == second
     (tmp_path / ".venv-sglang").unlink()
     (tmp_path / ".venv-sglang").mkdir()
     with pytest.raises(setup.tool.SetupError, match="move it away"):
-        setup.tool.link(first)
+        setup.tool.link(setup.tool.LINK, first)
 
 
 def test_the_pins_are_exact_and_agree_with_the_trainer(setup: FakeSetup):

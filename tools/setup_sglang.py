@@ -10,14 +10,11 @@ Without a GPU, requirements/sglang.txt pins everything. With one, SGLang's own r
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
-import hashlib
 import json
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+
+from user_cache import cache, key, link, locked
 
 import setup as venv_tool
 from setup import ROOT, SetupError, phase, pip
@@ -35,7 +32,7 @@ def main() -> None:
     parser().parse_args()
     try:
         folder = set_up("cuda" if venv_tool.has_gpu() else "cpu")
-        link(folder)
+        link(LINK, folder)
     except SetupError as error:
         log = f"\nAll output: {venv_tool.LOG}" if venv_tool.LOG.exists() else ""
         sys.exit(f"setup-sglang: {error}{log}")
@@ -44,8 +41,8 @@ def main() -> None:
 
 def set_up(kind: str) -> Path:
     """The folder of a complete environment for `kind` (cpu or cuda), made where there is none."""
-    folder = cache() / f"sglang-{key(kind)}"
-    with locked(folder.with_suffix(".lock")):
+    folder = cache() / f"sglang-{key(PINS.read_text(), kind, sys.version, sys.platform)}"
+    with locked(folder.with_suffix(".lock"), "SGLang"):
         # From here on setup.py's helpers work on this environment.
         venv_tool.VENV, venv_tool.PYTHON, venv_tool.LOG = folder, folder / "bin" / "python", folder / "setup.log"
         stamp = folder / "setup.json"
@@ -75,42 +72,6 @@ def install(kind: str) -> None:
 def pinned() -> dict[str, str]:
     lines = PINS.read_text().splitlines()
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
-
-
-def key(kind: str) -> str:
-    """Of all that decides what is installed."""
-    parts = (PINS.read_text(), kind, sys.version, sys.platform)
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def cache() -> Path:
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowrl-mega"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:
-        raise SetupError(f"no folder for it: {error}; XDG_CACHE_HOME names another cache folder") from None
-    return folder
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One set-up at a time, for all clones."""
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("waiting for another set-up of SGLang ...", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def link(folder: Path) -> None:
-    """Point the clone's .venv-sglang at it, in one step."""
-    if LINK.exists() and not LINK.is_symlink():
-        raise SetupError(f"{LINK} is a folder of its own, not a link; move it away")
-    new = LINK.with_name(f"{LINK.name}.{os.getpid()}")
-    new.symlink_to(folder)
-    os.replace(new, LINK)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import queue
 import random
 import warnings
@@ -11,13 +12,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch.distributed.checkpoint.api import CheckpointException
@@ -114,6 +117,7 @@ def _load(path: Path, trained: TrainedModels) -> dict[str, Any]:
     state = _state(trained, is_loading=True)
     if world == policy.layout.world:
         state["random"] = _sharded_random(policy.layout)
+    _keep_extra_states(state, trained, path)
     try:
         with _quietly():
             state = dist_checkpointing.load(state, str(path))
@@ -130,13 +134,34 @@ def _load(path: Path, trained: TrainedModels) -> dict[str, Any]:
     return state["trainer"]
 
 
+def _keep_extra_states(state: dict[str, Any], trained: TrainedModels, path: Path) -> None:
+    """Layers' extra states (FP8's scales, or nothing at all) that the checkpoint lacks stay as they are: a run with
+    other layers (model.spec) has saved it."""
+    saved = load_sharded_metadata(str(path))
+    for name in trained:
+        for stage in (state if name == "policy" else state[name])["model"].values():
+            for key, part in stage.items():
+                if key.endswith("_extra_state") and part.unique_key not in saved:
+                    stage[key] = LocalNonpersistentObject(part.data)
+
+
 def _fill(model: Model, optimizer: Optimizer, state: dict[str, Any], path: Path) -> None:
-    model.load_state_dict(state["model"])
+    with _trusted_scales():
+        model.load_state_dict(state["model"])
     adam = state["optimizer"].get("optimizer", state["optimizer"])  # one level down where bf16 weights have masters
     _keep_rates(adam["param_groups"], optimizer, path)
+    optimizer.adapt(adam)
     optimizer.inner.load_state_dict(state["optimizer"])
     optimizer.schedule.num_steps = 0
     optimizer.schedule.step(increment=state["schedule_steps"])
+
+
+@contextmanager
+def _trusted_scales() -> Iterator[None]:
+    """Transformer Engine keeps the scales of the recipe `delayed` pickled, and loads them only where it is told that
+    they can be trusted: a run trusts its own checkpoints."""
+    with patch.dict(os.environ, NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE="1"):
+        yield
 
 
 def _policy_of(trained: TrainedModels) -> tuple[Policy, Optimizer]:

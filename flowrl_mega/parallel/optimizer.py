@@ -136,6 +136,22 @@ class Optimizer:
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"} if self.settings.distributed else None
         return self.inner.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
 
+    def adapt(self, saved: dict[str, Any]) -> None:
+        """Make an Adam's state, as a checkpoint holds it, one of this Adam's: torch's AdamW keeps the count of updates
+        beside the moments, Transformer Engine's and Apex's in the parameter groups, each among settings of its own."""
+        if self.settings.distributed:
+            return  # always Transformer Engine's
+        groups = saved["param_groups"]
+        counts = [saved["state"].pop("common_step", None), *(group.pop("step", None) for group in groups)]
+        count = max((int(count) for count in counts if count is not None), default=0)  # all are equal
+        for group, own in zip(groups, self.inner.param_groups, strict=True):
+            group.update({name: own[name] for name in own.keys() - group.keys()})
+        if isinstance(self.inner.chained_optimizers[0].optimizer, torch.optim.Adam):
+            saved["state"]["common_step"] = torch.tensor(float(count))
+        else:
+            for group in groups:
+                group["step"] = count
+
     def zero_grad(self) -> None:
         for stage in self.model:
             stage.zero_grad_buffer()

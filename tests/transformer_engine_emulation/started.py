@@ -1,0 +1,42 @@
+"""Importing this starts the emulation, and then imports the product."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch.autograd
+
+import transformer_engine_emulation
+
+transformer_engine_emulation.start()
+
+import flowrl_mega.job  # noqa: E402, F401
+from flowrl_mega.parallel import cuda_is_cpu  # noqa: E402
+
+# Torch leaves a mode while it handles a call of the mode's, as `Tensor.backward` is. Nothing of Megatron asks for the
+# device "cuda" in there, but Transformer Engine does.
+autograd: Any = torch.autograd
+run_backward = autograd._engine_run_backward
+
+
+def run_backward_where_cuda_is_cpu(*args: Any, **kwargs: Any) -> Any:
+    with cuda_is_cpu._CudaIsCpu():
+        return run_backward(*args, **kwargs)
+
+
+autograd._engine_run_backward = run_backward_where_cuda_is_cpu
+
+
+# Gloo makes one buffer, of the first one's type, of what is gathered together; NCCL does not. With weights kept in FP8
+# Megatron gathers bytes and bf16 together.
+from megatron.core.distributed import param_and_grad_buffer  # noqa: E402
+
+coalescing_manager: Any = param_and_grad_buffer._coalescing_manager
+
+
+def one_by_one(*args: Any, async_ops: bool = False, **kwargs: Any) -> Any:
+    return coalescing_manager(*args, async_ops=True, **kwargs) if async_ops else nullcontext()
+
+
+param_and_grad_buffer._coalescing_manager = one_by_one
