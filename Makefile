@@ -43,7 +43,7 @@ setup-tests:
 	$(SETUP)
 
 setup-sglang: setup  ## SGLang in an environment of its own, .venv-sglang, kept in a cache outside the clone
-	@$(PY) tools/setup_sglang.py
+	@$(PY) tools/setup_sglang.py $(if $(filter-out system,$(TORCH)),--torch "$(TORCH)")
 
 setup-slurm:  ## SLURM's packages for the tests, where apt-get has them; does nothing when they are there
 	@tools/setup_slurm.sh

@@ -15,7 +15,7 @@ from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.precision import row_alignment
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.launch import launch, rank_environment
-from flowrl_mega.preflight import Inputs, check, check_ops_of_ranks, describe, ranks_to_start
+from flowrl_mega.preflight import Inputs, check, check_gpus, check_ops_of_ranks, describe, ranks_to_start
 from flowrl_mega.run import Run
 from flowrl_mega.run_lock import run_lock
 
@@ -48,6 +48,8 @@ def _train(
     first_rank = os.environ.get("RANK", "0") == "0"
     inputs = Inputs(config)
     if not checked:
+        if (warning := check_gpus()) and first_rank:
+            print(f"flowrl-mega: {warning}", file=sys.stderr)
         check(inputs, world, resume, checkpoint, one_of_many=is_rank)
         if inputs.reward_description and not dry_run:
             _say(f"rewards: {inputs.reward_description}", first_rank)

@@ -73,6 +73,22 @@ class Inputs:
         return reward.describe(set().union(*map(kinds_of, every)), set().union(*map(modules_of, every)))
 
 
+def check_gpus(device: Path = Path("/dev/nvidia0")) -> str | None:
+    """Refuse to train on the CPUs of a SLURM job that has GPUs; elsewhere say what GPUs are left alone, if any are."""
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return None
+    why = f"torch {torch.__version__} cannot use them; nvidia-smi tells what the driver says"
+    if torch.version.cuda is None:
+        why = f"torch {torch.__version__} is a CPU build: make setup TORCH=cuda"
+    count = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    if count.isdigit() and int(count):
+        raise ConfigError(
+            f"SLURM_GPUS_ON_NODE = {count}: the job has GPUs, but {why}. To train on CPUs all the same set "
+            "CUDA_VISIBLE_DEVICES= (to nothing)"
+        )
+    return f"this machine has GPUs, but {why}; training on the CPU" if device.exists() else None
+
+
 def ranks_to_start(config: Config) -> int:
     """Ranks of a job that nobody has started yet. Without parallel.dp they take the host's GPUs that servers leave."""
     gpus, rollout, parallel = None, config.rollout, config.parallel

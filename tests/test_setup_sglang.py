@@ -131,3 +131,16 @@ def test_the_pins_are_exact_and_agree_with_the_trainer(setup: FakeSetup):
         list(pinned)[0] == "torch" and f"torch=={pinned['torch']}" in (REPO / "requirements" / "torch.txt").read_text()
     )
     assert {"sglang", "sglang-router"} <= set(pinned)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "installed"),
+    [("2.30.7", "2.29.7", ["--no-deps nvidia-nccl-cu13==2.30.7"]), ("2.30.7", "2.30.7", []), ("2.30.7", "", [])],
+)
+def test_the_trainer_gets_the_servers_nccl(setup: FakeSetup, theirs: str, ours: str, installed: list[str]):
+    """One communicator takes one version. Where the trainer's comes with the system it is left alone."""
+    versions = {"servers": theirs, "trainer": ours}
+    setup.tool.venv_tool.run = lambda python, *_: f"{versions[python]}\n"
+    setup.tool.share_nccl(Path("servers"), Path("trainer"))
+    assert setup.ran == installed
+    assert not installed or str(setup.tool.venv_tool.PYTHON) == "trainer"

@@ -21,18 +21,24 @@ from setup import ROOT, SetupError, phase, pip
 
 LINK = ROOT / ".venv-sglang"
 PINS = ROOT / "requirements" / "sglang.txt"
+NCCL = "nvidia-nccl-cu13"
 FOR_GPU = ("sglang", "sglang-router")  # what is asked for by name where there is a GPU, at the versions in PINS
 
 
 def parser() -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(description="Make .venv-sglang, which SGLang's servers run in.")
+    parser = argparse.ArgumentParser(description="Make .venv-sglang, which SGLang's servers run in.")
+    parser.add_argument("--torch", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda where a GPU is")
+    return parser
 
 
 def main() -> None:
-    parser().parse_args()
+    asked = parser().parse_args().torch
+    kind = ("cuda" if venv_tool.has_gpu() else "cpu") if asked == "auto" else asked
     try:
-        folder = set_up("cuda" if venv_tool.has_gpu() else "cpu")
+        folder = set_up(kind)
         link(LINK, folder)
+        if kind == "cuda":
+            share_nccl(folder / "bin" / "python", ROOT / ".venv" / "bin" / "python")
     except SetupError as error:
         log = f"\nAll output: {venv_tool.LOG}" if venv_tool.LOG.exists() else ""
         sys.exit(f"setup-sglang: {error}{log}")
@@ -67,6 +73,16 @@ def install(kind: str) -> None:
         venv_tool.install_torch("cpu")
     with phase("sglang packages"):
         pip("--no-deps", "-r", str(PINS))  # which lists torch too: the build that is there satisfies it
+
+
+def share_nccl(servers: Path, trainer: Path) -> None:
+    """Give .venv the servers' NCCL: both broadcast weights in one communicator, which takes one version."""
+    show = f"import importlib.metadata as m; print(*[d.version for d in m.distributions(name='{NCCL}')])"
+    theirs, ours = (venv_tool.run(str(python), "-c", show).strip() for python in (servers, trainer))
+    if theirs and ours and theirs != ours:
+        venv_tool.PYTHON = trainer
+        with phase(f"{NCCL} {theirs} for .venv, in place of {ours}"):
+            pip("--no-deps", f"{NCCL}=={theirs}")
 
 
 def pinned() -> dict[str, str]:

@@ -120,10 +120,30 @@ def check_servers(settings: RolloutSettings, trainer_gpus: int = 0) -> str:
             )
     placement(settings, trainer_gpus)
     version = sglang_version(settings.python or sys.executable)
+    if on_gpu(settings) and not settings.colocated and settings.sync.transfer in (None, "distributed"):
+        check_nccl(settings.python or sys.executable)
     tested = "" if version == TESTED_WITH else f" (tested with {TESTED_WITH})"
     where = f"{ranks_per_server(settings)} GPUs each" if on_gpu(settings) else "on CPU"
     many = "1 server" if settings.servers == 1 else f"{settings.servers} servers"
     return f"{many} of SGLang {version}{tested}, {where}"
+
+
+def check_nccl(python: str) -> None:
+    """Refuse servers whose NCCL is not the trainer's: both are to be in one communicator, which takes one version."""
+    ours, theirs = nccl_version(sys.executable), nccl_version(python)
+    if ours and theirs and ours != theirs:
+        raise ConfigError(
+            f"rollout.python = {python!r}: its NCCL is {theirs} and the trainer's {ours}, and weights can be broadcast "
+            "between equal ones only; `make setup-sglang` gives .venv the servers' (nvidia-nccl-cu13=="
+            f"{theirs}), or set rollout.sync.transfer=disk"
+        )
+
+
+def nccl_version(python: str) -> str | None:
+    """Of the wheel that an interpreter's torch brings along; None where NCCL comes from elsewhere."""
+    show = "import importlib.metadata as m; print(*[d.version for d in m.distributions(name='nvidia-nccl-cu13')])"
+    result = subprocess.run([python, "-c", show], capture_output=True, text=True, timeout=120)
+    return next(iter(result.stdout.split()), None)
 
 
 def sglang_version(python: str) -> str:

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from flowrl_mega.config import ConfigError, RolloutSettings
+from flowrl_mega.rollout.sglang import flags
 from flowrl_mega.rollout.sglang.flags import check_servers, command, placement
 from flowrl_mega.rollout.sglang.fleet import Fleet
 
@@ -111,3 +112,36 @@ def test_a_communicator_of_two_processes_on_one_gpu_is_refused(eight_gpus: None,
         check_servers(RolloutSettings(**settings, sync={"transfer": "distributed"}), 2)
     check_servers(RolloutSettings(**settings, sync={"transfer": "disk"}), 2)
     check_servers(RolloutSettings(**{**settings, "colocated": False}, sync={"transfer": "distributed"}), 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_compared"),
+    [({}, True), ({"sync": {"transfer": "distributed"}}, True), ({"sync": {"transfer": "disk"}}, False),
+     ({"colocated": True}, False), ({"server_args": {"device": "cpu"}}, False)],
+)  # fmt: skip
+def test_servers_of_another_nccl_are_refused(
+    settings: Any, is_compared: bool, eight_gpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Where it broadcasts, which ends in a time-out or in ncclInvalidUsage at the first sync."""
+    python = fake_server.make(tmp_path)
+    rollout = RolloutSettings(servers=2, python=python, **settings)
+    for theirs, is_wrong in (("2.30.7", True), ("2.29.7", False), (None, False)):
+        found = {sys.executable: "2.29.7", python: theirs}
+        monkeypatch.setattr(flags, "nccl_version", found.__getitem__)
+        if is_wrong and is_compared:
+            with pytest.raises(ConfigError, match="its NCCL is 2.30.7 and the trainer's 2.29.7.*make setup-sglang"):
+                check_servers(rollout, 2)
+        else:
+            check_servers(rollout, 2)
+
+
+def test_the_version_of_nccl_is_read_of_its_wheel(tmp_path: Path):
+    """And there is none where torch has no CUDA."""
+    assert flags.nccl_version(sys.executable) is None
+    python = tmp_path / "python"
+    about = tmp_path / "site" / "nvidia_nccl_cu13-2.30.7.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-nccl-cu13\nVersion: 2.30.7\n")
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/site exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    assert flags.nccl_version(str(python)) == "2.30.7"
