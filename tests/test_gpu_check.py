@@ -38,7 +38,7 @@ def check(tool, tmp_path, monkeypatch):
     def make():
         made = tool.Check(tmp_path / "state", tmp_path / "results")
         made.machine = dict(MACHINE)
-        made.begin_stage()
+        made.begin(530)
         return made
 
     return make
@@ -49,7 +49,7 @@ def item(tool):
     """An item that runs a shell command and shows what it printed."""
 
     def make(name: str, command: str, **more):
-        return tool.Item("test", name, command, lambda n, out, _: [tool.Row(n, out.strip(), "", "met")], **more)
+        return tool.Item("engine", name, command, lambda n, out, _: [tool.Row(n, out.strip(), "", "met")], **more)
 
     return make
 
@@ -83,7 +83,7 @@ def test_the_list_names_all_and_only_scripts_that_are_there(tool, tmp_path):
     tests = {item.file for item in tool.ITEMS}
     for script in set(re.findall(r"(?:tools|tests)/\S+\.py", listed)) - tests:
         assert (REPO / script).is_file()
-    assert "update.py" not in run("--list", "--stage", "test").stdout
+    assert "update.py" not in run("--list", "--stage", "first").stdout
 
 
 def test_what_is_finished_is_not_done_again(check, item, tmp_path):
@@ -108,7 +108,7 @@ def test_the_table_hides_nothing(tool, check, item, monkeypatch, capsys, tmp_pat
         item("several", "echo", gpus=4),
         item("file", "echo", file="tests/none.py"),
         item("strange", "echo }}"),
-        tool.Item("test", "unread", "echo", lambda *_: 1 / 0),
+        tool.Item("engine", "unread", "echo", lambda *_: 1 / 0),
         item("later", "echo"),
     ]
     monkeypatch.setattr(tool, "ITEMS", items)
@@ -127,7 +127,7 @@ def test_the_table_hides_nothing(tool, check, item, monkeypatch, capsys, tmp_pat
         "file": "not run: tests/none.py is not in these sources",
         "strange": "met",
         "unread": "failed: its result cannot be read (ZeroDivisionError('division by zero'))",
-        "later": "not run: nobody asked for it; it is in stage test",
+        "later": "not run: nobody asked for it; it is in stage engine",
     }
     table = capsys.readouterr().out
     assert all(verdict in table for verdict in rows.values())
@@ -159,6 +159,51 @@ def test_time_out_ends_the_command_and_its_children(tool, check, item, tmp_path,
         time.sleep(0.01)
 
 
+def test_what_failed_is_shown_at_once(check, item, capsys):
+    """Its last lines and seconds: of a machine that is lent for minutes little more than the output comes back."""
+    check().do(item("bad", "seq 100; exit 3"))
+    said = capsys.readouterr().out.splitlines()
+    assert [line.strip() for line in said[1:-1]] == [str(n) for n in range(86, 101)]
+    assert re.fullmatch(r" +exit code 3 \(\d+ s\)", said[-1])
+
+
+def test_what_is_known_is_kept_after_each_item(tool, item, monkeypatch, tmp_path):
+    """In the folder that comes back: the table so far, and an archive of this call's logs and results."""
+    monkeypatch.setattr(tool, "REPO", tmp_path)
+    one = item("one", "echo fine > {results}/one.json; echo fine")
+    two = item("two", f"cp {tmp_path}/out/gpu_check.txt {tmp_path}/seen; exit 1")
+    monkeypatch.setattr(tool, "ITEMS", [one, two])
+    monkeypatch.setattr(tool.Check, "probe", lambda self: self.machine.update(MACHINE) or self.machine)
+    old = tmp_path / "build" / "gpu" / "logs" / "old.log"
+    old.parent.mkdir(parents=True)
+    old.touch()
+    os.utime(old, (1, 1))
+    arguments = ["--budget", "60", "--out", str(tmp_path / "out"), str(tmp_path / "results")]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments])
+    assert tool.main() == 1
+    seen = (tmp_path / "seen").read_text()
+    assert re.search(r"^one +\| fine +\| +\| met$", seen, re.M)
+    assert re.search(r"^two .*not run: nobody asked for it", seen, re.M)
+    assert re.search(r"^two .*failed", (tmp_path / "out" / "gpu_check.txt").read_text(), re.M)
+    with tarfile.open(tmp_path / "out" / "gpu_check.tar.gz") as archive:
+        names = archive.getnames()
+    assert {"results/one.json", "results/gpu_check.json", "logs/one.log", "logs/two.log"} <= set(names)
+    assert "logs/old.log" not in names and sorted(p.name for p in (tmp_path / "out").iterdir())[0] == "gpu_check.tar.gz"
+
+
+def test_a_budget_is_for_all_stages(tool, item, monkeypatch, tmp_path):
+    """A machine is lent for minutes in all, whatever has been done with them."""
+    monkeypatch.setattr(tool, "REPO", tmp_path)
+    monkeypatch.setattr(tool, "LEAST_S", 0.1)
+    first = tool.Item("first", "first", "sleep 0.7", lambda n, out, _: [tool.Row(n, "", "", "met")])
+    monkeypatch.setattr(tool, "ITEMS", [first, item("later", "touch later")])
+    monkeypatch.setattr(tool.Check, "show_machine", lambda self: None)
+    monkeypatch.setattr(tool.Check, "probe", lambda self: self.machine.update(MACHINE) or self.machine)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--budget", "0.75", str(tmp_path / "results")])
+    assert tool.main() == 75
+    assert not (tmp_path / "later").exists()
+
+
 def wheel(folder: Path, name: str, version: str, content: str, module: str = "") -> None:
     """A wheel as tools/te_slim.py writes it, compressed with LZMA."""
     info = f"{name}-{version}.dist-info"
@@ -187,7 +232,7 @@ def test_the_engine_is_put_there_whole_or_not_at_all(check, tmp_path):
     names = ("transformer_engine", "transformer_engine_cu13")
     for name in names:
         wheel(tmp_path, name, "2.0", "", f"transformer_engine/of_{name}.py")
-    check().install(tmp_path)
+    check().install_engine(tmp_path)
     assert not (check().site / "transformer_engine").exists()
     source = tmp_path / "transformer_engine_torch-2.0"
     source.mkdir()
@@ -201,7 +246,7 @@ def test_the_engine_is_put_there_whole_or_not_at_all(check, tmp_path):
         archive.add(source, source.name)
     for _ in range(2):
         made = check()
-        made.install(tmp_path)
+        made.install_engine(tmp_path)
         assert made.missing == []
         found = sorted(file.name for file in (made.site / "transformer_engine").glob("*.py"))
         assert found == ["of_torch.py", "of_transformer_engine.py", "of_transformer_engine_cu13.py"]

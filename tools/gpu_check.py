@@ -1,8 +1,10 @@
 """What tools/gpu_check.sh does: build, test and measure on an NVIDIA GPU, without network. See gpu_items.py for what.
 
-Each stage ends within 9 minutes. What was finished for the same sources, versions and GPU is not done again; what
-failed or had no time is. Packages go into build/gpu/site, which comes before the interpreter's own; packages that the
-machine has are left alone. Logs lie in build/gpu/logs.
+Each stage ends within 9 minutes, or all of them within --budget. After each item the table is written anew, in RESULTS
+and with --out there, too, beside an archive of results and logs: what is known is kept, whenever the machine goes away.
+What was finished for the same sources, versions and GPU is not done again; what failed or had no time is. Packages go
+into build/gpu/site, which comes before the interpreter's own; packages that the machine has are left alone. Logs lie in
+build/gpu/logs.
 
 Exit codes: 0 all was done, 1 something failed or missed its goal, 2 there is no GPU, 75 time ran out: run it again.
 """
@@ -10,6 +12,7 @@ Exit codes: 0 all was done, 1 something failed or missed its goal, 2 there is no
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -31,6 +34,7 @@ from gpu_items import ITEMS, STAGES, Item, Row
 REPO = Path(__file__).resolve().parent.parent
 STAGE_S = 530  # of 9 minutes
 LEAST_S = 20  # nothing is begun with less time than this
+SHOWN_LINES = 15  # of what a failed item wrote
 NO_TIME = "not run: no time was left; run this again"
 # Of these the exact version counts; of all others whatever the machine has.
 EXACT = ("megatron-core", "transformer-engine", "transformer-engine-cu13", "transformer-engine-torch")
@@ -56,20 +60,25 @@ def main() -> int:
             if item.stage in stages:
                 print(f"{item.stage:<6} {item.name:<28} {needs(item)}\n       {' '.join(item.command.split())}")
         return 0
-    check = Check(REPO / "build" / "gpu", options.results)
+    check = Check(REPO / "build" / "gpu", options.results, options.out)
     found = check.probe()
     if not found.get("gpu"):
         said = f"torch {found['torch']} sees no NVIDIA GPU" if "torch" in found else found["error"]
         print(f"gpu_check: {said}; nothing was run (--list says what would be)", file=sys.stderr)
         return 2
+    check.show_machine()
+    check.begin(options.budget or STAGE_S)
+    check.install(options.wheels)
     for stage in stages:
-        check.begin_stage()
-        if stage == "build":
-            check.install(options.wheels)
-            check.probe()
+        if not options.budget:
+            check.begin(STAGE_S)
+        if stage == "engine":
+            check.install_engine(options.wheels)
+        check.probe()
         for item in ITEMS:
             if item.stage == stage:
                 check.do(item)
+                check.report(aloud=False)
     return check.report()
 
 
@@ -78,6 +87,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("results", nargs="?", type=Path, default=REPO / "tools" / "benchmarks" / "results")
     parser.add_argument("--wheels", type=Path, help="the folder that tools/gpu_wheels.sh filled")
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
+    parser.add_argument("--budget", type=float, metavar="S", help="seconds for all of it; default: 530 for each stage")
+    parser.add_argument("--out", type=Path, help="also put the table, and logs and results as an archive, in here")
     parser.add_argument("--list", action="store_true", help="say what would be done, and stop")
     return parser
 
@@ -91,17 +102,19 @@ def needs(item: Item) -> str:
 class Check:
     """One run of the tool: what is known of the machine, what was done before, and the time that is left."""
 
-    def __init__(self, state: Path, results: Path) -> None:
-        self.state, self.results = state.resolve(), results.resolve()
+    def __init__(self, state: Path, results: Path, out: Path | None = None) -> None:
+        self.state, self.results, self.out = state.resolve(), results.resolve(), out
         self.site, self.logs = self.state / "site", self.state / "logs"
         self.book = self.state / "state.json"
         self.done: dict[str, Any] = json.loads(self.book.read_text()) if self.book.is_file() else {}
         self.machine: dict[str, Any] = {}
         self.missing: list[Row] = []  # of the wheel folder
-        self.end = 0.0
+        self.end = self.whole = 0.0
+        self.started = time.time()
 
-    def begin_stage(self) -> None:
-        self.end = time.monotonic() + STAGE_S
+    def begin(self, seconds: float) -> None:
+        self.whole = seconds
+        self.end = time.monotonic() + seconds
 
     def left(self) -> float:
         return self.end - time.monotonic()
@@ -144,15 +157,19 @@ class Check:
     # --- packages
 
     def install(self, wheels: Path | None) -> None:
-        """Into `site` what the machine lacks, and Transformer Engine's torch part compiled for its torch."""
+        """Into `site` what the machine lacks, but for Transformer Engine."""
         if wheels is None or not wheels.is_dir():
             why = "no --wheels FOLDER" if wheels is None else f"--wheels {wheels} is no folder"
             self.missing.append(Row("packages", "", "", f"not run: {why}; tools/gpu_wheels.sh fills one"))
             return
-        everything = sorted(wheels.glob("*.whl"))
-        engine = [wheel for wheel in everything if wheel.name.startswith("transformer_engine")]
-        self.put("packages", [wheel for wheel in everything if wheel not in engine and self.lacks(wheel)])
-        engine += self.te_torch(wheels)
+        packages = [wheel for wheel in sorted(wheels.glob("*.whl")) if not wheel.name.startswith("transformer_engine")]
+        self.put("packages", [wheel for wheel in packages if self.lacks(wheel)])
+
+    def install_engine(self, wheels: Path | None) -> None:
+        """Transformer Engine, its torch part compiled for the machine's: minutes, which come after csrc's own items."""
+        if wheels is None or not wheels.is_dir():
+            return  # as `install` has said
+        engine = [*sorted(wheels.glob("transformer_engine*.whl")), *self.te_torch(wheels)]
         # Its wheels share a folder, which pip replaces as a whole: all at once, or none.
         if any(wheel.name.startswith("transformer_engine_torch") for wheel in engine) and any(map(self.lacks, engine)):
             self.put("Transformer Engine's wheels", engine)
@@ -232,9 +249,14 @@ class Check:
         places = {"python": sys.executable, "results": str(self.results), "state": str(self.state)}
         command = item.command.format(**{name: shlex.quote(path) for name, path in places.items()})
         given = self.left()
+        began = time.monotonic()
         code, output = self.run(item.name, command)
+        took = f" ({time.monotonic() - began:.0f} s)"
+        if code:
+            shown = output.strip().splitlines()[-SHOWN_LINES:]
+            print("\n".join(["    " + line[:300] for line in shown] + [f"    exit code {code}{took}"]), flush=True)
         if code == 124:
-            whole = given > STAGE_S - LEAST_S
+            whole = given > self.whole - LEAST_S
             return [Row(item.name, "", "", f"failed: not done in {given:.0f} s" if whole else NO_TIME)], False
         if code:
             return [Row(item.name, "", "", f"failed: {last_line(output)}")], False
@@ -242,6 +264,7 @@ class Check:
             rows = item.rows(item.name, output, self.results)
         except Exception as error:  # a result that cannot be read must not hide those of the others
             return [Row(item.name, "", "", f"failed: its result cannot be read ({error!r})")], False
+        print(f"    {'; '.join(f'{row.result}: {row.verdict}' for row in rows)}{took}"[:500], flush=True)
         return rows, not any(row.verdict.startswith(("failed", "not run")) for row in rows)
 
     def key(self) -> str:
@@ -253,8 +276,15 @@ class Check:
                     digest.update(f"{file.relative_to(REPO)}\0".encode() + file.read_bytes())
         return digest.hexdigest()
 
-    def report(self) -> int:
-        """The table, also as a file; the exit code."""
+    def show_machine(self) -> None:
+        """What a figure depends on, before anything can fail."""
+        for command in (["nvidia-smi"], [sys.executable, "-m", "pip", "list", "--format=freeze"]):
+            with contextlib.suppress(OSError):
+                self.run(" ".join(command[:1] + command[2:3]).replace(sys.executable, "python"), command)
+        print(json.dumps(self.machine), flush=True)
+
+    def report(self, aloud: bool = True) -> int:
+        """The table, also as files; the exit code."""
         rows, key = list(self.missing), self.key()
         for item in ITEMS:
             found = self.done.get(item.name)
@@ -267,14 +297,31 @@ class Check:
         self.results.mkdir(parents=True, exist_ok=True)
         content = {"machine": header, "rows": [row._asdict() for row in rows]}
         (self.results / "gpu_check.json").write_text(json.dumps(content, indent=1) + "\n")
-        print(f"\n{self.machine['gpu']}, torch {self.machine['torch']}, {header['date']}")
+        table = [f"{self.machine['gpu']}, torch {self.machine['torch']}, {header['date']}"]
         width = [max(len(row[i]) for row in [Row("item", "result", "goal", ""), *rows]) for i in range(3)]
         for row in [Row("item", "result", "goal", "goal met"), *rows]:
-            print(" | ".join([*(cell.ljust(width[i]) for i, cell in enumerate(row[:3])), row.verdict]))
+            table.append(" | ".join([*(cell.ljust(width[i]) for i, cell in enumerate(row[:3])), row.verdict]))
+        if aloud:
+            print("", *table, sep="\n")
+        if self.out:
+            self.put_out(table)
         verdicts = [row.verdict for row in rows]
         if any(v.startswith(("failed", "missed")) for v in verdicts):
             return 1
         return 75 if NO_TIME in verdicts else 0
+
+    def put_out(self, table: list[str]) -> None:
+        """Few files, since few come back: the table, and everything else in one archive."""
+        assert self.out
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "gpu_check.txt").write_text("\n".join(table) + "\n")
+        part = self.out / "gpu_check.part"
+        with tarfile.open(part, "w:gz") as archive:
+            for folder in (self.results, self.logs):
+                for file in sorted(folder.glob("*")) if folder.is_dir() else []:
+                    if file.is_file() and file.stat().st_mtime >= self.started:
+                        archive.add(file, f"{folder.name}/{file.name}")
+        part.replace(self.out / "gpu_check.tar.gz")
 
 
 def last_line(output: str) -> str:

@@ -71,6 +71,13 @@ def logprob_head(name: str, output: str, results: Path) -> list[Row]:
     return _logprob(name, measured(results, "logprob_cuda_head.json"), {"forward": 1.1})
 
 
+def quick(what: str, limit: float) -> Callable[[str, str, Path], list[Row]]:
+    """Without memory and without others' packages; the file says which of the two tables it is."""
+    file = {"logits": "logprob_cuda_quick.json", "head": "logprob_cuda_head_quick.json"}[what]
+    limits = {"forward": limit, "forward+backward": limit} if what == "logits" else {"forward": limit}
+    return lambda name, output, results: _logprob(name, measured(results, file), limits)
+
+
 def _logprob(name: str, rows: list[dict[str, Any]], limits: dict[str, float]) -> list[Row]:
     """Our kernels (provider "native") against the machine's floor; `limits` are the most times of it, by pass."""
     found = []
@@ -125,10 +132,12 @@ def _update(name: str, row: dict[str, Any], wanted: tuple[str, str, float] | Non
 
 PYTEST = "{python} -m pytest -q -rs -p no:cacheprovider"
 LOGPROB = "{python} tools/benchmarks/logprob.py --device cuda"
+QUICK = f"{LOGPROB} --no-memory --rounds 8 --providers native torch.eager"
 RUN = "{python} tools/gpu_run.py {state}/runs"
 UPDATE = "{python} tools/benchmarks/update.py"
 LOCAL, TE = "model.dtype=bf16 model.spec=local", "model.dtype=bf16 model.spec=te"
 WHOLE = "--shape 1.5b --precision bf16-local bf16 tensorwise"
+CUT, ALL = "--shape 7b-layers --precision", "bf16-local bf16 delayed tensorwise blockwise"
 TE_TESTS, LAYOUTS = "tests/model/test_te_cuda.py", "tests/distributed/test_layouts.py"
 TE_WORKS = """{python} -c "
 import torch, transformer_engine, transformer_engine.pytorch as te
@@ -140,21 +149,39 @@ CUDA_LIBRARY = """{python} -c "
 import flowrl_mega.ops.build as build
 print('built for', *(build.library(kind).stem.split('-')[0] for kind in ('cpu', 'cuda')))" """
 
+# In the order of what is learnt a second: the project's own kernels, then Transformer Engine, speed of whole updates,
+# and last what takes minutes or more GPUs.
 ITEMS = [
-    Item("build", "csrc for CUDA", CUDA_LIBRARY.strip(), last_line),
-    Item("build", "Transformer Engine", TE_WORKS.strip(), last_line, engine=True),
-    Item("test", "csrc's kernels", f"{PYTEST} tests/ops/test_cuda.py", tests),
-    Item("test", "FlowRL run, local", f"{RUN}/local {LOCAL}", short_run),
-    Item("test", "FlowRL run, te", f"{RUN}/te {TE}", short_run, engine=True),
-    Item("test", "FlowRL run, FP8", f"{RUN}/fp8 {TE} model.fp8=tensorwise", short_run, engine=True),
-    Item("test", "te against local, FP8 gate", f"{PYTEST} {TE_TESTS}", tests, file=TE_TESTS, engine=True),
-    Item("test", "layouts, also cp", f"{PYTEST} {LAYOUTS}", tests, file=LAYOUTS, engine=True, gpus=4),
-    Item("bench", "log-probs, logits", f"{LOGPROB} --json {{results}}/logprob_cuda_logits.json", logprob_logits),
-    Item("bench", "log-probs, head", f"{LOGPROB} --head --json {{results}}/logprob_cuda_head.json", logprob_head),
-    Item("bench", "log-probs, noise", f"{LOGPROB} --noise --json {{results}}/logprob_cuda_noise.json", noise),
+    Item("first", "csrc for CUDA", CUDA_LIBRARY.strip(), last_line),
+    Item("first", "csrc's kernels", f"{PYTEST} tests/ops/test_cuda.py", tests),
+    Item("first", "log-probs, quick", f"{QUICK} --json {{results}}/logprob_cuda_quick.json", quick("logits", 1.15)),
     Item(
-        "bench", "update, 7b-layers", f"{UPDATE} --shape 7b-layers --json {{results}}/update_7b-layers.json", update_7b
+        "first",
+        "log-probs, head, quick",
+        f"{QUICK} --head --json {{results}}/logprob_cuda_head_quick.json",
+        quick("head", 1.1),
     ),
-    Item("bench", "update, 1.5b", f"{UPDATE} {WHOLE} --json {{results}}/update_1.5b.json", update_whole),
+    Item("first", "CUDA IPC", f"{PYTEST} tests/rollout/sglang/test_transfers.py -k on_the_gpu", tests),
+    Item("first", "FlowRL run, local", f"{RUN}/local {LOCAL}", short_run),
+    Item("engine", "Transformer Engine", TE_WORKS.strip(), last_line, engine=True),
+    Item("engine", "FlowRL run, te", f"{RUN}/te {TE}", short_run, engine=True),
+    *(
+        Item("engine", f"FlowRL run, {fp8}", f"{RUN}/{fp8} {TE} model.fp8={fp8}", short_run, engine=True)
+        for fp8 in ("tensorwise", "blockwise", "delayed")
+    ),
+    Item("engine", "te against local, FP8 gate", f"{PYTEST} {TE_TESTS}", tests, file=TE_TESTS, engine=True),
+    Item(
+        "bench",
+        "update, 7b-layers",
+        f"{UPDATE} {CUT} bf16 tensorwise --json {{results}}/update_7b-layers.json",
+        update_7b,
+        engine=True,
+    ),
+    Item("more", "layouts, also cp", f"{PYTEST} {LAYOUTS}", tests, file=LAYOUTS, engine=True, gpus=4),
+    Item("more", "log-probs, logits", f"{LOGPROB} --json {{results}}/logprob_cuda_logits.json", logprob_logits),
+    Item("more", "log-probs, head", f"{LOGPROB} --head --json {{results}}/logprob_cuda_head.json", logprob_head),
+    Item("more", "log-probs, noise", f"{LOGPROB} --noise --json {{results}}/logprob_cuda_noise.json", noise),
+    Item("more", "update, all precisions", f"{UPDATE} {CUT} {ALL} --json {{results}}/update_7b-layers.json", update_7b),
+    Item("more", "update, 1.5b", f"{UPDATE} {WHOLE} --json {{results}}/update_1.5b.json", update_whole),
 ]
-STAGES = ("build", "test", "bench")
+STAGES = ("first", "engine", "bench", "more")

@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--head", action="store_true", help="the whole lm-head, from hidden states")
     parser.add_argument("--budget-mb", type=int, default=256, help="--head: memory for logits kept for the backward")
     parser.add_argument("--noise", action="store_true", help="the error of a sum of log-probs, bf16 and fp32 logits")
+    parser.add_argument("--no-memory", action="store_true", help="leave out what takes a process a figure")
     parser.add_argument("--json")
     for internal in ("--memory-of", "--pass", "--out"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
@@ -110,7 +111,7 @@ def compare(options: argparse.Namespace, argv: list[str]) -> tuple[list[dict[str
         for pass_ in PASSES:
             table = measure(chosen, loaded, pass_, options.rounds, not_run)
             for row in table:
-                if row["provider"] != "floor":
+                if row["provider"] != "floor" and not options.no_memory:
                     row["peak_extra_bytes"] = memory(row, argv, dtype)
             show(chosen, pass_, table, not_run)
             rows += table

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -56,6 +58,37 @@ def test_a_gpu_goes_by_its_own_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
     found = transfers._Handle(type("Tensor", (), {"is_cuda": True})).__reduce__()  # type: ignore[arg-type]
     assert found == ("rebuild", (*arguments[:6], "GPU-abc", *arguments[7:]))
+
+
+OPENS = """
+import base64, pickle, sys, torch
+from torch.multiprocessing import reductions
+real = reductions.rebuild_cuda_tensor
+def rebuild(*a):  # as SGLang does it
+    names = [str(torch.cuda.get_device_properties(gpu).uuid) for gpu in range(torch.cuda.device_count())]
+    return real(*a[:6], names.index(a[6]), *a[7:])
+reductions.rebuild_cuda_tensor = rebuild
+named = pickle.loads(base64.b64decode(sys.stdin.read()))
+print([(name, tensor.device.type, str(tensor.dtype), tensor.double().sum().item()) for name, tensor in named])
+"""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_another_process_opens_memory_on_the_gpu():
+    """CUDA IPC, without a server; once for each process, and from the buffer that a sync fills again."""
+    memory = transfers.SharedMemory(torch.device("cuda"))
+    memory.buffers = Buffers(memory._shared)
+    for value in (1.0, 3.0):
+        named = [("a", torch.full((1000, 7), value, dtype=torch.bfloat16)), ("b", torch.full((3,), value))]
+        packed = memory.pack([(name, tensor.cuda()) for name, tensor in named])
+        for _ in range(2):
+            done = subprocess.run(
+                [sys.executable, "-c", OPENS], input=transfers._pickled(packed.named), capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr
+            sums = {"a": 7000 * value, "b": 3 * value}
+            found = [(name, "cuda", str(tensor.dtype), sums[name]) for name, tensor in packed.named]
+            assert done.stdout.strip() == str(found)
 
 
 @pytest.mark.parametrize(
