@@ -10,12 +10,13 @@ from pathlib import Path
 
 from flowrl_mega.checkpoint import find_checkpoint, is_megatron, step_of
 from flowrl_mega.config import Config, ConfigError
+from flowrl_mega.host_checks import check_gpus
 from flowrl_mega.launched import started_by_launcher
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.precision import row_alignment
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.launch import launch, rank_environment
-from flowrl_mega.preflight import Inputs, check, check_gpus, check_ops_of_ranks, describe, ranks_to_start
+from flowrl_mega.preflight import Inputs, check, check_ops_of_ranks, describe, ranks_to_start
 from flowrl_mega.run import Run
 from flowrl_mega.run_lock import run_lock
 

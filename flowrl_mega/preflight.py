@@ -15,6 +15,7 @@ from flowrl_mega.config import Config, ConfigError, ModelSettings
 from flowrl_mega.data.digest import digest
 from flowrl_mega.data.fit import check_prompts
 from flowrl_mega.data.load_prompts import PromptData, kinds_of, load_prompts, modules_of
+from flowrl_mega.host_checks import check_disk, check_shared_memory
 from flowrl_mega.model.architecture import Architecture, read_architecture
 from flowrl_mega.model.checks import check_head, check_layers, check_layout, check_megatron, check_pipeline
 from flowrl_mega.model.precision import describe_fp8, describe_layers
@@ -73,22 +74,6 @@ class Inputs:
         return reward.describe(set().union(*map(kinds_of, every)), set().union(*map(modules_of, every)))
 
 
-def check_gpus(device: Path = Path("/dev/nvidia0")) -> str | None:
-    """Refuse to train on the CPUs of a SLURM job that has GPUs; elsewhere say what GPUs are left alone, if any are."""
-    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return None
-    why = f"torch {torch.__version__} cannot use them; nvidia-smi tells what the driver says"
-    if torch.version.cuda is None:
-        why = f"torch {torch.__version__} is a CPU build: make setup TORCH=cuda"
-    count = os.environ.get("SLURM_GPUS_ON_NODE", "")
-    if count.isdigit() and int(count):
-        raise ConfigError(
-            f"SLURM_GPUS_ON_NODE = {count}: the job has GPUs, but {why}. To train on CPUs all the same set "
-            "CUDA_VISIBLE_DEVICES= (to nothing)"
-        )
-    return f"this machine has GPUs, but {why}; training on the CPU" if device.exists() else None
-
-
 def ranks_to_start(config: Config) -> int:
     """Ranks of a job that nobody has started yet. Without parallel.dp they take the host's GPUs that servers leave."""
     gpus, rollout, parallel = None, config.rollout, config.parallel
@@ -128,7 +113,9 @@ def check(inputs: Inputs, world: int, resume: str, checkpoint: Path | None, one_
     check_sequences(config, world // config.parallel.model_ranks)
     if not one_of_many:
         check_engine(inputs, world)
+        check_shared_memory(config)
     _check_run_dir(Path(config.run_dir), resume, checkpoint)
+    check_disk(config, arch)
     if checkpoint and not one_of_many:
         state = check_checkpoint(checkpoint, arch, objective.log_z, config.critic.trunk if config.critic else None)
         if config.critic and config.critic.trunk == "own":

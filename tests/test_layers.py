@@ -20,7 +20,7 @@ LEVELS = (
     {"run"},
     {"train"},
     {"experience", "evaluate", "preflight"},
-    {"learner", "grading", "resume"},
+    {"learner", "grading", "resume", "host_checks"},
     {"rollout", "data", "rewards", "evaluation", "checkpoint", "monitor"},
     {"model", "objectives"},
     {"parallel", "ops"},

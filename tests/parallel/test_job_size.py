@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from on_job_size import timeouts
 
 from flowrl_mega.config import Config, ConfigError, ParallelSettings
 from flowrl_mega.parallel.layout import world_size
-from flowrl_mega.preflight import check_gpus, ranks_to_start
+from flowrl_mega.preflight import ranks_to_start
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -72,24 +71,6 @@ def test_the_published_runs_train_on_the_whole_node(name: str, monkeypatch):
     tree = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
     settings = ParallelSettings(**tree["parallel"])
     assert world_size(settings, 8, tree["batch"]["mini_batch"]) == 8
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines whose torch has no GPU")
-def test_gpus_that_torch_cannot_use_are_told(tmp_path: Path, monkeypatch):
-    """A set-up on a login node makes an environment for CPUs, and a job would train 7B on them without a word."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
-    device = tmp_path / "nvidia0"
-    assert check_gpus(device) is None
-    device.touch()
-    assert re.match(r"this machine has GPUs, but torch .*make setup TORCH=cuda; training on", check_gpus(device) or "")
-    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "0")
-    assert check_gpus(device) is not None
-    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
-    with pytest.raises(ConfigError, match="SLURM_GPUS_ON_NODE = 8: the job has GPUs, but torch"):
-        check_gpus(device)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert check_gpus(device) is None, "hidden on purpose"
 
 
 @pytest.mark.ranks
