@@ -106,6 +106,19 @@ def test_one_step_ahead(pause: str, tmp_path: Path, model: Path, served: str) ->
     assert all(0 < row["mismatch/tis_weight"] <= 2.0 for row in rows)
 
 
+@pytest.mark.parametrize("drop_uniform", [False, True])
+def test_a_step_that_needs_no_round(drop_uniform: bool, tmp_path: Path, model: Path, served: str) -> None:
+    """Groups that a round left over fill the next step: no server is asked in it, and it has no rate of generation."""
+    (tmp_path / "rewards.py").write_text("def score(row, response):\n    return float(len(response) % 2)\n")
+    settings = rollout(servers=[served], oversample=3.0, drop_uniform=drop_uniform, sync={"transfer": "tensor"})
+    reward = f"{tmp_path}/rewards.py:score"
+    assert is_sound(run(tmp_path, model, steps=4, rollout=settings, reward=reward, evaluation={"every": 0}))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    idle = [row for row in rows if row["rollout/rounds"] == 0]
+    assert idle and len(rows) == 4 and all("perf/generated_tokens_per_second" not in row for row in idle)
+    assert all(row["perf/generated_tokens_per_second"] > 0 for row in rows if row not in idle)
+
+
 def test_partial_rollouts_and_resume(tmp_path: Path, model: Path, served: str) -> None:
     """Answers of up to 12 tokens go on 4 at a time, over the end of a step and over the end of the process: nothing is
     lost, old tokens keep their versions, and the prompts' order does not depend on it."""
