@@ -34,9 +34,16 @@ class HttpClient:
     async def get(self, path: str, timeout_s: float) -> Any:
         return await self._request("GET", path, None, timeout_s)
 
-    async def post(self, path: str, body: dict[str, Any], timeout_s: float, is_json: bool = True) -> Any:
+    async def post(
+        self,
+        path: str,
+        body: dict[str, Any],
+        timeout_s: float,
+        query: dict[str, float] | None = None,
+        is_json: bool = True,
+    ) -> Any:
         """`is_json`: of the response; what is not is not read."""
-        return await self._request("POST", path, body, timeout_s, is_json)
+        return await self._request("POST", path, body, timeout_s, query, is_json)
 
     async def close(self) -> None:
         if self._session:
@@ -44,7 +51,13 @@ class HttpClient:
             self._session = None
 
     async def _request(
-        self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float, is_json: bool = True
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        timeout_s: float,
+        query: dict[str, float] | None = None,
+        is_json: bool = True,
     ) -> Any:
         """The response body as JSON; None if it is empty, or none. ServerError unless the status is 2xx and the body
         valid."""
@@ -56,7 +69,8 @@ class HttpClient:
             )
         try:
             timeout = aiohttp.ClientTimeout(total=timeout_s)
-            async with self._session.request(method, self.url + path, json=body, timeout=timeout) as answer:
+            asked = self._session.request(method, self.url + path, json=body, params=query, timeout=timeout)
+            async with asked as answer:
                 text = await answer.read()
                 if answer.status // 100 != 2:
                     raise ServerError(self.url, f"{method} {path}: {answer.status}, {_message(text)}", answer.status)

@@ -71,7 +71,7 @@ class SglangServer(HttpClient):
 
     async def flush_cache(self, timeout_s: float) -> None:
         wait_s = max(0.0, timeout_s - ANSWERS_S)  # the server says in time that it was not idle
-        await self.post(f"/flush_cache?timeout={wait_s:g}", {}, timeout_s, is_json=False)
+        await self.post("/flush_cache", {}, timeout_s, query={"timeout": wait_s}, is_json=False)
 
     async def release_memory_occupation(self, tags: list[str], timeout_s: float) -> None:
         await self.post("/release_memory_occupation", {"tags": tags}, timeout_s)
