@@ -15,7 +15,8 @@ TOKEN = re.compile(
 )
 # Several boxes are one list if nothing but this is between them.
 LIST = re.compile(r"(?:[\s$]|\\[)\]])*(?:[,;]|(?:[,;]\s*)?(?:and|or|\\text\s*\{\s*(?:and|or)\s*\}))(?:[\s$]|\\[(\[])*")
-LINE = re.compile(r"(?i)(?:\banswer\**\s*[:：]|(?:答案|正解|答え|정답|답)\**\s*[:：]|####)\**\s*([^\n]+)")
+# 답 is the end of 정답, too.
+LINE = re.compile(r"(?i)(?:\banswer\**\s*[:：]|(?:答案|正解|答え|답)\**\s*[:：]|####)\**\s*([^\n]+)")
 SENTENCE = re.compile(r"(?i)\b(?:the|final)\s+answer\s+is(?![a-z])|答案(?:是|为|為)|정답은")
 SENTENCE_END = re.compile(r"\.\s|[\n。]")
 LONGEST_SENTENCE = 2000

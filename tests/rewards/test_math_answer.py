@@ -26,6 +26,7 @@ from flowrl_mega.rewards.limits import cpu_limit
         ("Earlier $\\boxed{7}$ was tried, but the answer is $\\boxed 3$.", "3"),
         ("\\boxed3", "3"),
         ("\\boxed -12.5 is it", "-12.5"),
+        ("\\boxed 3.14", "3.14"),
         ("\\boxed x", "x"),
         ("\\boxed{7} and \\boxedly 3", "7"),
         ("<answer>42</answer>", "42"),
@@ -38,6 +39,7 @@ from flowrl_mega.rewards.limits import cpu_limit
         ("答案是12。", "12"),
         ("정답: 12", "12"),
         ("Answer：12", "12"),
+        ("Answer : 12", "12"),
         ("答案是：12", "12"),
         ("答案为12", "12"),
         ("答案為 12", "12"),
@@ -62,7 +64,10 @@ from flowrl_mega.rewards.limits import cpu_limit
         ("\\boxedx", None),
         ("<answer> </answer>", None),
         # Lists of boxes
-        *((f"\\boxed{{1}}{between}\\boxed{{2}}", "1, 2") for between in (",", ";", "and", " or ", "; or\n", ", and ")),
+        *(
+            (f"\\boxed{{1}}{between}\\boxed{{2}}", "1, 2")
+            for between in (",", ";", "and", " or ", "; or\n", ",and ", ", and ")
+        ),
         *((f"\\boxed{{1}}{between}\\boxed{{2}}", "1, 2") for between in ("$, $", "\\), \\(", " \\] and \\[ ")),
         *((f"\\boxed{{1}} \\text{between} \\boxed{{2}}", "1, 2") for between in ("{and}", " { or }")),
         *((f"\\boxed{{1}}{between}\\boxed{{2}}", "2") for between in (" ", ".", "+", ", or so", "\\text{so}")),
@@ -154,6 +159,15 @@ def test_limits_nest():
     assert signal.getitimer(signal.ITIMER_PROF)[0] == 0
 
 
+def test_a_signal_that_comes_late():
+    """As the block ends, and before its timers do."""
+    with cpu_limit(50):
+        ring = signal.getsignal(signal.SIGPROF)
+        with pytest.raises(TimeoutException):
+            ring(signal.SIGPROF, None)
+    ring(signal.SIGPROF, None)
+
+
 def test_the_limit_comes_again(monkeypatch):
     """A library may catch every exception, and go on."""
     monkeypatch.setattr(limits, "AGAIN_S", 0.05)
@@ -187,8 +201,13 @@ def test_bombs_end():
 
 def test_a_bomb_is_too_hard_to_compare():
     """By its form, not by the clock; and it still equals itself."""
-    for bomb in ("9^{9^{9^{9}}}", "\\begin{pmatrix} 9^{9^{9}} \\\\ 1 \\end{pmatrix}"):
-        reward, why, kind = math.verify({"id": "t/1", "answer": "204"}, f"\\boxed{{{bomb}}}")
+    for answer, bomb in (
+        ("204", "9^{9^{9^{9}}}"),
+        ("204", "\\begin{pmatrix} 9^{9^{9}} \\\\ 1 \\end{pmatrix}"),
+        ("x+y=204", "x+y=9^{9^{9^{9}}}"),
+        ("x+y=204", "9^{9^{9^{9}}}=x+y"),
+    ):
+        reward, why, kind = math.verify({"id": "t/1", "answer": answer}, f"\\boxed{{{bomb}}}")
         assert (reward, kind) == (0.0, "time-out") and "TooLarge" in why
     assert math.verify({"id": "t/1", "answer": "9^{9^{9}}"}, "\\boxed{9^{9^{9}}}")[0] == 1.0
     assert math.verify({"id": "t/1", "answer": "9^{9^{9}}"}, "\\boxed{2^5}")[2] == "time-out"
