@@ -71,7 +71,7 @@ MODELS = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads
 COMMON = {
     "objective": FLOWRL,
     "rollout": {"prompts_per_step": 3, "group_size": 4},
-    "optimizer": {"lr": 4e-3, "warmup_steps": 0},
+    "optimizer": {"lr": 2e-3, "warmup_steps": 0},
 }
 
 
@@ -194,7 +194,7 @@ def test_transformer_engine_trains_alike_in_every_layout(
 def test_the_recorded_steps_exercise_what_they_should(alone: dict[str, Trained]):
     """Weights neither all 1 nor all clipped, gradients that are clipped, and a policy that moves."""
     metrics = alone["llama"].metrics
-    assert 0 < metrics[-1]["policy/clip_fraction"] < 1 and metrics[0]["policy/grad_norm"] > 1
+    assert 0 < metrics[1]["policy/clip_fraction"] < 1 and metrics[0]["policy/grad_norm"] > 1
     assert abs(metrics[-1]["loss/policy"] - metrics[0]["loss/policy"]) > 0.1
 
 
