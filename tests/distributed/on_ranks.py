@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from flowrl_mega.metrics import Max, Mean
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.names import from_shards, hf_names, to_named
 from flowrl_mega.model.policy import Policy
+from flowrl_mega.model.precision import row_alignment
 from flowrl_mega.model.stage import Model
 from flowrl_mega.model.weights import load_hf
 from flowrl_mega.monitor.step_metrics import merge_updates
@@ -48,10 +50,17 @@ def config_for(path: Path | str, **sections: Any) -> Config:
 def build(path: Path | str, log_z: Any = None, **sections: Any) -> Policy:
     """The policy of the Hugging Face folder in the layout that `parallel` says."""
     config = config_for(path, **sections)
+    forget_scales()
     layout = layouts.init(config.parallel, config.seed)
     policy = Policy(read_architecture(path), config, layout, LogZ(kind=log_z) if isinstance(log_z, str) else log_z)
     load_hf(policy, path)
     return policy
+
+
+def forget_scales() -> None:
+    """Of an earlier job in this process, with which Transformer Engine would go on reducing over groups of its own."""
+    if quantization := sys.modules.get("transformer_engine.pytorch.quantization"):
+        quantization.FP8GlobalStateManager.reset()
 
 
 def packed(policy: Policy, sequences: list[Sequence]) -> PackedBatch:
@@ -70,7 +79,9 @@ def score(path: Path, sequences: list[Sequence], temperature: float = 1.0, **sec
 def start(path: Path | str, checkpoint: Path | None = None, **sections: Any) -> Run:
     """A run of these settings, before its first step."""
     config = config_for(path, **sections)
-    return Run(Inputs(config), layouts.init(config.parallel, config.seed), checkpoint)
+    forget_scales()
+    layout = layouts.init(config.parallel, config.seed, row_alignment(config.model))
+    return Run(Inputs(config), layout, checkpoint)
 
 
 def step_by_updates(path: Path | str, steps: int = 1, **sections: Any) -> list[dict[str, float]]:

@@ -57,18 +57,18 @@ def scores(path: Path, model: dict[str, Any]) -> list[np.ndarray]:
     return logp_of(policy, batch)
 
 
-def gradients(path: Path, model: dict[str, Any]) -> Tensors:
-    """Of the mean log-prob, twice, from the fp32 buffer."""
+def gradients(path: Path, model: dict[str, Any], factor: float = 1.0) -> Tensors:
+    """Of the mean log-prob, twice, from the fp32 buffer; computed with `factor` times it."""
     policy = build(path, **model)
     (wrapped,), batch = wrap(policy.stages), packed(policy)
     if model.get("fp8") == "delayed":
         for _ in range(2):
-            wrapped(batch).logp.mean().backward()  # makes the scales of the gradients too
+            (factor * wrapped(batch).logp.mean()).backward()  # makes the scales of the gradients too
     wrapped.zero_grad_buffer()
     for _ in range(2):
-        wrapped(batch).logp.mean().backward()
+        (factor * wrapped(batch).logp.mean()).backward()
     whole, _ = on_ranks.whole_gradients(policy)
-    return {name: g.double().cpu().numpy() for name, g in whole.items() if not name.startswith("partition")}
+    return {name: g.double().cpu().numpy() / factor for name, g in whole.items() if not name.startswith("partition")}
 
 
 def gated(path: Path, model: dict[str, Any]) -> dict[str, Any]:

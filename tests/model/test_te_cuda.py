@@ -81,13 +81,15 @@ def test_gradients(gpu, folder) -> None:
 
 @pytest.mark.parametrize("recipe", in_make_test("tensorwise")[1:])
 def test_fp8_log_probs_and_gradients(recipe, gpu, folder) -> None:
-    """Coarser than bf16, so FP8 is on, and by no more than its rounding is coarser."""
+    """Coarser than bf16, so FP8 is on, and by no more than its rounding is coarser; also where gradients are too small
+    for e5m2 without a scale."""
     wanted, model = exact(folder), te_model(gpu, recipe)
     bf16, fp8 = error(gpu(on_te.scores, folder, TE), wanted), error(gpu(on_te.scores, folder, model), wanted)
-    assert bf16 < fp8 < 32 * bf16
+    assert bf16 < fp8 < 16 * bf16
     right = gpu(on_te.gradients, folder, LOCAL32)
     bf16 = relative(gpu(on_te.gradients, folder, TE), right)
-    assert bf16 < relative(gpu(on_te.gradients, folder, model), right) < 64 * bf16
+    fp8 = relative(gpu(on_te.gradients, folder, model, 2.0**-20), right)
+    assert bf16 < fp8 < 16 * bf16
 
 
 @pytest.mark.parametrize("recipe", in_make_test("delayed")[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,6 +28,10 @@ def run_backward_where_cuda_is_cpu(*args: Any, **kwargs: Any) -> Any:
 
 autograd._engine_run_backward = run_backward_where_cuda_is_cpu
 
+# It draws from no generator of the GPU's own: as in Megatron, theirs is the CPU's.
+te_distributed: Any = importlib.import_module("transformer_engine.pytorch.distributed")
+te_distributed._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+te_distributed._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
 # Gloo makes one buffer, of the first one's type, of what is gathered together; NCCL does not. With weights kept in FP8
 # Megatron gathers bytes and bf16 together.
@@ -40,3 +45,17 @@ def one_by_one(*args: Any, async_ops: bool = False, **kwargs: Any) -> Any:
 
 
 param_and_grad_buffer._coalescing_manager = one_by_one
+
+
+# A ring's sends and receives are waited for twice, which NCCL allows and gloo does not end.
+ring: Any = importlib.import_module("transformer_engine.pytorch.attention.dot_product_attention.context_parallel")
+communicate: Any = ring.flash_attn_p2p_communicate
+
+
+def communicate_at_once(*args: Any) -> list[Any]:
+    for request in communicate(*args):
+        request.wait()
+    return []
+
+
+ring.flash_attn_p2p_communicate = communicate_at_once
