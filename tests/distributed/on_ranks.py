@@ -80,7 +80,7 @@ def start(path: Path | str, checkpoint: Path | None = None, **sections: Any) -> 
     """A run of these settings, before its first step."""
     config = config_for(path, **sections)
     forget_scales()
-    layout = layouts.init(config.parallel, config.seed, row_alignment(config.model))
+    layout = layouts.init(config.parallel, config.seed, row_alignment(config.model, config.parallel.sequence_parallel))
     return Run(Inputs(config), layout, checkpoint)
 
 

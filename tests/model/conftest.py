@@ -39,3 +39,9 @@ def te_ranks1() -> Iterator[RankPool]:
 def te_ranks2() -> Iterator[RankPool]:
     """Two of them."""
     yield from te_ranks(2)
+
+
+@pytest.fixture(scope="session")
+def te_ranks4() -> Iterator[RankPool]:
+    """Four of them."""
+    yield from te_ranks(4)

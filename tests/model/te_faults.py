@@ -86,7 +86,7 @@ FAULTS: dict[str, tuple[str, Any]] = {
     "FP8 that stays on": ("on_te.in_bf16", lambda policy: nullcontext()),
     "scales that are not trusted": ("flowrl_mega.checkpoint.state._trusted_scales", nullcontext),
     "extra states that are asked for": ("flowrl_mega.checkpoint.state._keep_extra_states", nothing),
-    "rows that are not aligned": ("on_ranks.row_alignment", lambda model: 1),
+    "rows that are not aligned": ("on_ranks.row_alignment", lambda *settings: 1),
     "an amax of one rank": ("transformer_engine_emulation.quantization.CASTS", OWN_AMAX),
     "the other half of the keys": (f"{NATIVE}.thd_read_half_tensor", other_half),
 }

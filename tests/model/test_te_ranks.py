@@ -136,6 +136,12 @@ def test_other_layouts(precision, parallel, optimizer, folder, alone, te_ranks2)
     check(precision, te_ranks2.run(walk, folder, [STEP], [case], timeout=240), alone, sharded=bool(optimizer))
 
 
+@pytest.mark.parametrize("precision", ["bf16", "tensorwise", "blockwise"])
+def test_context_and_tensor_parallelism(precision, folder, alone, te_ranks4) -> None:
+    case = sections(folder, precision, parallel={"tp": 2, "cp": 2, **SP})
+    check(precision, te_ranks4.run(walk, folder, [STEP], [case], timeout=240), alone)
+
+
 @pytest.mark.parametrize("parallel", [{"tp": 2, **SP}, {"pp": 2}], ids=["tp2", "pp2"])
 def test_ppo(parallel, folder, te_ranks1, te_ranks2) -> None:
     """The critic stays in bf16."""

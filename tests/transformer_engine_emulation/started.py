@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch.autograd
+import torch.distributed
 
 import transformer_engine_emulation
 
@@ -45,6 +47,8 @@ def one_by_one(*args: Any, async_ops: bool = False, **kwargs: Any) -> Any:
 
 
 param_and_grad_buffer._coalescing_manager = one_by_one
+# Transformer Engine gathers blocks and their scales together, each call by itself a synchronous one.
+torch.distributed._coalescing_manager = lambda *args, **kwargs: nullcontext(SimpleNamespace(wait=lambda: None))
 
 
 # A ring's sends and receives are waited for twice, which NCCL allows and gloo does not end.
