@@ -50,6 +50,8 @@ def extract(response: str) -> tuple[str, bool] | None:
 
 def normalise(answer: str) -> str:
     """Minerva's normal form: units, spaces and text marks gone, fractions and roots braced, digits without commas."""
+    if answer.isdigit():  # most answers: nothing below would change one
+        return answer
     answer = answer.split("=")[-1]
     for before, after in SUBSTITUTIONS:
         answer = answer.replace(before, after)

@@ -27,7 +27,7 @@ class Timed:
         self.process = subprocess.Popen(
             [sys.executable, "-c", START.format(folder=str(Path(__file__).parent))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": str(checkout)},
+            env=os.environ | {"PYTHONPATH": str(checkout)}, cwd=checkout,  # which Python looks through first
         )  # fmt: skip
         self._ask({"checkout": str(checkout), "spec": spec, "work": work, "warm_up": warm_up})
 
