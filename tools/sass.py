@@ -39,9 +39,7 @@ class Kernel(NamedTuple):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("objects", type=Path, help="folder with the object files of csrc/cuda")
-    objects = sorted(parser.parse_args().objects.glob("*.o"))
+    objects = sorted(parser().parse_args().objects.glob("*.o"))
     tools = find_tools()
     if tools is None:
         print("instructions are not counted: there are no cuobjdump and nvdisasm in PATH or pip's nvidia/cu*")
@@ -51,6 +49,12 @@ def main() -> int:
     for k in sorted(kernels):
         print(f"{k.architecture:<8}{k.registers:>10}{k.local_bytes:>9}{k.instructions:>14}{k.loop:>13}  {k.name}")
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("objects", type=Path, help="folder with the object files of csrc/cuda")
+    return parser
 
 
 def find_tools() -> tuple[str, str] | None:

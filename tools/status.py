@@ -33,9 +33,7 @@ the real one. *Compiled*: with nvcc, not run. *Run at scale*: on more than one n
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is out of date")
-    check = parser.parse_args().check
+    check = parser().parse_args().check
     text = page(yaml.safe_load(DATA.read_text()))
     if not check:
         PAGE.write_text(text)
@@ -43,6 +41,12 @@ def main() -> int:
         print("docs/status.md is not what docs/status.yaml says; run: python tools/status.py", file=sys.stderr)
         return 1
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is out of date")
+    return parser
 
 
 def page(data: dict[str, Any]) -> str:
