@@ -145,6 +145,10 @@ class SyncSettings(Settings):
     )
     timeout_s: float = Field(300.0, gt=0, description="for one sync; less than parallel.timeout_s: other ranks wait")
 
+    def way(self, colocated: bool) -> Literal["tensor", "distributed", "disk"]:
+        """`transfer`, or what null stands for."""
+        return self.transfer or ("tensor" if colocated else "distributed")
+
 
 class MismatchSettings(Settings):
     budget: float | None = Field(None, gt=0, description="mean |engine - trainer| log-prob a token, nats; null: none")

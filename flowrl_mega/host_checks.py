@@ -54,8 +54,12 @@ def check_shared_memory(config: Config) -> None:
     """Refuse weights by shared memory where there is too little: a write beyond it ends the trainer with SIGBUS. CUDA
     IPC needs none."""
     rollout = config.rollout
-    transfer = rollout.sync.transfer or ("tensor" if rollout.colocated else "distributed")
-    if rollout.engine != "sglang" or transfer != "tensor" or torch.cuda.is_available() or not SHARED_MEMORY.exists():
+    if (
+        rollout.engine != "sglang"
+        or rollout.sync.way(rollout.colocated) != "tensor"
+        or torch.cuda.is_available()
+        or not SHARED_MEMORY.exists()
+    ):
         return
     needed = BUFFERS * rollout.sync.bucket_mb << 20
     free = shutil.disk_usage(SHARED_MEMORY).free

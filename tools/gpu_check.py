@@ -66,8 +66,8 @@ def main() -> int:
         said = f"torch {found['torch']} sees no NVIDIA GPU" if "torch" in found else found["error"]
         print(f"gpu_check: {said}; nothing was run (--list says what would be)", file=sys.stderr)
         return 2
-    check.show_machine()
     check.begin(options.budget or STAGE_S)
+    check.show_machine()
     check.install(options.wheels)
     for stage in stages:
         if not options.budget:
@@ -278,9 +278,9 @@ class Check:
 
     def show_machine(self) -> None:
         """What a figure depends on, before anything can fail."""
-        for command in (["nvidia-smi"], [sys.executable, "-m", "pip", "list", "--format=freeze"]):
+        for name, command in {"nvidia-smi": "nvidia-smi", "pip list": f"{sys.executable} -m pip list"}.items():
             with contextlib.suppress(OSError):
-                self.run(" ".join(command[:1] + command[2:3]).replace(sys.executable, "python"), command)
+                self.run(name, shlex.split(command))
         print(json.dumps(self.machine), flush=True)
 
     def report(self, aloud: bool = True) -> int:

@@ -190,10 +190,11 @@ def pip(*args: str) -> None:
     run(*command, "--no-compile", "--no-build-isolation", *args)
 
 
-def compile_all() -> None:
-    """On all cores, and what is compiled already is passed over. Without it every rank and server would compile torch
-    and Megatron at each start (50 s here) where Python is told not to keep what it compiled, as in many containers."""
-    command = [str(PYTHON), "-m", "compileall", "-q", "-j", "0", str(VENV / "lib")]
+def compile_all(folder: Path | None = None) -> None:
+    """What is in `folder` (the environment), on all cores; what is compiled already is passed over. Without it every
+    rank and server would compile torch and Megatron at each start (50 s here) where Python is told not to keep what it
+    compiled, as in many containers."""
+    command = [str(PYTHON), "-m", "compileall", "-q", "-j", "0", str(folder or VENV / "lib")]
     with suppress(SetupError):  # packages ship files that are no Python, for tests of theirs
         run(*command)
 

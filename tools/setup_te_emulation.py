@@ -7,7 +7,6 @@ is a link to it: not in .venv, where the product would find it. Needs the standa
 from __future__ import annotations
 
 import argparse
-import contextlib
 import shutil
 import sys
 from pathlib import Path
@@ -45,8 +44,7 @@ def set_up() -> Path:
         shutil.rmtree(folder, ignore_errors=True)  # what a broken download has left
         with phase(folder.name):
             venv_tool.pip("--no-deps", "--only-binary=:all:", "--target", str(folder), "-r", str(PINS))
-            with contextlib.suppress(SetupError):  # it also has files for other Pythons
-                venv_tool.run(str(venv_tool.PYTHON), "-m", "compileall", "-q", "-j", "0", str(folder))
+            venv_tool.compile_all(folder)
         (folder / COMPLETE).write_text("{}\n")
     return folder
 

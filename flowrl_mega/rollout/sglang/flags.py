@@ -120,7 +120,7 @@ def check_servers(settings: RolloutSettings, trainer_gpus: int = 0) -> str:
             )
     placement(settings, trainer_gpus)
     version = sglang_version(settings.python or sys.executable)
-    if on_gpu(settings) and not settings.colocated and settings.sync.transfer in (None, "distributed"):
+    if on_gpu(settings) and settings.sync.way(settings.colocated) == "distributed":
         check_nccl(settings.python or sys.executable)
     tested = "" if version == TESTED_WITH else f" (tested with {TESTED_WITH})"
     where = f"{ranks_per_server(settings)} GPUs each" if on_gpu(settings) else "on CPU"

@@ -65,7 +65,7 @@ class WeightSync:
         self.warned = False
         self.transfer: Transfer | None = None
         if loop:
-            kind = settings.transfer or ("tensor" if colocated else "distributed")
+            kind = settings.way(colocated)
             if kind == "disk":
                 files = with_quantization(side_files) if settings.dtype == "fp8" else side_files
                 self.transfer = Disk(Path(settings.folder) if settings.folder else folder, files)
