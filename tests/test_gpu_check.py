@@ -178,6 +178,10 @@ def test_what_is_known_is_kept_after_each_item(tool, item, monkeypatch, tmp_path
     old.parent.mkdir(parents=True)
     old.touch()
     os.utime(old, (1, 1))
+    slow = tmp_path / "nvidia-smi"
+    slow.write_text("#!/bin/sh\nsleep 1.5\necho a GPU, at length\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     arguments = ["--budget", "60", "--out", str(tmp_path / "out"), str(tmp_path / "results")]
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments])
     assert tool.main() == 1
@@ -187,6 +191,7 @@ def test_what_is_known_is_kept_after_each_item(tool, item, monkeypatch, tmp_path
     assert re.search(r"^two .*failed", (tmp_path / "out" / "gpu_check.txt").read_text(), re.M)
     with tarfile.open(tmp_path / "out" / "gpu_check.tar.gz") as archive:
         names = archive.getnames()
+        assert b"a GPU, at length" in archive.extractfile("logs/nvidia-smi.log").read()
     assert {"results/one.json", "results/gpu_check.json", "logs/one.log", "logs/two.log"} <= set(names)
     assert "logs/old.log" not in names and sorted(p.name for p in (tmp_path / "out").iterdir())[0] == "gpu_check.tar.gz"
 
