@@ -29,8 +29,10 @@ import codec  # type: ignore[import-not-found]
 import prelude  # type: ignore[import-not-found]
 
 CHANNEL = 3
-# Libraries of linear algebra would start a thread for every core, more than a program may have.
-ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+# The server's, and so every program's, beside its folder. Libraries of linear algebra would start a thread for every
+# core, more than a program may have.
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
+ENVIRONMENT |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 def take_streams(streams: list[int]) -> None:
@@ -70,9 +72,7 @@ def run(folder: str) -> NoReturn:
     """Reads what to run from the channel, runs it and ends this process as an interpreter would end."""
     status = 1
     try:
-        os.environ.clear()
-        os.environ.update(PATH="/usr/bin:/bin", HOME=folder, TMPDIR=folder, LANG="C.UTF-8")
-        os.environ.update(ONE_THREAD)
+        os.environ["HOME"] = os.environ["TMPDIR"] = folder
         sys.stdin = _text(0, "r", "surrogateescape")
         sys.stdout = _text(1, "w", "surrogateescape")
         sys.stderr = _text(2, "w", "backslashreplace")

@@ -24,6 +24,7 @@ from importlib import import_module
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import cgroup  # type: ignore[import-not-found] # noqa: E402
+import inside  # type: ignore[import-not-found] # noqa: E402
 import jail  # type: ignore[import-not-found] # noqa: E402
 import packages  # type: ignore[import-not-found] # noqa: E402
 import supervisor  # type: ignore[import-not-found] # noqa: E402
@@ -131,6 +132,10 @@ def main() -> None:
     server = Server(socket.socket(fileno=int(sys.argv[1])))
     packages.allow(sys.argv[2:])
     jail.prctl(jail.PR_SET_SUBREAPER, 1)  # what a supervisor that was killed leaves
+    # Once here instead of in every fork, whose first touch of each page costs a copy of it.
+    os.environ.clear()
+    os.environ.update(inside.ENVIRONMENT)
+    supervisor.id_ranges()
     jail.seccomp.prepare()
     for name in WARM:
         import_module(name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import select
@@ -353,9 +354,15 @@ def stat_fields(path: str) -> list[str]:
 def other_id() -> int:
     """A user and group that nobody has, another for each supervisor; 65534 where this user namespace ends before it."""
     own = 0x40000000 + os.getpid()
+    return own if any(own in ids for ids in id_ranges()) else 65534
+
+
+@functools.cache  # the server reads it, for all its forks
+def id_ranges() -> list[range]:
+    """The users that there are in this user namespace."""
     with open("/proc/self/uid_map") as file:
         maps = [[int(word) for word in line.split()] for line in file]
-    return own if any(first <= own < first + count for first, _, count in maps) else 65534
+    return [range(first, first + count) for first, _, count in maps]
 
 
 def has_own_user(way: str, interpreter: Paths) -> bool:
