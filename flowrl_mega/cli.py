@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "one after the other; run again, it goes on. Writes RUN_DIR/ablation.md, ablation.json and ablation.png.",
         allow_abbrev=False,
     )
-    serve = commands.add_parser("serve", help="start the servers of rollout.* alone", allow_abbrev=False)
+    serve = commands.add_parser("serve", help="start the servers of rollout.* alone, on this node", allow_abbrev=False)
     for command, run in ((train, _train), (ablate, _ablate), (serve, _serve)):
         command.set_defaults(run=run)
         words = "YAML file of settings; --section.field=value changes one of them"
@@ -102,7 +102,10 @@ def _parser() -> argparse.ArgumentParser:
         "'NAME+NAME=[[V, V], ...]'",
     )
     ablate.add_argument("--seeds", type=int, default=3, help="runs per combination, with seed, seed + 1, ... (3)")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other hosts connect")
+    serve.add_argument(
+        "--host",
+        help="address to listen on; 0.0.0.0 lets other hosts connect (127.0.0.1; with rollout.nodes the node's own)",
+    )
     serve.add_argument("--port", type=int, help="port of the first server; the others take the ports after it")
     train.add_argument(
         "--resume",

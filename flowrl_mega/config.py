@@ -171,7 +171,12 @@ class RolloutSettings(Settings):
     drop_uniform: bool = Field(False, description="leave out groups whose rewards are all equal (FlowRL uses them)")
     mismatch: MismatchSettings = MismatchSettings()
     # what follows is read by engine sglang, and by one of yours as it likes
-    servers: Annotated[int, Field(ge=1)] | list[str] = Field(1, description="how many to start, or the URLs of others'")
+    servers: Annotated[int, Field(ge=1)] | list[str] = Field(
+        1, description="how many to start on every node, or the URLs of others'"
+    )
+    nodes: int = Field(
+        0, ge=0, description="nodes that run `flowrl-mega serve` for this run, `servers` each; 0: the trainer's own do"
+    )
     python: PathText | None = Field(None, description="interpreter that has sglang; null: this one")
     server_args: dict[str, Any] = Field(default_factory=dict, description="SGLang's own flags, passed on")
     colocated: bool = Field(False, description="servers on the trainer's GPUs, memory released while it trains")
@@ -181,6 +186,11 @@ class RolloutSettings(Settings):
     hang_s: float = Field(60.0, gt=0, description="a server silent for so long is asked whether it lives")
     start_timeout_s: float = Field(900.0, gt=0, description="for servers to be ready")
     sync: SyncSettings = SyncSettings()
+
+    @property
+    def starts_servers(self) -> bool:
+        """Whether the trainer's nodes start servers."""
+        return isinstance(self.servers, int) and not self.nodes
 
     @field_validator("engine")
     @classmethod

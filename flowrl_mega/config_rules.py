@@ -10,9 +10,9 @@ from flowrl_mega.config import Config, ConfigError, ModelSettings, RolloutSettin
 from flowrl_mega.settings import Needs, refuse_unread
 
 # Read by the engine of SGLang; one from outside the package may read them too.
-SERVERS = """rollout.ahead rollout.partial_tokens rollout.servers rollout.python rollout.server_args rollout.colocated
-    rollout.api_key_file rollout.concurrency rollout.request_timeout_s rollout.hang_s rollout.start_timeout_s
-    rollout.sync"""
+SERVERS = """rollout.ahead rollout.partial_tokens rollout.servers rollout.nodes rollout.python rollout.server_args
+    rollout.colocated rollout.api_key_file rollout.concurrency rollout.request_timeout_s rollout.hang_s
+    rollout.start_timeout_s rollout.sync"""
 # What a remote sandbox decides itself.
 OWN_SANDBOX = """reward.code.isolation reward.code.python reward.code.packages reward.code.cpu_s reward.code.disk_mb
     reward.code.processes reward.code.open_files"""
@@ -140,6 +140,12 @@ def _servers(rollout: RolloutSettings) -> Iterator[str]:
         yield "rollout.ahead = 1: servers that share the trainer's GPUs sleep while it trains; set ahead=0"
     if rollout.colocated and isinstance(rollout.servers, list):
         yield "rollout.colocated = True: only for servers that are started here; give rollout.servers=1"
+    if rollout.nodes and isinstance(rollout.servers, list):
+        yield f"rollout.nodes = {rollout.nodes}: servers are found in run_dir; set rollout.servers=1, how many each"
+    if rollout.nodes and rollout.colocated:
+        yield f"rollout.nodes = {rollout.nodes}: nodes without a trainer; set rollout.colocated=false"
+    if rollout.nodes and rollout.sync.transfer == "tensor":
+        yield "rollout.sync.transfer = tensor: shares memory, and rollout.nodes are others; take distributed or disk"
     if rollout.api_key_file is not None and not os.path.isfile(rollout.api_key_file):
         yield f"rollout.api_key_file = {rollout.api_key_file!r}: no such file; give one that holds the key"
 

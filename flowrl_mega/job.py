@@ -18,7 +18,7 @@ from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.launch import launch, rank_environment
 from flowrl_mega.preflight import Inputs, check, check_ops_of_ranks, describe, ranks_to_start
 from flowrl_mega.run import Run
-from flowrl_mega.run_lock import run_lock
+from flowrl_mega.run_lock import is_locked, run_lock
 
 DONE, STOPPED = 0, 75
 
@@ -85,8 +85,14 @@ def run_rank(inputs: Inputs, checkpoint: Path | None, stop_requested: Callable[[
     return DONE if finished else STOPPED
 
 
-def serve(config: Config, host: str, port: int | None, stop_requested: Callable[[], bool]) -> int:
-    """The `serve` command: the fleet alone, with the weights of model.path, until it is told to stop."""
+def serve(config: Config, host: str | None, port: int | None, stop_requested: Callable[[], bool]) -> int:
+    """The `serve` command: the fleet alone, with the weights of model.path, until it is told to stop.
+
+    With rollout.nodes it is one of so many nodes that serve a run, which finds it; told to stop while that run is under
+    way, it goes on until the run ends, whose last step needs it.
+    """
+    from flowrl_mega.rollout.nodes import own_address
+    from flowrl_mega.rollout.sglang import announced
     from flowrl_mega.rollout.sglang.flags import check_servers
     from flowrl_mega.rollout.sglang.fleet import Fleet, supervise
 
@@ -100,12 +106,26 @@ def serve(config: Config, host: str, port: int | None, stop_requested: Callable[
         )
     read_architecture(config.model.path)
     print(check_servers(rollout), flush=True)
-    model, folder = Path(config.model.path), Path(config.run_dir) / "servers"
-    fleet = Fleet(rollout, model, folder, config.model.dtype, 0, load_format="auto", host=host, first_port=port)
+    model, run_dir = Path(config.model.path), Path(config.run_dir)
+    folder, where, stop = run_dir / "servers", host or "127.0.0.1", stop_requested
+    ports = list(range(port, port + rollout.servers)) if port else []
+    if rollout.nodes:
+        if host == "0.0.0.0" or not (host or os.environ.get("MASTER_ADDR")):
+            raise ConfigError(
+                f"--host = {host}: the run is told of one address of this node; name it, or set MASTER_ADDR to a host "
+                "of the trainer's"
+            )
+        folder, where = folder / announced.node_name(), host or own_address()
+        before = announced.ports_of(run_dir)
+        ports = ports or (before if len(before) == rollout.servers else [])
+        stop = lambda: stop_requested() and not is_locked(run_dir)  # noqa: E731
+    fleet = Fleet(rollout, model, folder, config.model.dtype, 0, load_format="auto", host=where, ports=ports)
     try:
-        fleet.start(stop_requested)
-        print(f"ready; to train with them: --rollout.servers='[{', '.join(fleet.urls)}]'", flush=True)
-        supervise(fleet, stop_requested)
+        fleet.start(stop)
+        with announced.announced(run_dir, fleet.urls) if rollout.nodes else nullcontext():
+            how = f"nodes={rollout.nodes}" if rollout.nodes else f"servers='[{', '.join(fleet.urls)}]'"
+            print(f"ready; to train with them: --rollout.{how}", flush=True)
+            supervise(fleet, stop)
     finally:
         fleet.close()
     return DONE

@@ -79,9 +79,10 @@ def ranks_to_start(config: Config) -> int:
     gpus, rollout, parallel = None, config.rollout, config.parallel
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
-        if rollout.engine == "sglang" and isinstance(rollout.servers, int) and not rollout.colocated:
+        if rollout.engine == "sglang" and rollout.starts_servers and not rollout.colocated:
             from flowrl_mega.rollout.sglang.flags import on_gpu, ranks_per_server
 
+            assert isinstance(rollout.servers, int)
             left = gpus - (rollout.servers * ranks_per_server(rollout) if on_gpu(rollout) else 0)
             gpus = max(left, min(gpus, parallel.model_ranks))  # check_servers says what is wrong with too many servers
     return layouts.world_size(parallel, gpus, config.batch.mini_batch or config.sequences_per_step)
@@ -185,8 +186,10 @@ def check_engine(inputs: Inputs, world: int) -> str:
     from flowrl_mega.rollout.sglang.attached import check_attached
     from flowrl_mega.rollout.sglang.flags import check_servers
 
-    if isinstance(config.rollout.servers, int):
+    if config.rollout.starts_servers:
         return check_servers(config.rollout, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    if config.rollout.nodes:
+        return f"SGLang on {config.rollout.nodes} other nodes, {config.rollout.servers} server(s) each"
     prompts = [*inputs.data.prompts, *(inputs.data.held_out or [])]
     longest = max(len(prompt.token_ids) for prompt in prompts)
     return check_attached(config.rollout, inputs.arch, longest + config.rollout.max_tokens)

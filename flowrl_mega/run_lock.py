@@ -97,6 +97,11 @@ def run_lock(run_dir: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def is_locked(run_dir: Path) -> bool:
+    """Whether a run is under way there, or its owner died without a word."""
+    return (run_dir / FILE).exists()
+
+
 _HELD: dict[Path, str] = {}
 
 

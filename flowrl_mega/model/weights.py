@@ -92,16 +92,18 @@ def named_tensors(policy: Model) -> Iterator[tuple[str, Tensor]]:
 
 
 class Buckets:
-    """The policy under Hugging Face's names, some tensors at a time, on the first rank that holds the model's start.
+    """The policy under Hugging Face's names, some tensors at a time, on the replica's first rank, or `to_all`.
 
     A bucket holds at most `bucket_bytes` as `dtype` (None: the parameters' own), or one larger parameter; what one
     parameter holds (q, k and v; gate and up) is never parted, nor do stages share one. Two buckets' worth of memory;
     where one rank has all and the type stays, none: the tensors are the parameters. Collective, as is each iteration:
-    the other ranks of the replica get empty lists and must take all of them.
+    ranks of the replica that get nothing get empty lists, and must take all of them.
     """
 
-    def __init__(self, policy: Model, bucket_bytes: int, dtype: torch.dtype | None = None) -> None:
-        self.policy, self.dtype = policy, dtype
+    def __init__(
+        self, policy: Model, bucket_bytes: int, dtype: torch.dtype | None = None, to_all: bool = False
+    ) -> None:
+        self.policy, self.dtype, self.to_all = policy, dtype, to_all
         self.buckets = list(_cut(param_infos(policy), bucket_bytes, dtype, policy.layout.tp))
 
     def __len__(self) -> int:
@@ -112,7 +114,7 @@ class Buckets:
         for bucket in self.buckets:
             yield [
                 pair
-                for name, whole in _gather(self.policy, bucket, self.dtype)
+                for name, whole in _gather(self.policy, bucket, self.dtype, self.to_all)
                 for pair in zip(hf_names(name, arch), to_named(name, whole, arch), strict=True)
             ]
 

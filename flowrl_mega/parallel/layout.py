@@ -94,6 +94,11 @@ class Layout:
         return items
 
 
+def is_first_on_host() -> bool:
+    """Whether no other of the job's processes on this host comes before this one."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
 def ranks_on_host() -> int:
     """How many of the job's processes this host has, by torchrun's name for it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

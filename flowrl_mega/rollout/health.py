@@ -28,7 +28,7 @@ class Restarter(Protocol):
     """Restarts the servers that this job has started."""
 
     def is_alive(self, url: str) -> bool:
-        """Whether the server's process exists."""
+        """Whether the server's process exists. Blocks; raises RunError where nobody can say."""
 
     def restart(self, url: str) -> None:
         """Kill what is left of the server and start it again. Blocks; raises ConfigError and RunError."""
@@ -218,7 +218,7 @@ class Health:
         timeout_s = min(PROBE_S, max(2.0, self.settings.hang_s))
         why = ""
         for last in (False, True):
-            if self.restarter and not self.restarter.is_alive(server.url):
+            if self.restarter and not await asyncio.to_thread(self.restarter.is_alive, server.url):
                 return "has died"
             try:
                 for client in clients:

@@ -74,6 +74,18 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
         ["--rollout.engine=sglang", "--rollout.colocated=true", "--rollout.ahead=1"],
         ["rollout.ahead = 1", "share the trainer's GPUs", "ahead=0"],
     ),
+    "nodes and URLs": (
+        ["--rollout.engine=sglang", "--rollout.nodes=2", "--rollout.servers=[http://gpu7:30000]"],
+        ["rollout.nodes = 2", "rollout.servers=1"],
+    ),
+    "nodes and colocated": (
+        ["--rollout.engine=sglang", "--rollout.nodes=2", "--rollout.colocated=true"],
+        ["rollout.nodes = 2", "set rollout.colocated=false"],
+    ),
+    "nodes that share no memory": (
+        ["--rollout.engine=sglang", "--rollout.nodes=2", "--rollout.sync.transfer=tensor"],
+        ["rollout.sync.transfer = tensor", "rollout.nodes", "take distributed or disk"],
+    ),
     "colocated elsewhere": (
         ["--rollout.engine=sglang", "--rollout.colocated=true", "--rollout.servers=[http://gpu7:30000]"],
         ["rollout.colocated = True", "rollout.servers=1"],

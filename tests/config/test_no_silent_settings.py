@@ -197,6 +197,7 @@ EVIDENCE: dict[str, Any] = {
         f"rollout.{field}": servers(f"rollout.{field}={value}", f"rollout/{test}")
         for field, value, test in (
             ("servers", "2", "sglang/test_flags.py::test_gpus_are_shared_out"),
+            ("nodes", "2", "sglang/test_announced.py::test_a_node_that_does_not_come_is_told_of"),
             ("python", "python3", "sglang/test_flags.py::test_a_command_line_says_what_the_settings_say"),
             ("server_args", "{tp_size: 2}", "sglang/test_flags.py::test_a_command_line_says_what_the_settings_say"),
             ("colocated", "true", "sglang/test_flags.py::test_gpus_are_shared_out"),

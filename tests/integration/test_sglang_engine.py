@@ -124,8 +124,8 @@ def with_trouble(path: Path, folder: Path) -> tuple[list[list[Rollout]], list[di
     engine = engine_of(path, folder, 2, concurrency=2)
     rollouts, metrics = [], []
     try:
-        assert engine.fleet and engine.dispatcher
-        for url, number in zip(engine.fleet.urls, (signal.SIGKILL, signal.SIGSTOP), strict=True):
+        assert engine.started and engine.dispatcher
+        for url, number in zip(engine.started.urls, (signal.SIGKILL, signal.SIGSTOP), strict=True):
             job = engine.start([Request(prompt, 2, 100) for prompt in PROMPTS * 3], Sampling(100), seed=number)
             time.sleep(1.0)
             for process in listeners(url):

@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from jobs import Job, records, write_config
 from slurm_cluster import NODES, Cluster, missing
+from slurm_jobs import SCRIPT, ended, log, submit, until
 from tiny_models import make
 
 from flowrl_mega.checkpoint.folder import checkpoints
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "examples" / "slurm" / "train.sbatch"
-SITE = ["--nodes=2", "--cpus-per-task=1", "--gpus-per-node=0", "--output=log"]
 # Slow enough to be stopped in time; and it tells which rank is where.
 REWARD = """
 import os, time
@@ -104,32 +100,6 @@ def assert_same_records(found: Path, wanted: Path) -> None:
     for name in ("metrics", "samples", "evaluation"):
         rows = records(wanted, name)
         assert rows and records(found, name) == rows, name
-
-
-def submit(
-    cluster: Cluster, work: Path, *arguments: str, ranks: int = 2, script: Path = SCRIPT, site: tuple[str, ...] = ()
-) -> str:
-    """The number of the job that runs `flowrl-mega train ARGUMENTS` on two nodes of so many ranks each."""
-    # On one host ranks meet on the loopback device. The path is for a clone that is not installed in the environment.
-    one_host = {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
-    options = (*SITE, f"--ntasks-per-node={ranks}", *site)
-    return cluster.call("sbatch", "--parsable", *options, str(script), *arguments, cwd=work, **one_host)
-
-
-def until(condition: Callable[[], Any], work: Path, timeout: float = 120) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, f"nothing happened\n{log(work)}"
-        time.sleep(0.05)
-
-
-def log(work: Path) -> str:
-    return (work / "log").read_text() if (work / "log").exists() else "(no log)"
-
-
-def ended(cluster: Cluster, number: str, work: Path) -> dict[str, str]:
-    """JobState, ExitCode, Restarts and so on of the job at its end, and its log."""
-    return cluster.wait(number, 150) | {"log": log(work)}
 
 
 def test_two_nodes_train_as_one(cluster: Cluster, model: Path, work: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import threading
 import uuid
 from collections.abc import Awaitable, Callable
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from flowrl_mega.rollout.http_client import ServerError
+from flowrl_mega.rollout.nodes import address_towards
 from flowrl_mega.rollout.sglang.transfers import Buffers, Deadline, Failures, Named, Packed, SyncTarget, Update, each
 
 T = TypeVar("T")
@@ -200,13 +200,7 @@ def _is_lost(task: asyncio.Future[Any]) -> bool:
 
 def _own_address(servers: list[SyncTarget]) -> str:
     """The address under which the servers reach this host."""
-    found = []
-    for server in servers:
-        host = urlsplit(server.url).hostname or "127.0.0.1"
-        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(address)  # sends nothing
-            found.append(probe.getsockname()[0])
+    found = [address_towards(urlsplit(server.url).hostname or "127.0.0.1") for server in servers]
     return next((address for address in found if not address.startswith(("127.", "::1"))), found[0])
 
 

@@ -1,4 +1,4 @@
-"""The engine behind SGLang servers: rank 0 talks to them, all ranks give weights and get answers."""
+"""The engine behind SGLang servers: rank 0 sends them prompts, all ranks give weights and get answers."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from flowrl_mega.config import Config, ConfigError, RunError
 from flowrl_mega.model.architecture import Architecture
 from flowrl_mega.model.generation import Sampling
 from flowrl_mega.model.policy import Policy
-from flowrl_mega.parallel.layout import Layout
+from flowrl_mega.parallel.layout import Layout, is_first_on_host
 from flowrl_mega.rollout.answers import broadcast_answers
 from flowrl_mega.rollout.dispatch import Dispatcher, Job
 from flowrl_mega.rollout.engine import AnswerCallback, Request, Rollout
 from flowrl_mega.rollout.loop_thread import LoopThread
+from flowrl_mega.rollout.sglang import announced
 from flowrl_mega.rollout.sglang.attached import check_servers, connect, context_of, read_key
 from flowrl_mega.rollout.sglang.endpoints import SglangServer
-from flowrl_mega.rollout.sglang.fleet import Fleet
-from flowrl_mega.rollout.sglang.quantize import with_quantization
+from flowrl_mega.rollout.sglang.started import StartedServers
 from flowrl_mega.rollout.sglang.sync import WeightSync
 
 ORDER_S = 5.0  # longest wait in one collective: ranks that wait for rank 0 hear from it at least this often
 
 
 class SglangEngine:
-    """`Engine` on servers that it starts (`rollout.servers` is a number) or that others run (URLs).
+    """`Engine` on servers that it starts on every node (`rollout.servers` is a number) or that others run (URLs).
 
-    `side_files`: config and tokenizer files of the model, by name. `trainer_gpus`: how many of this host's GPUs the
-    trainer's ranks use. While a job is under way, `finish` gives the policy's current weights to servers that come
+    Rank 0 gives them their weights; where they are started and take them by memory, each node's first rank those of its
+    node. `side_files`: config and tokenizer files of the model, by name. `trainer_gpus`: how many of this host's GPUs
+    the trainer's ranks use. While a job is under way, `finish` gives the policy's current weights to servers that come
     back: the policy must not have changed since the last `sync`.
     """
 
@@ -44,39 +45,43 @@ class SglangEngine:
         self.policy: Policy | None = None
         self.version, self.syncs = -1, 0
         self.first = layout.rank == 0
-        self.loop = LoopThread() if self.first else None
-        self.fleet: Fleet | None = None
+        self.started: StartedServers | None = None
         self.dispatcher: Dispatcher | None = None
-        run_dir = Path(config.run_dir)
-        more = (layout, arch, side_files, run_dir / "weights", self.loop)
+        self.own: dict[str, SglangServer] = {}  # servers of this node, where its first rank gives them their weights
+        by_nodes = self.settings.starts_servers and self.settings.sync.way(self.settings.colocated) != "disk"
+        self.loop = LoopThread() if self.first or (by_nodes and is_first_on_host()) else None
+        more = (layout, arch, side_files, Path(config.run_dir) / "weights", self.loop)
         self.weights = WeightSync(self.settings.sync, self.settings.colocated, *more)
         try:
             # A server takes a share of the memory that is free when it starts: all ranks must have loaded their models.
             dist.barrier()
-            self.context = self._in_thread(lambda: self._start(run_dir / "servers", side_files, trainer_gpus))
+            if self.settings.starts_servers:
+                self.started = StartedServers(config, layout, side_files, trainer_gpus)
+            fleet = self.started and self.started.fleet
+            self._in_threads(fleet.start if fleet else None)
+            if fleet and by_nodes:
+                self.own = {url: SglangServer(url, self._key()) for url in fleet.urls}
+            self.context = self._in_threads(self._connect if self.first else None)[0]
         except BaseException:
             self.close()
             raise
 
-    def _start(self, folder: Path, side_files: dict[str, bytes], trainer_gpus: int) -> int:
-        """Rank 0: start servers, or connect to running ones; the longest sequence, in tokens, that all of them take."""
+    def _key(self) -> str | None:
+        key = read_key(self.settings)
+        return self.settings.server_args.get("api_key", key) if self.started else key
+
+    def _connect(self) -> int:
+        """Rank 0: connect to all servers; the longest sequence, in tokens, that all of them take."""
         assert self.loop
         _allow_connections(self.settings.concurrency)
-        key = read_key(self.settings)
-        urls = self.settings.servers
+        urls = self.started.urls if self.started else self.settings.servers
         if isinstance(urls, int):
-            model = folder / "model"
-            write_model(model, with_quantization(side_files) if self.settings.sync.dtype == "fp8" else side_files)
-            dtype = "bf16" if self.settings.sync.dtype else self.config.model.dtype
-            self.fleet = Fleet(self.settings, model, folder, dtype, trainer_gpus)
-            self.fleet.start()
-            urls, key = self.fleet.urls, self.settings.server_args.get("api_key", key)
-        gateways = self.loop.call(connect(urls, key))
-        if (
-            not self.fleet
-        ):  # ranks started by torchrun have not checked them yet; `start` checks the context per request
-            self.loop.call(check_servers(gateways, self.arch, 0, key))
-        self.dispatcher = Dispatcher(self.settings, gateways, self.arch.vocab, self.fleet)
+            urls = announced.find(self.settings, Path(self.config.run_dir))
+        gateways = self.loop.call(connect(urls, self._key()))
+        if not self.started:  # nobody may have checked them yet; `start` checks the context per request
+            self.loop.call(check_servers(gateways, self.arch, 0, self._key()))
+        restarter = self.started.restarter() if self.started else None
+        self.dispatcher = Dispatcher(self.settings, gateways, self.arch.vocab, restarter)
         self.loop.call(self.dispatcher.open())
         return self.loop.call(context_of(gateways))
 
@@ -130,16 +135,19 @@ class SglangEngine:
 
     def close(self) -> None:
         """Stop the servers that were started here; others stay up without work. May be called again."""
-        loop, fleet, dispatcher, self.loop, self.fleet, self.dispatcher = (
-            self.loop, self.fleet, self.dispatcher, None, None, None,
-        )  # fmt: skip
+        loop, dispatcher, own = self.loop, self.dispatcher, self.own
+        self.loop, self.dispatcher, self.own = None, None, {}
         try:
-            if loop and dispatcher:
+            if loop and (dispatcher or own):
                 self.weights.close()
+            if loop and dispatcher:
                 loop.call(dispatcher.close())
+            for client in own.values():
+                assert loop
+                loop.call(client.close())
         finally:
-            if fleet:
-                fleet.close()
+            if self.started:
+                self.started.close()
             if loop:
                 loop.close()
 
@@ -150,8 +158,12 @@ class SglangEngine:
         if self.first:
             assert self.loop and self.dispatcher
             clients = cast(list[SglangServer], self.loop.call(self.dispatcher.before_push(urls, self.version)))
-        failures = self.weights.push(self.policy, clients, self.version, check)
-        self._on_first(lambda d: d.health.after_push([client.url for client in clients], self.version, failures))
+        chosen = self.layout.broadcast_from_rank0([client.url for client in clients])
+        if self.own:
+            clients = [client for url, client in self.own.items() if url in chosen]
+        failed = self.layout.gather_objects(self.weights.push(self.policy, clients, self.version, check))
+        failures = {url: why for of_rank in failed for url, why in of_rank.items()}
+        self._on_first(lambda d: d.health.after_push(chosen, self.version, failures))
 
     def _until(self, done: Callable[[Dispatcher], bool], heal: bool = True) -> None:
         """Wait until `done` on rank 0, and meanwhile give weights to servers that need them (`heal`). Collective."""
@@ -168,26 +180,22 @@ class SglangEngine:
             if what == "push":
                 self._push(urls, check=self.settings.sync.checksum_every > 0)
 
-    def _in_thread(self, work: Callable[[], Any]) -> Any:
-        """Run `work` on rank 0, however long it takes; its result on all ranks. Collective."""
+    def _in_threads(self, work: Callable[[], Any] | None) -> list[Any]:
+        """Run `work` on the ranks that have any, however long it takes; each rank's result, on all. ConfigError and
+        RunError of one are raised on all. Collective."""
         with ThreadPoolExecutor(1) as pool:
-            future: Future[Any] | None = pool.submit(work) if self.first else None
-
-            def order() -> tuple[str, Any]:
-                assert future
-                try:
-                    return "done", future.result(ORDER_S)
-                except TimeoutError:
-                    return "wait", None
-
+            future = pool.submit(work) if work else None
             try:
                 while True:
-                    what, result = self._ordered(order)
-                    if what == "done":
-                        return result
+                    found = self.layout.gather_objects(_result(future))
+                    for what, result in found:
+                        if what == "fault":
+                            raise result
+                    if all(what == "done" for what, _ in found):
+                        return [result for _, result in found]
             except BaseException:
-                if self.fleet:  # else the thread goes on waiting for its servers
-                    self.fleet.close()
+                if self.started:  # else the thread goes on waiting for its servers
+                    self.started.close()
                 raise
 
     def _ordered(self, order: Callable[[], tuple[str, Any]]) -> tuple[str, Any]:
@@ -229,11 +237,14 @@ def check_request(request: Request, vocab: int, context: int) -> None:
         )
 
 
-def write_model(folder: Path, files: dict[str, bytes]) -> None:
-    """Write a model folder without weights, for servers that get them from us."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
+def _result(future: Future[Any] | None) -> tuple[str, Any]:
+    """What has become of a thread's work, after ORDER_S at the latest: "done", "wait" or "fault"."""
+    try:
+        return "done", future.result(ORDER_S) if future else None
+    except TimeoutError:
+        return "wait", None
+    except (ConfigError, RunError) as error:
+        return "fault", error
 
 
 def _allow_connections(count: int) -> None:

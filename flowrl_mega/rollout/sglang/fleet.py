@@ -46,11 +46,11 @@ class Fleet:
         trainer_gpus: int,
         load_format: str = "dummy",
         host: str = "127.0.0.1",
-        first_port: int | None = None,
+        ports: list[int] | None = None,
     ) -> None:
         assert isinstance(settings.servers, int), settings.servers
         self.settings, self.folder = settings, folder
-        ports = list(range(first_port, first_port + settings.servers)) if first_port else free_ports(settings.servers)
+        ports = ports or free_ports(settings.servers)
         for port in ports:
             if not is_free(host, port):  # whoever listens there would be taken for our server
                 raise ConfigError(f"port {port} of {host}: cannot be listened on, or is in use; name another one")

@@ -42,7 +42,7 @@ CLEAN_UP_S = 5.0  # for a server that has just failed
 
 
 class WeightSync:
-    """`push` is collective; only rank 0, which has the `loop`, talks to the servers.
+    """Making it and `push` are collective; only ranks that have a `loop` talk to servers, each to its own.
 
     `side_files`: config and tokenizer files of the model, by name. `folder`: for transfer disk, if the settings name
     none.
@@ -63,6 +63,9 @@ class WeightSync:
             str, float
         ] = {}  # of the last push: perf/push_seconds; perf/push_gb, the bytes sent to each server in 1e9
         self.warned = False
+        # By rank of this replica, which together hold one model: who gives weights to servers.
+        self.givers = [False] * layout.replica_group.size()
+        dist.all_gather_object(self.givers, loop is not None, group=layout.replica_group)
         self.transfer: Transfer | None = None
         if loop:
             kind = settings.way(colocated)
@@ -75,25 +78,24 @@ class WeightSync:
     def push(self, policy: Policy, servers: list[SglangServer], version: int, check: bool) -> dict[str, str]:
         """Give every server the policy's weights, as `version`. Collective.
 
-        `servers` is read on rank 0 only. With `check`, checksums of all tensors on the servers are compared. Rank 0
-        gets {url: reason} of the servers that did not take the weights; they stay paused, and their answers are
-        aborted, until a later push succeeds. Other ranks get {}; replicas but the first have nothing to do.
+        `servers` is read on ranks with a loop only. With `check`, checksums of all tensors on the servers are compared.
+        These ranks get {url: reason} of their servers that did not take the weights; they stay paused, and their
+        answers are aborted, until a later push succeeds. Other ranks get {}; replicas without such a rank have nothing
+        to do.
         """
-        if self.layout.dp_rank or self.layout.cp_rank:
+        if not any(self.givers):
             return {}
         start, failures = time.monotonic(), dict[str, str]()
-        left = list(servers)
+        left = list(servers) if self.loop else []
         while True:
-            push = _Push(self, left, version) if self.loop and left else None
+            push = _Push(self, left, version) if left else None
             self._round(policy, push, check)
             if push:
                 failures |= push.failures
                 left = [server.client for server in push.live] if push.transfer.broken else []
-            if not self._from_rank0(bool(left)):
-                break
-        if push:
-            self.metrics = {"perf/push_seconds": time.monotonic() - start, "perf/push_gb": push.bytes / 1e9}
-        return failures
+                self.metrics = {"perf/push_seconds": time.monotonic() - start, "perf/push_gb": push.bytes / 1e9}
+            if not self._any(bool(left)):
+                return failures
 
     def close(self) -> None:
         """Destroy process groups and remove written files."""
@@ -110,7 +112,7 @@ class WeightSync:
         """Send all buckets once. The ranks gather them to the end, even if all servers fail."""
         dtype = torch.bfloat16 if self.settings.dtype == "bf16" else None
         bucket_bytes = self.settings.bucket_mb << 20
-        buckets = Buckets(policy, bucket_bytes, dtype)
+        buckets = Buckets(policy, bucket_bytes, dtype, to_all=any(self.givers[1:]))
         if push:
             push.begin(len(buckets), check)
         for bucket in buckets:
@@ -119,17 +121,17 @@ class WeightSync:
         if push:
             push.finish()
 
-    def _from_rank0(self, value: bool) -> bool:
-        """Rank 0's value on all ranks of its replica."""
+    def _any(self, value: bool) -> bool:
+        """Whether it is true on any rank of the replica."""
         if self.layout.replica_group.size() == 1:
             return value
         shared = torch.tensor([value], dtype=torch.uint8, device=self.layout.device)
-        dist.broadcast(shared, group=self.layout.replica_group, group_src=0)
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.layout.replica_group)
         return bool(shared.item())
 
 
 class _Push:
-    """One round of a push, on rank 0: the servers that still take part (`live`) and why others do not (`failures`)."""
+    """One round of a push by one rank: the servers that still take part (`live`) and why others do not (`failures`)."""
 
     def __init__(self, sync: WeightSync, servers: list[SglangServer], version: int) -> None:
         assert sync.loop and sync.transfer

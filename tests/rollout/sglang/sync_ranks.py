@@ -20,21 +20,24 @@ KEPT: dict[str, tuple[WeightSync, LoopThread | None]] = {}  # a group of servers
 
 def push(
     path: Path, urls: list[str], version: int, folder: Path, amount: float = 0.0, tp: int = 1, check: bool = False,
-    keep: bool = False, pp: int = 1, **settings: Any,
+    keep: bool = False, pp: int = 1, by_rank: bool = False, **settings: Any,
 ) -> tuple[dict[str, str], dict[str, torch.Tensor], dict[str, float]]:  # fmt: skip
-    """The model, every parameter changed by its own factor, to the servers. What failed; what the policy is."""
+    """The model, every parameter changed by its own factor, to the servers. What failed; what the policy is.
+
+    `by_rank`: each rank gives them to its own server, as if it were its node's first one."""
     policy = on_ranks.build(path, log_z="mlp", parallel={"tp": tp, "pp": pp})
     with torch.no_grad():
         for name, parameter in policy.gpt_parameters().items():
             parameter.mul_(1 + amount * (1 + len(name) % 5))
-    key = json.dumps([tp, pp, settings])
+    rank = policy.layout.rank
+    key = json.dumps([tp, pp, by_rank, settings])
     if key not in KEPT:
         side_files = {"config.json": (path / "config.json").read_bytes()}
-        loop = LoopThread() if policy.layout.rank == 0 else None
+        loop = LoopThread() if rank == 0 or by_rank else None
         options = SyncSettings(bucket_mb=1, **settings)
         KEPT[key] = WeightSync(options, False, policy.layout, policy.arch, side_files, folder, loop), loop
     sync, loop = KEPT[key]
-    servers = [SglangServer(url) for url in urls] if loop else []
+    servers = [SglangServer(url) for url in (urls[rank : rank + 1] if by_rank else urls)] if loop else []
     failures = sync.push(policy, servers, version, check)
     for server in servers:
         loop.call(server.close())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from flowrl_mega.model.generation import Sampling
 from flowrl_mega.rollout.answers import broadcast_answers
 from flowrl_mega.rollout.engine import Request, Rollout
 from flowrl_mega.rollout.sglang import engine as sglang
+from flowrl_mega.rollout.sglang import started
+from flowrl_mega.rollout.sglang.endpoints import is_up
 from flowrl_mega.rollout.sglang.engine import SglangEngine, check_request
 
 pytestmark = pytest.mark.ranks
@@ -141,6 +144,63 @@ def test_a_server_that_comes_back_gets_weights_from_all_ranks(tiny_llama, stand_
     assert {version for of in answers for rollout in of for version, _ in rollout.versions} == {3}
     assert metrics["rollout/servers_lost"] + metrics["rollout/stale_answers"] >= 1
     assert len(server.given) == 1 and server.version == "3", "what it had before, it forgot"
+
+
+class StandsFor:
+    """This node's fleet, whose only server is a stand-in that another process runs."""
+
+    def __init__(self, settings: Any, model: Path, folder: Path, *_: Any, host: str) -> None:
+        node = 1 if folder.name == "node_1" else 0
+        assert (model / "config.json").is_file() and host == "127.0.0.1"
+        self.folder, self.urls = folder, [settings.server_args["urls"][node]]
+
+    def start(self) -> None:
+        (self.folder / "started").touch()
+
+    def is_alive(self, url: str) -> bool:
+        return is_up(url)
+
+    def restart(self, url: str) -> None:
+        assert url in self.urls
+        with (self.folder / "restarted").open("a") as file:
+            print(os.environ["RANK"], file=file)
+        while not is_up(url):
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        (self.folder / "closed").touch()
+
+
+def on_two_nodes(path: Path, folder: Path, urls: list[str], parallel: dict[str, int]):
+    """Each rank is the first, and only one, of its node."""
+    here, os.environ["LOCAL_RANK"] = os.environ["LOCAL_RANK"], "0"
+    real, started.Fleet = started.Fleet, StandsFor
+    try:
+        policy, engine = engine_for(path, folder, 1, parallel, server_args={"urls": urls}, concurrency=2, hang_s=2)
+        try:
+            engine.sync(policy, version=3)
+            return engine.finish(engine.start(REQUESTS, SAMPLING, seed=7)), engine.metrics()
+        finally:
+            engine.close()
+    finally:
+        os.environ["LOCAL_RANK"], started.Fleet = here, real
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS)
+def test_a_server_is_started_again_by_its_own_node(parallel, tiny_llama, stand_in, ranks2, tmp_path):
+    """All answers come, from the servers of both nodes, though the second one's dies with prompts under way."""
+    servers = [stand_in(token_s=0.01), stand_in(token_s=0.01)]
+    servers[1].faults.append(("die", 1.0))
+    second = tmp_path / "servers" / "node_1"
+    one, other = ranks2.run(on_two_nodes, tiny_llama, tmp_path, [s.url for s in servers], LAYOUTS[parallel])
+    assert one == other
+    answers, metrics = one
+    assert [[tokens for tokens, _ in of] for of in content(answers)] == [[t for t, _ in of] for of in expected()]
+    assert metrics["rollout/restarts"] == 1 and (second / "restarted").read_text() == "1\n"
+    assert all(server.version == "3" for server in servers)
+    assert all(server.asked("/generate") for server in servers)
+    for folder in (tmp_path / "servers", second):
+        assert (folder / "started").exists() and (folder / "closed").exists()
 
 
 def errors(path: Path, folder: Path, urls: list[str], requests: list[Request]) -> tuple[str, str]:

@@ -112,7 +112,7 @@ def test_a_port_in_use_is_refused(make: Make, tmp_path: Path):
     other.start()
     port = int(other.urls[0].rsplit(":", 1)[1])
     with pytest.raises(ConfigError, match=f"port {port} of 127.0.0.1.*in use"):
-        Fleet(RolloutSettings(servers=2), tmp_path, tmp_path, "fp32", 0, first_port=port - 1)
+        Fleet(RolloutSettings(servers=2), tmp_path, tmp_path, "fp32", 0, ports=[port - 1, port])
 
 
 def test_one_that_dies_early_ends_the_start(make: Make):

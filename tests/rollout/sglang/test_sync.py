@@ -75,6 +75,24 @@ def test_every_server_holds_the_policy_to_the_bit(transfer, tp, pp, model, taker
     assert metrics["perf/push_gb"] == pytest.approx(sum(tensor.nbytes for tensor in wanted.values()) / 1e9)
 
 
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (1, 1)], ids=["tp2", "pp2", "dp2"])
+@pytest.mark.parametrize("transfer", ["tensor", "distributed"])
+def test_each_node_gives_weights_to_its_own_servers(transfer, tp, pp, model, takers, ranks2, tmp_path):
+    """Memory and GPUs of another node cannot be reached. Whether a node holds a part of the model or a whole one, its
+    first rank has all of the weights to give, and says what became of its own servers alone."""
+    servers = [takers(), takers((UPDATE[transfer], 2, "refuse")), takers()]
+    for version, (first, second) in enumerate([(0, 1), (0, 2)]):
+        results = ranks2.run(
+            push, model, [servers[first].url, servers[second].url], version, tmp_path, 0.01 * (1 + version), tp,
+            check=False, pp=pp, by_rank=True, transfer=transfer, keep=version == 0,
+        )  # fmt: skip
+        (failures, wanted, metrics), (others, _, other_metrics) = results
+        assert failures == {} and list(others) == ([servers[1].url] if second == 1 else [])
+        assert metrics["perf/push_gb"] == pytest.approx(sum(tensor.nbytes for tensor in wanted.values()) / 1e9)
+        assert_same(servers[first].held(), wanted)
+    assert_same(servers[2].held(), wanted)
+
+
 @pytest.mark.parametrize("pause", ["retract", "in_place", "wait"])
 def test_how_answers_under_way_are_paused(pause, model, takers, ranks1, tmp_path):
     """Where nothing runs, nothing is paused."""
