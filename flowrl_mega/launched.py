@@ -75,15 +75,21 @@ def _translate() -> None:
         raise ConfigError(
             f"SLURM_PROCID = {rank}, SLURM_STEP_NUM_TASKS = {world}: {', '.join(missing)} not set; {UNSET_SLURM}"
         )
-    # Tasks by node, as in "4(x2),3"; should nodes differ, the first is where rank 0 starts its servers.
-    local_world = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
-    values = (rank, world, _number("SLURM_LOCALID", UNSET_SLURM), local_world)
+    values = (rank, world, _number("SLURM_LOCALID", UNSET_SLURM), _tasks_on_node())
     address = env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"])
     port = env.get("MASTER_PORT")
     if not port:  # jobs that share a node need ports of their own
         job, step = (_number(name, UNSET_SLURM) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
         port = str(15000 + (64 * job + step) % 15000)
     env.update(zip(PLACE, map(str, values), strict=True), MASTER_ADDR=address, MASTER_PORT=port)
+
+
+def _tasks_on_node() -> int:
+    """This node's of the tasks by node, as in "4(x2),3"."""
+    runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    tasks = [int(count) for count, nodes in runs for _ in range(int(nodes or 1))]
+    node = os.environ.get("SLURM_NODEID", "")
+    return tasks[min(int(node) if node.isdecimal() else 0, len(tasks) - 1)]
 
 
 def _first_host(nodes: str) -> str:

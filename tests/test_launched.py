@@ -44,6 +44,17 @@ def test_srun(nodes: str, first: str, clean: pytest.MonkeyPatch) -> None:
     assert 1024 < int(os.environ["MASTER_PORT"]) < 32768, "below the ports that the system hands out"
 
 
+@pytest.mark.parametrize(
+    ("tasks", "node", "here"),
+    [("8(x2)", "1", 8), ("8", "0", 8), ("4(x2),3", "1", 4), ("4(x2),3", "2", 3), ("1,12(x3)", "3", 12), ("2,1", "", 2)],
+)
+def test_nodes_of_unlike_numbers_of_tasks(tasks: str, node: str, here: int, clean: pytest.MonkeyPatch) -> None:
+    """Each node shares its GPUs out between the ranks and the servers that it has itself."""
+    os.environ.update(SRUN, SLURM_STEP_NODELIST="a", SLURM_STEP_TASKS_PER_NODE=tasks, SLURM_NODEID=node)
+    assert started_by_launcher()
+    assert os.environ["LOCAL_WORLD_SIZE"] == str(here)
+
+
 def test_steps_of_one_job_have_ports_of_their_own(clean: pytest.MonkeyPatch) -> None:
     ports = set()
     for job, step in [("4711", "0"), ("4711", "1"), ("4712", "0")]:

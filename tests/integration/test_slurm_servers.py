@@ -28,14 +28,17 @@ pytestmark = [
     pytest.mark.timeout(500),
     pytest.mark.skipif(missing() is not None, reason=f"no SLURM here: {missing()}"),
 ]
-STEPS = 8
-# One that the servers have to wait for, so that there is time to disturb them.
+STEPS = 6
+# Training waits while there is a file "wait": until a server is back, say.
 REWARD = """
-import time
+import os, time
 from flowrl_mega.rewards import sums
 
 def score(row, response):
-    time.sleep(0.05)
+    while os.path.exists("wait"):
+        time.sleep(0.1)
+    with open("scored", "a") as file:
+        print(response, file=file)
     return sums.score(row, response)
 """
 
@@ -88,18 +91,26 @@ def kill_server(url: str) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def kill_and_await(server_log: Path, work: Path) -> None:
+    """Kill a server, and hold the run up until it is there again."""
+    starts = server_log.read_text().count("The server is fired up")
+    (work / "wait").touch()
+    kill_server(url_of(server_log))
+    until(lambda: server_log.read_text().count("The server is fired up") > starts, work)
+    (work / "wait").unlink()
+
+
 def has_step(work: Path, step: int) -> bool:
     metrics = work / "run" / "metrics.jsonl"
     return metrics.exists() and metrics.read_text().count("\n") >= step
 
 
 def assert_sound(work: Path) -> list[dict[str, Any]]:
-    """Every prompt of every step has its answers, once, of weights that the server was seen to hold."""
+    """Every step is there, with answers of weights that the servers were seen to hold."""
     rows = records(work / "run", "metrics")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert all(row["mismatch/abs_logp_diff"] < 1e-4 for row in rows if row["mismatch/max_staleness"] == 0)
     assert all(row["rollout/malformed"] == row["rollout/stale_answers"] == 0 for row in rows)
-    assert len(records(work / "run", "samples")) == STEPS * 8 * 4
     assert "took the weights, but" not in log(work), "checksums"
     return rows
 
@@ -110,10 +121,11 @@ def test_every_node_has_servers_of_its_own(cluster: Cluster, model: Path, work: 
     until(lambda: has_step(work, 1), work)
     logs = [work / "run" / "servers" / name / "server_0.log" for name in ("", "node_1")]
     urls = [url_of(path) for path in logs]
-    kill_server(urls[1])
+    kill_and_await(logs[1], work)
     job = ended(cluster, number, work)
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), job["log"]
     rows = assert_sound(work)
+    assert (work / "scored").read_text().count("\n") == STEPS * 8 * 4, "each prompt is answered once"
     assert sum(row["rollout/restarts"] for row in rows) == 1, job["log"]
     assert re.search(rf"^1: server {urls[1]} ended \(signal SIGKILL\); starting it again", job["log"], re.MULTILINE)
     assert all("Prefill batch" in path.read_text() for path in logs)
@@ -128,12 +140,12 @@ def test_nodes_for_generation_alone(cluster: Cluster, model: Path, work: Path) -
     until(lambda: has_step(work, 1), work)
     server_log = work / "run" / "servers" / "node1" / "server_0.log"
     url = url_of(server_log)
-    kill_server(url)
+    kill_and_await(server_log, work)
     done = len(records(work / "run", "metrics"))
     until(lambda: has_step(work, done + 2), work)
     cluster.call("scancel", "--signal=TERM", number)
     until(lambda: cluster.job(number)["Restarts"] == "1", work)
-    assert not is_up(url)
+    until(lambda: not is_up(url), work)
     job = ended(cluster, number, work)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), job["log"]
     rows = assert_sound(work)
