@@ -14,20 +14,21 @@ from flowrl_mega.settings import ConfigError as ConfigError
 from flowrl_mega.settings import PathText, Settings, path
 from flowrl_mega.settings import RunError as RunError
 
+LogZKind = Literal["mlp", "mlp-detached", "zero", "constant", "group", "random"]
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise"]
 
 
 class LogZ(Settings):
     """Which partition function the model has: what FlowRL's settings of `objective` ask of it."""
 
-    kind: Literal["mlp", "mlp-detached", "zero", "constant", "group"] = "mlp"
+    kind: LogZKind = "mlp"
     prompt: Literal["all", "drop-last"] = "all"
     dropout: float = 0.0
 
     @property
     def learned(self) -> bool:
         """Whether the model has parameters for it."""
-        return self.kind not in ("zero", "group")
+        return self.kind not in ("zero", "group", "random")
 
 
 class ModelSettings(Settings):
@@ -186,6 +187,11 @@ class RolloutSettings(Settings):
     hang_s: float = Field(60.0, gt=0, description="a server silent for so long is asked whether it lives")
     start_timeout_s: float = Field(900.0, gt=0, description="for servers to be ready")
     sync: SyncSettings = SyncSettings()
+
+    @property
+    def writes_ahead(self) -> bool:
+        """Whether answers may be of weights older than the step's: begun ahead, gone on with, or kept for later."""
+        return self.ahead > 0 or self.partial_tokens is not None or self.oversample > 1 or self.drop_uniform
 
     @property
     def starts_servers(self) -> bool:

@@ -80,19 +80,23 @@ class MicroBatch:
     ref_logp: Tensor | None = None  # [R] log pi_ref(y_t); None where the objective needs no reference
     value: Tensor | None = None  # [R] the critic's V(x, y_<t); None without a critic
     prepared: Mapping[str, Tensor] = field(default_factory=dict)  # what `Objective.prepare` made of the whole step
+    by_behaviour: bool = False  # ratios are against rollout_logp
 
     def loss_inputs(self, output: PolicyOutput | None = None) -> LossInputs:
         """The micro-batch as objectives read it: with the policy's outputs in an update, without before it."""
         if output:
-            logp, old_logp = output.logp, self.old_logp
-            old_logp = logp.detach() if old_logp is None else old_logp
+            logp, trainer = output.logp, self.old_logp
+            trainer = logp.detach() if trainer is None else trainer
         else:
             # What is not scored must not be read: NaN makes of such a mistake a refused update.
             unknown = torch.full((self.packed.response_offsets[-1],), math.nan, device=self.credit.device)
-            logp = old_logp = unknown if self.old_logp is None else self.old_logp
+            logp = trainer = unknown if self.old_logp is None else self.old_logp
+        old_logp = self.rollout_logp if self.by_behaviour else trainer
+        assert old_logp is not None, "the engine's log-probs were asked for"
         return LossInputs(
             logp=logp,
             old_logp=old_logp,
+            trainer_logp=trainer if self.by_behaviour else None,
             ref_logp=self.ref_logp,
             log_z=output.log_z if output else None,
             cu_seqlens=self.packed.response_cu_seqlens,
@@ -112,7 +116,8 @@ def micro_batches(
 
     The old policy is scored before the first update, with the update's own micro-batches: then w = 1 exactly on the
     first. A step of one update has pi_old = pi_theta, and the update's own forward will do, but where the objective's
-    `prepare` reads it. Collective.
+    `prepare` reads it. Where pi_old is the policy that wrote the answers, the engine has given its log-probs.
+    Collective.
     """
     updates = plan(experience.sequences, *packing(experience, config, layout))
     packed = [batch for update in updates for batch in update]
@@ -137,10 +142,14 @@ def credited(
 
     Raises ConfigError where the objective weighs by log-probs that the engine does not report.
     """
-    if objective.tis != "none" and not experience.has_rollout_logp:
+    by_behaviour = objective.is_old_behaviour(config.rollout.writes_ahead)
+    if (objective.tis != "none" or by_behaviour) and not experience.has_rollout_logp:
+        asks, fix = (f"objective.tis = {objective.tis}: weighs by", "objective.tis=none")
+        if by_behaviour:
+            asks, fix = f"objective.old = {objective.old}: its ratios are against", "objective.old=trainer"
         raise ConfigError(
-            f"objective.tis = {objective.tis}: weighs by the engine's log-probs, and rollout.engine = "
-            f"{config.rollout.engine} has reported none; set objective.tis=none, or have it report them"
+            f"{asks} the engine's log-probs, and rollout.engine = {config.rollout.engine} has reported none; set "
+            f"{fix}, or have it report them"
         )
     rewards = torch.tensor([score.reward for score in experience.scores], dtype=torch.float64)
     group = torch.arange(len(rewards)) // config.rollout.group_size
@@ -151,7 +160,10 @@ def credited(
             return None
         return torch.tensor([x for i in batch.index.tolist() for x in experience.rollouts[i].logp], device=device)
 
-    return [MicroBatch(batch, credit[batch.index], group[batch.index], rollout_logp(batch)) for batch in packed]
+    return [
+        MicroBatch(batch, credit[batch.index], group[batch.index], rollout_logp(batch), by_behaviour=by_behaviour)
+        for batch in packed
+    ]
 
 
 def scored(
@@ -159,7 +171,9 @@ def scored(
 ) -> list[MicroBatch]:
     """Attaches what the models give without gradient: old log-probs, values and reference log-probs. Collective."""
     packed = [batch.packed for batch in batches]
-    if updates > 1 or objective.needs_old_logp or models.shares_trunk:
+    # Of several updates all but the first would measure the mismatch to the engine with what the others have changed.
+    prepared_by = objective.needs_old_logp and not batches[0].by_behaviour
+    if updates > 1 or prepared_by or models.shares_trunk:
         old = models.policy.score(packed, temperature)  # [] but on the last pipeline stage
         if old:
             batches = [replace(b, old_logp=x.logp, value=x.value) for b, x in zip(batches, old, strict=True)]

@@ -255,6 +255,7 @@ def describe(inputs: Inputs, world: int, checkpoint: Path | None) -> str:
         "log-probs": f"{check_ops(config.ops.backend)}; {logits_kept(config.model)}",
         "engine": check_engine(inputs, world),
         "objective": f"{config.objective['name']} ({settings})",
+        "ratios": f"against {describe_old(objective, rollout.writes_ahead)}",
         "log Z": (objective.log_z.kind + (f", lr {rate:g}" if objective.log_z.learned else ""))
         if objective.log_z
         else "none",
@@ -270,6 +271,14 @@ def describe(inputs: Inputs, world: int, checkpoint: Path | None) -> str:
         said = inputs.resumed.lines or ["settings and data are those of the checkpoint"]
         lines["compared"] = f"\n{' ' * 12}".join(said)
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+
+
+def describe_old(objective: Objective, stale: bool) -> str:
+    """Which policy the ratios of an update are against, in words."""
+    if objective.is_old_behaviour(stale):
+        return "the policy that wrote each token (behaviour), by the engine's log-probs"
+    tis = f"; weighed by {objective.tis} to the engine's log-probs (decoupled)" if objective.tis != "none" else ""
+    return f"the policy before the step's first update, scored by the trainer{tis}"
 
 
 def logits_kept(model: ModelSettings) -> str:

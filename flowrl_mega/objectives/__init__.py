@@ -14,24 +14,31 @@ from typing import Any
 from flowrl_mega.config import ConfigError
 from flowrl_mega.imports import load
 from flowrl_mega.objectives.base import LossOutput, Objective
+from flowrl_mega.objectives.cispo import CISPO
 from flowrl_mega.objectives.flowrl import FlowRL
+from flowrl_mega.objectives.gflowrl import GFlowRL
 from flowrl_mega.objectives.grpo import GRPO
 from flowrl_mega.objectives.gspo import GSPO
 from flowrl_mega.objectives.inputs import LossInputs
 from flowrl_mega.objectives.ppo import PPO
 from flowrl_mega.objectives.reinforce_pp import ReinforcePP
+from flowrl_mega.objectives.rloo import RLOO
 from flowrl_mega.settings import refuse_unread, validated
 
 __all__ = [
-    "GRPO", "GSPO", "PPO", "REGISTRY", "FlowRL", "LossInputs", "LossOutput", "Objective", "ReinforcePP", "build",
+    "CISPO", "GRPO", "GSPO", "PPO", "REGISTRY", "RLOO", "FlowRL", "GFlowRL", "LossInputs", "LossOutput", "Objective",
+    "ReinforcePP", "build",
 ]  # fmt: skip
 
 REGISTRY: dict[str, type[Objective]] = {
     "flowrl": FlowRL,
+    "gflowrl": GFlowRL,
     "grpo": GRPO,
     "gspo": GSPO,
     "ppo": PPO,
     "reinforce_pp": ReinforcePP,
+    "cispo": CISPO,
+    "rloo": RLOO,
 }
 
 

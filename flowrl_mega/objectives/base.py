@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from flowrl_mega.config import LogZ
@@ -42,11 +42,33 @@ class Objective(Settings):
     NEEDS: ClassVar[tuple[Needs, ...]] = (Needs("tis_cap", "objective.tis", lambda o: o.tis != "none"),)
 
     name: str
+    old: Literal["trainer", "behaviour", "decoupled"] | None = Field(
+        None,
+        description="pi_old of every ratio: the trainer's weights before the step, those that wrote each token, or the "
+        "trainer's with tis for the rest; null: behaviour where answers may be of older weights and tis is none",
+    )
     # An objective whose loss has no tokens narrows this to the first three.
     tis: Literal["none", "sum", "mean", "token"] = Field(
         "none", description="weight pi_old / pi_rollout: of the answer, of its mean token, or each token's own"
     )
     tis_cap: float = Field(2.0, gt=0, description="the most that the weight of tis can be")
+
+    @model_validator(mode="after")
+    def _corrects_once(self) -> Self:
+        if self.old == "decoupled" and self.tis == "none":
+            raise ValueError(
+                "old = decoupled weighs by pi_old / pi_rollout; set objective.tis (token, or sum for whole answers)"
+            )
+        if self.old == "behaviour" and self.tis != "none":
+            raise ValueError(
+                f"old = behaviour has the engine's log-probs in every ratio, and objective.tis = {self.tis} would "
+                "correct for them again; leave it out, or set objective.old=decoupled"
+            )
+        return self
+
+    def is_old_behaviour(self, stale: bool) -> bool:
+        """Whether pi_old is the policy that wrote the answers; `stale`: they may be of older weights."""
+        return self.old == "behaviour" or (self.old is None and stale and self.tis == "none")
 
     @property
     def needs_reference(self) -> bool:
@@ -117,6 +139,19 @@ class Objective(Settings):
         weight, clipped = ratio.clamp(max=self.tis_cap), (ratio > self.tis_cap).double()
         by_answer = (s.mean(weight), s.mean(clipped)) if by_token else (weight, clipped)
         return weight, {"mismatch/tis_weight": Mean(by_answer[0]), "mismatch/tis_clipped": Mean(by_answer[1])}
+
+
+def group_sums(
+    batches: list[LossInputs], values: list[Tensor], groups: int, sum_over_replicas: SumOverReplicas
+) -> Tensor:
+    """Sums over each prompt's answers on all replicas, [2, groups] float64: of the values (a tensor [B] a micro-batch),
+    and of ones."""
+    sums = torch.zeros(2, groups, dtype=torch.float64, device=batches[0].credit.device)
+    for s, of_batch in zip(batches, values, strict=True):
+        assert s.group is not None, "the prompts' groups must be known"
+        sums[0].index_add_(0, s.group, of_batch)
+        sums[1].index_add_(0, s.group, torch.ones_like(of_batch))
+    return sum_over_replicas(sums)
 
 
 def mismatch_metrics(s: LossInputs) -> Report:

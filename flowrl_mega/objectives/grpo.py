@@ -7,7 +7,8 @@ Source: "DeepSeekMath", arXiv 2402.03300, Eq. 3 (objective) and Eq. 4 (the KL es
     L     = mean over sequences of (1/|y|) sum_t [ -min(rho_t A, clip(rho_t, 1 - eps, 1 + eps_high) A) + kl_coef k3_t ]
 
 `loss_mean: token` and `clip_eps_high: 0.28` are DAPO's (arXiv 2503.14476), whose dynamic sampling is the rollout's
-`drop_uniform`; `std: false` is Dr. GRPO's advantage (arXiv 2503.20783).
+`drop_uniform`, and its overlong penalty the reward's; `std: false` and `loss_mean: sum` are Dr. GRPO's (arXiv
+2503.20783), up to the constant that its sums are divided by.
 """
 
 from __future__ import annotations

@@ -23,12 +23,13 @@ class LossInputs:
     """
 
     logp: Tensor  # [T] log pi_theta(y_t), with gradient
-    old_logp: Tensor  # [T] log pi_old(y_t)
+    old_logp: Tensor  # [T] log pi_old(y_t), of the policy that ratios are against (Objective.old)
     ref_logp: Tensor | None  # [T] log pi_ref(y_t); None when the objective needs no reference
     log_z: Tensor | None  # [B] log Z_phi(x), with gradient; None when there is no partition function or log Z = 0
     cu_seqlens: Tensor  # [B + 1] int64, starts at 0 and ends at T
     credit: Tensor  # [B] what `Objective.credit` gave these responses
     rollout_logp: Tensor | None = None  # [T] log-probs of the sampled tokens that the engine reported
+    trainer_logp: Tensor | None = None  # [T] log-probs before the step's first update, where old_logp is not them
     group: Tensor | None = None  # [B] int64, each response's prompt, by its number in the step
     value: Tensor | None = None  # [T] the critic's V(x, y_<t), before the step's first update
     offsets: list[int] | None = None  # cu_seqlens on the host; without it they are read, for which a GPU is waited for
@@ -41,6 +42,7 @@ class LossInputs:
         assert self.ref_logp is None or self.ref_logp.shape == tokens, "ref_logp is not [T]"
         assert self.log_z is None or self.log_z.shape == batch, "log_z is not [B]"
         assert self.rollout_logp is None or self.rollout_logp.shape == tokens, "rollout_logp is not [T]"
+        assert self.trainer_logp is None or self.trainer_logp.shape == tokens, "trainer_logp is not [T]"
         assert self.group is None or self.group.shape == batch, "group is not [B]"
         assert self.value is None or self.value.shape == tokens, "value is not [T]"
         assert self.cu_seqlens.shape == (batch[0] + 1,), "cu_seqlens is not [B + 1]"
@@ -78,9 +80,10 @@ class LossInputs:
         return self.logp.double() - self.old_logp.double()
 
     def mismatch(self) -> Tensor:
-        """log pi_old(y_t) - log pi_rollout(y_t), [T] float64, without gradient: trainer less engine."""
+        """The trainer's log-probs before the first update less the engine's, [T] float64, without gradient."""
         assert self.rollout_logp is not None, "the engine's log-probs (rollout_logp) are missing"
-        return self.old_logp.detach().double() - self.rollout_logp.detach().double()
+        scored = self.old_logp if self.trainer_logp is None else self.trainer_logp
+        return scored.detach().double() - self.rollout_logp.detach().double()
 
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -76,8 +76,9 @@ class PolicyGradient(Objective):
     )
     kl_coef: float = Field(0.0, ge=0, allow_inf_nan=False, description="weight of the KL to the reference, per token")
     kl_estimator: KlEstimator = Field("k3", description="of a token's KL: log-ratio, half its square, or unbiased >= 0")
-    loss_mean: Literal["sequence", "token"] = Field(
-        "sequence", description="of an update: mean over its answers of their token means, or over all its tokens"
+    loss_mean: Literal["sequence", "token", "sum"] = Field(
+        "sequence",
+        description="of an update: mean over its answers of their token means or token sums, or over all its tokens",
     )
 
     @property
@@ -88,13 +89,16 @@ class PolicyGradient(Objective):
         """Values [T] as a sum and the count to divide it by, as `loss_mean` says."""
         if self.loss_mean == "token":
             return values.double().sum(), values.numel()
-        return s.mean(values).sum(), len(s.credit)
+        return (s.sum(values) if self.loss_mean == "sum" else s.mean(values)).sum(), len(s.credit)
+
+    def surrogate(self, s: LossInputs, advantage: Tensor) -> SurrogateTerms:
+        """What is averaged, from the advantages [T]."""
+        high = self.clip_eps if self.clip_eps_high is None else self.clip_eps_high
+        return clipped_surrogate(s.log_ratio(), advantage.double(), self.clip_eps, high)
 
     def surrogate_loss(self, s: LossInputs, advantage: Tensor, kl_in_loss: bool) -> LossOutput:
-        """The clipped surrogate of the advantages [T], and the KL term where it is part of the loss."""
-        high = self.clip_eps if self.clip_eps_high is None else self.clip_eps_high
-        log_ratio = s.log_ratio()
-        terms = clipped_surrogate(log_ratio, advantage.double(), self.clip_eps, high)
+        """The surrogate of the advantages [T], and the KL term where it is part of the loss."""
+        terms = self.surrogate(s, advantage)
         # tis weighs the surrogate alone: the KL term stays the pull to the reference that kl_coef names.
         tis_weight, tis_metrics = self.tis_weight(s)
         loss = terms.loss * (tis_weight if self.tis == "token" else s.per_token(tis_weight))
@@ -103,7 +107,7 @@ class PolicyGradient(Objective):
             "policy/ratio": Mean(s.mean(terms.ratio)),
             "policy/clip_fraction": Mean(s.mean(terms.clipped)),
             "policy/mean_logp": Mean(s.mean(s.logp)),
-            "policy/max_abs_log_ratio": Max(s.sum(log_ratio).abs()),
+            "policy/max_abs_log_ratio": Max(s.sum(s.log_ratio()).abs()),
             **tis_metrics,
             **mismatch_metrics(s),
         }
@@ -121,8 +125,9 @@ class TokenPolicyGradient(PolicyGradient):
     """Base for objectives with per-token advantages and an optional KL-in-reward."""
 
     kl_estimator: KlEstimator = Field("k1", description="of a token's KL: log-ratio, half its square, or unbiased >= 0")
-    loss_mean: Literal["sequence", "token"] = Field(
-        "token", description="of an update: mean over its answers of their token means, or over all its tokens"
+    loss_mean: Literal["sequence", "token", "sum"] = Field(
+        "token",
+        description="of an update: mean over its answers of their token means or token sums, or over all its tokens",
     )
 
     @property

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import on_ranks
 import pytest
 from on_ranks import step_by_updates
+
+from flowrl_mega.config import RolloutSettings
+from flowrl_mega.objectives import FlowRL
 
 LAYOUTS = {"tp1": {}, "tp2": {"tp": 2}, "tp2+sp": {"tp": 2, "sequence_parallel": True}, "dp2": {"dp": 2}}
 SECTIONS = {
@@ -35,3 +42,65 @@ def test_one_update_a_step_is_on_policy_at_every_step(tiny_model, ranks1):
     assert len(updates) == 3
     assert all(u["policy/max_abs_log_ratio"] == 0.0 and u["loss/flow_weight"] == 1.0 for u in updates)
     assert abs(updates[2]["policy/mean_log_ratio_to_ref"]) > 1e-3, "while the policy leaves the reference"
+
+
+LAG = 0.03  # nats a token
+
+
+def steps_of_a_lagging_engine(path: Any, **sections: Any) -> tuple[list[dict[str, float]], list[int]]:
+    """As `step_by_updates`, of an engine whose weights gave each token e^-LAG of the probability that the trainer gives
+    it; and the lengths of the answers."""
+    real, lengths = on_ranks.start, []
+
+    def start(*args: Any, **kwargs: Any) -> Any:
+        run = real(*args, **kwargs)
+        finish = run.engine.finish
+
+        def lagging(job: Any) -> Any:
+            groups = finish(job)
+            for rollout in (r for group in groups for r in group):
+                rollout.logp[:] = [logp - LAG for logp in rollout.logp]
+                lengths.append(len(rollout.response))
+            return groups
+
+        run.engine.finish = lagging
+        return run
+
+    on_ranks.start = start
+    try:
+        return step_by_updates(path, **sections), lengths
+    finally:
+        on_ranks.start = real
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("old", "tis", "ahead_of"),
+    [("trainer", "none", 0), ("behaviour", "none", 1), ("decoupled", "sum", 0), (None, "none", 0)],
+)
+def test_what_a_ratio_is_against(old, tis, ahead_of, tiny_model, ranks1):
+    """Scored again with the current weights, every ratio is 1 however old the answers are; against the policy that
+    wrote them it is e^(LAG |y|); decoupled, that is the weight beside a ratio of 1."""
+    objective = {"name": "flowrl", "beta": 2.0, "weight": "released", "tis": tis} | ({"old": old} if old else {})
+    sections = SECTIONS | {"objective": objective}
+    ((updates, lengths),) = ranks1.run(steps_of_a_lagging_engine, tiny_model("llama", vocab=14), **sections)
+    (update,) = updates
+    ratios = [math.exp(LAG * length) for length in lengths]
+    assert len(set(lengths)) > 2
+    assert update["policy/max_abs_log_ratio"] == pytest.approx(ahead_of * LAG * max(lengths), abs=1e-4)
+    mean = sum(ratios) / len(ratios)
+    assert update["loss/flow_weight"] == pytest.approx(mean if ahead_of else 1.0, rel=1e-4)
+    assert update["mismatch/abs_logp_diff"] == pytest.approx(LAG, rel=1e-3), "which is measured in any case"
+    if tis == "sum":
+        assert update["mismatch/tis_weight"] == pytest.approx(mean, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "tis", "behaviour"),
+    [({}, "none", False), ({"engine": "sglang", "ahead": 1}, "none", True), ({"drop_uniform": True}, "none", True),
+     ({"engine": "sglang", "ahead": 1}, "sum", False)],
+)  # fmt: skip
+def test_stale_answers_are_held_against_who_wrote_them(rollout, tis, behaviour):
+    """Unless somebody has said otherwise: with one update a step the trainer's own ratio would correct for nothing."""
+    objective = FlowRL(tis=tis)
+    assert objective.is_old_behaviour(RolloutSettings(**rollout).writes_ahead) == behaviour

@@ -17,7 +17,10 @@ from flowrl_mega.config_file import load_config
 
 ROOT = Path(__file__).parents[2]
 PRESETS = sorted((ROOT / "examples/presets").glob("*.yaml"))
-NAMES = ["flowrl-paper", "flowrl-recipe", "flowrl-released", "grpo", "ppo", "reinforce_pp"]
+NAMES = [
+    "cispo", "dapo", "dr_grpo", "flowrl-paper", "flowrl-recipe", "flowrl-released", "gflowrl", "grpo", "ppo",
+    "reinforce_pp", "rloo",
+]  # fmt: skip
 # What the machine and the user decide, for a machine with nothing: one rank, no servers.
 ELSEWHERE = [
     "--model.dtype=fp32",
@@ -39,6 +42,11 @@ LOSS: dict[str, dict[str, Any]] = {
     "grpo": VERL | {"name": "grpo", "std": True},
     "ppo": VERL | {"name": "ppo", "value_clip": 0.5, "gamma": 1, "lam": 1, "normalise": True, "kl_target": None},
     "reinforce_pp": VERL | {"name": "reinforce_pp", "baseline": "none"},
+    "cispo": VERL | {"name": "cispo", "clip_eps": None, "clip_eps_high": 0.2},
+    "dapo": VERL | {"name": "grpo", "clip_eps_high": 0.28, "std": True},
+    "dr_grpo": VERL | {"name": "grpo", "std": False, "loss_mean": "sum"},
+    "gflowrl": {"name": "gflowrl", "beta": 4, "weight": "cap", "clip_gap": True, "eps": 0.2, "eps_high": 0.28},
+    "rloo": VERL | {"name": "rloo", "kl_coef": 3.3e-5, "loss_mean": "sequence", "baseline": "others"},
 }
 
 
@@ -82,7 +90,7 @@ def test_hyper_parameters_are_the_papers(name: str, inputs: list[str]) -> None:
     rollout, optimizer = config.rollout, config.optimizer
     assert (rollout.prompts_per_step, rollout.group_size, config.batch.mini_batch) == (512, 8, 32 * 8)
     assert (config.data.max_prompt_tokens, rollout.max_tokens) == (2048, 8192)
-    assert (rollout.temperature, rollout.top_p, rollout.top_k, rollout.drop_uniform) == (1, 1, 0, False)
+    assert (rollout.temperature, rollout.top_p, rollout.top_k, rollout.drop_uniform) == (1, 1, 0, name == "dapo")
     assert (optimizer.lr, optimizer.log_z_lr, optimizer.betas) == (1e-6, None, (0.9, 0.999))
     assert (optimizer.weight_decay, optimizer.clip_grad, optimizer.decay) == (0.1, 1, "constant")
     assert optimizer.warmup_steps == 10 * 512 // 32
@@ -95,7 +103,8 @@ def test_the_loss_is_the_one_it_is_named_for(name: str, inputs: list[str]) -> No
     objective = objectives.build(load(name, inputs).objective)
     settings = objective.model_dump()
     assert {field: settings[field] for field in LOSS[name]} == LOSS[name]
-    assert objective.needs_reference == (LOSS[name]["name"] == "flowrl"), "a reference costs memory and is not read"
+    reads = LOSS[name]["name"] in ("flowrl", "gflowrl") or LOSS[name]["kl_coef"] > 0
+    assert objective.needs_reference == reads, "a reference costs memory"
 
 
 def test_only_ppo_has_a_critic_and_it_is_verls(inputs: list[str]) -> None:
@@ -109,14 +118,17 @@ def test_only_ppo_has_a_critic_and_it_is_verls(inputs: list[str]) -> None:
 
 
 def test_presets_differ_by_their_loss_alone(inputs: list[str]) -> None:
-    """Else a comparison of two of them would compare something else as well."""
+    """Else a comparison of two of them would compare something else as well; DAPO is more than a loss."""
     own = {"objective": None, "critic": None, "parallel": None, "run_dir": None}
-    assert len({str(load(name, inputs).dump() | own) for name in NAMES}) == 1
+    assert len({str(load(name, inputs).dump() | own) for name in NAMES if name != "dapo"}) == 1
+    dapo = load("dapo", [*inputs, "--rollout.drop_uniform=false", "--reward.overlong=null"])
+    assert dapo.dump() | own == load("grpo", inputs).dump() | own
     assert len({load(name, inputs).run_dir for name in NAMES}) == 1, "given by the override"
     folders = [re.findall(r"^run_dir: (.*)$", path.read_text(), re.MULTILINE) for path in PRESETS]
     assert folders == [[f"runs/{name}"] for name in NAMES]
 
 
+READS = {"ppo": objectives.PPO, "grpo": objectives.GRPO, "gflowrl": objectives.GFlowRL}
 DOCS = (ROOT / "docs/variants.md").read_text()
 SETTINGS = re.findall(r"`((?:[a-z_]+\.)+[a-z_]+=[^`]*)`", DOCS)
 
@@ -129,9 +141,9 @@ def test_variants_names_enough_settings_to_look_for() -> None:
 def test_settings_that_the_docs_name_exist(setting: str, inputs: list[str]) -> None:
     """Each alone, in a preset that reads it, is accepted and becomes the value that is written there."""
     field = setting.partition("=")[0].rpartition(".")[2]
-    preset = "flowrl-paper"
+    preset = setting.partition("=")[2] if field == "name" else "flowrl-paper"
     if setting.startswith(("critic.", "objective.")) and field not in objectives.FlowRL.model_fields:
-        preset = "ppo"
+        preset = next((name for name, kind in READS.items() if field in kind.model_fields), "ppo")
     config = load_config(ROOT / f"examples/presets/{preset}.yaml", [*inputs, setting])
     found: Any = config.dump() | {"objective": objectives.build(config.objective).model_dump()}
     path, _, written = setting.partition("=")

@@ -12,7 +12,11 @@ from flowrl_mega.config import ConfigError
 from flowrl_mega.objectives import REGISTRY, LossInputs, build
 
 KL = {"kl_coef": 0.1}
-TIS = {"tis": ({}, {"tis": "mean"}), "tis_cap": ({"tis": "mean"}, {"tis_cap": 1.001})}
+TIS = {
+    "old": ({}, {"old": "behaviour"}),
+    "tis": ({}, {"tis": "mean"}),
+    "tis_cap": ({"tis": "mean"}, {"tis_cap": 1.001}),
+}
 CLIP = {"clip_eps": ({}, {"clip_eps": 1e-4}), "clip_eps_high": ({}, {"clip_eps_high": 1e-5})}
 GRADIENT = {
     **TIS,
@@ -20,20 +24,31 @@ GRADIENT = {
     "kl_coef": ({}, KL),
     "kl_estimator": (KL, {"kl_estimator": "k2"}),
 }
+FLOW = {
+    **TIS,
+    "beta": ({}, {"beta": 3.0}),
+    "z_leave_one_out": ({"z": "group"}, {"z_leave_one_out": True}),
+    "weight": ({}, {"weight": "none"}),
+    "clip_gap": ({}, {"clip_gap": True}),
+    "reference": ({}, {"reference": "old"}),
+    "eps": ({}, {"eps": 1e-4}),
+    "eps_high": ({"weight": "asym"}, {"eps_high": 1e-4}),
+    "length_norm": ({}, {"length_norm": False}),
+}
 # objective -> field -> (what stands beside it, the change)
 CHANGES: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     "flowrl": {
-        **TIS,
-        "beta": ({}, {"beta": 3.0}),
+        **FLOW,
         "z": ({}, {"z": "zero"}),
         "z_prompt": ({}, {"z_prompt": "drop-last"}),
         "z_dropout": ({}, {"z_dropout": 0.1}),
-        "z_leave_one_out": ({"z": "group"}, {"z_leave_one_out": True}),
-        "weight": ({}, {"weight": "none"}),
-        "eps": ({}, {"eps": 1e-4}),
-        "eps_high": ({"weight": "asym"}, {"eps_high": 1e-4}),
-        "length_norm": ({}, {"length_norm": False}),
         "reward_norm": ({}, {"reward_norm": "none"}),
+    },
+    "gflowrl": {
+        **FLOW,
+        "z_leave_one_out": ({"clip_gap": False}, {"z_leave_one_out": True}),
+        "clip_gap": ({}, {"clip_gap": False}),
+        "z_as_printed": ({"clip_gap": False}, {"z_as_printed": True}),
     },
     "grpo": {**GRADIENT, "std": ({}, {"std": False}), "loss_mean": ({}, {"loss_mean": "token"})},
     "gspo": {**TIS, **CLIP, "std": ({}, {"std": False})},
@@ -47,6 +62,16 @@ CHANGES: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
         "kl_in": (KL | {"kl_estimator": "k2"}, {"kl_in": "loss"}),
         "kl_target": (KL, {"kl_target": 0.2}),
         "kl_horizon": (KL | {"kl_target": 0.2}, {"kl_horizon": 100}),
+    },
+    "cispo": {
+        **GRADIENT,
+        "std": ({}, {"std": False}),
+        "loss_mean": ({}, {"loss_mean": "sum"}),
+    },
+    "rloo": {
+        **GRADIENT,
+        "loss_mean": ({}, {"loss_mean": "sum"}),
+        "baseline": ({}, {"baseline": "group"}),
     },
     "reinforce_pp": {
         **GRADIENT,
@@ -70,7 +95,7 @@ def what_it_does(section: dict[str, Any], s: LossInputs) -> list[Any]:
     losses = [objective.loss(s)] + ([objective.value_loss(noise + 0.1, s)] if objective.needs_critic else [])
     sums = [(float(out.loss_sum), out.count) for out in losses]
     adapted = objective.adapted({"policy/kl_to_ref": 1.0}, 5)
-    asked = (objective.needs_reference, objective.log_z, objective.adapts)
+    asked = (objective.needs_reference, objective.log_z, objective.adapts, objective.is_old_behaviour(stale=False))
     return [credit.tolist(), sums, asked, [getattr(adapted, name) for name in objective.adapts]]
 
 
@@ -93,6 +118,8 @@ def test_what_nothing_reads_is_refused(name: str) -> None:
     for rule in REGISTRY[name].NEEDS:
         for field in rule.fields.split():
             _, change = CHANGES[name][field]
-            off = {"z": "zero"} if field in ("z_prompt", "z_dropout") else {"weight": "none"} if field == "eps" else {}
+            off = {"z": "zero"} if field in ("z_prompt", "z_dropout") else {}
+            if field in ("eps", "eps_high") and "clip_gap" in CHANGES[name]:
+                off = {"weight": "none", "clip_gap": False}
             with pytest.raises(ConfigError, match=rf"objective\.{field} = .*: is read with .* only"):
                 build({"name": name, **off, **change})

@@ -15,7 +15,7 @@ from flowrl_mega.objectives import GRPO, FlowRL, LossInputs
 from flowrl_mega.objectives.flowrl import flowrl_loss
 
 LENGTHS = (3, 1, 7, 2, 5, 9, 1, 4)
-WEIGHTS = ["paper", "released", "max10", "asym", "gspo", "none"]
+WEIGHTS = ["paper", "released", "max10", "asym", "cap", "gspo", "none"]
 
 
 def flowrl_numpy(s, o):
@@ -26,13 +26,16 @@ def flowrl_numpy(s, o):
     columns = split(s, s.logp), split(s, s.old_logp), split(s, s.ref_logp), log_z.tolist(), s.credit.tolist()
     for logp, old, ref, z, credit in zip(*columns, strict=True):
         n = len(logp) if o.length_norm else 1
-        delta = z + logp.sum() / n - o.beta * credit - ref.sum() / n
+        gap = z + old.sum() / n - o.beta * credit - ref.sum() / n
+        bounded = min(max(gap, -o.eps), o.eps_high) if o.clip_gap else gap
+        delta = bounded + (logp - old).sum() / n
         ratio = np.exp((logp - old).mean() if o.weight == "gspo" else (logp - old).sum())
         low, high = {
             "paper": (1 - o.eps, 1 + o.eps),
             "released": (0, np.inf),
             "max10": (0, 10),
             "asym": (1 - o.eps, 1 + o.eps_high),
+            "cap": (0, 1 + o.eps_high),
             "gspo": (1 - o.eps, 1 + o.eps_high),
             "none": (1, 1),
         }[o.weight]
@@ -40,29 +43,36 @@ def flowrl_numpy(s, o):
         clipped = float(w != ratio) if o.weight != "none" else 0.0
         loss += w * delta**2
         d_logp += [2 * w * delta / n] * len(logp)
-        d_z.append(2 * w * delta)
+        d_z.append(2 * w * delta * (bounded == gap))
         drift = abs((logp - old).sum())
-        metrics.append((delta, delta**2, w, clipped, z, logp.mean(), (logp - ref).mean(), drift))
+        metrics.append((delta, delta**2, w, clipped, z, logp.mean(), (logp - ref).mean(), drift, bounded != gap))
     names = ["loss/residual", "loss/residual_sq", "loss/flow_weight", "policy/clip_fraction", "loss/log_z"]
     names += ["policy/mean_logp", "policy/mean_log_ratio_to_ref", "policy/max_abs_log_ratio"]
-    return loss, np.array(d_logp), np.array(d_z), dict(zip(names, np.array(metrics).T, strict=True))
+    named = dict(zip([*names, "loss/gap_clipped"], np.array(metrics).T, strict=True))
+    named["policy/weight_sample_size"] = np.array([named["loss/flow_weight"], named["loss/flow_weight"] ** 2])
+    if not o.clip_gap:
+        del named["loss/gap_clipped"]
+    return loss, np.array(d_logp), np.array(d_z), named
 
 
+@pytest.mark.parametrize("clip_gap", [False, True])
 @pytest.mark.parametrize("z", ["mlp", "zero"])
 @pytest.mark.parametrize("length_norm", [True, False])
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_flowrl_equals_numpy(packed, weight, length_norm, z):
+def test_flowrl_equals_numpy(packed, weight, length_norm, z, clip_gap):
     """Loss, gradients and metrics for every choice: a wrong normaliser, clip or sign shows here."""
-    objective = FlowRL(beta=3.0, weight=weight, length_norm=length_norm, z=z, eps=0.3)
-    drift = 0.2 if weight in ("paper", "asym") else 1.2  # some answers within the clip, some beyond
+    beta = 0.3 if clip_gap else 3.0  # some gaps within their bounds, some beyond
+    objective = FlowRL(beta=beta, weight=weight, length_norm=length_norm, z=z, eps=0.3, clip_gap=clip_gap)
+    drift = 0.2 if weight in ("paper", "asym", "cap") else 1.2  # some answers within the clip, some beyond
     s = packed(drift=drift, lengths=LENGTHS, log_z=z != "zero")
     out = objective.loss(s)
     loss, d_logp, d_z, metrics = flowrl_numpy(s, objective)
     assert out.count == 8 and out.loss_sum.dim() == 0
     assert weight in ("released", "none") or 0 < metrics["policy/clip_fraction"].mean() < 1
+    assert not clip_gap or 0 < metrics["loss/gap_clipped"].mean() < 1
     np.testing.assert_allclose(out.loss_sum.item(), loss, rtol=1e-12)
     out.loss_sum.backward()
-    np.testing.assert_allclose(s.logp.grad, d_logp, rtol=1e-12)
+    np.testing.assert_allclose(s.logp.grad, d_logp, rtol=1e-11)
     if s.log_z is not None:
         np.testing.assert_allclose(s.log_z.grad, d_z, rtol=1e-12)
     assert_metrics(out, metrics)

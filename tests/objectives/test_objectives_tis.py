@@ -14,7 +14,7 @@ from numpy_oracles import values_of
 from torch.autograd import grad
 
 import flowrl_mega.parallel  # noqa: F401  # before megatron
-from flowrl_mega.config import ConfigError
+from flowrl_mega.config import ConfigError, RolloutSettings
 from flowrl_mega.experience import Experience, credited
 from flowrl_mega.objectives import GRPO, FlowRL, build
 from flowrl_mega.objectives.base import mismatch_metrics
@@ -222,8 +222,12 @@ def test_missing_or_misshapen_log_probs_are_refused(packed):
 def test_an_engine_that_reports_no_log_probs_is_told_before_an_update(reported):
     """Weights of 1 for want of log-probs would pass for a correction that was made."""
     rollouts = [Rollout([3, 4], reported, "stop", [(0, 2)])]
-    config = SimpleNamespace(rollout=SimpleNamespace(group_size=1, engine="sglang"))
+    config = SimpleNamespace(rollout=RolloutSettings(group_size=1, engine="sglang"))
+    ahead = SimpleNamespace(rollout=RolloutSettings(group_size=1, engine="sglang", ahead=1))
     experience = Experience([], rollouts, [Score(1.0, "", False)])
     with pytest.raises(ConfigError, match="objective.tis = sum.*rollout.engine = sglang.*set objective.tis=none"):
         credited([], experience, FlowRL(tis="sum"), config, "cpu")
+    for objective, settings in ((FlowRL(old="behaviour"), config), (GRPO(), ahead)):
+        with pytest.raises(ConfigError, match="objective.old = .*ratios are against.*set objective.old=trainer"):
+            credited([], experience, objective, settings, "cpu")
     assert credited([], experience, FlowRL(), config, "cpu") == []
