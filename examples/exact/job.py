@@ -30,9 +30,9 @@ COMMON: dict[str, Any] = {
 }
 
 
-def rollout(answers: int) -> dict[str, int]:
-    """Every prompt in every step, with so many answers."""
-    return {"prompts_per_step": len(PROMPTS), "group_size": answers, "max_tokens": MAX_TOKENS}
+def rollout(answers: int, groups: int = 1) -> dict[str, int]:
+    """Every prompt in every step, with so many answers in so many groups."""
+    return {"prompts_per_step": len(PROMPTS) * groups, "group_size": answers, "max_tokens": MAX_TOKENS}
 
 
 @dataclass(frozen=True)

@@ -58,11 +58,15 @@ class Row:
     critic: Mapping[str, Any] | None = None
     steps: int = STEPS
     log_z_lr: float | None = None  # another than that of all rows
+    group: int = ANSWERS  # answers a group; a step has as many in all, each prompt then several groups
 
     @property
     def sections(self) -> dict[str, Any]:
         """The row's settings, over those that all rows share."""
-        sections: dict[str, Any] = {"objective": dict(self.objective), "rollout": rollout(ANSWERS)}
+        sections: dict[str, Any] = {
+            "objective": dict(self.objective),
+            "rollout": rollout(self.group, ANSWERS // self.group),
+        }
         if self.critic is not None:
             sections["critic"] = dict(self.critic)
         if self.log_z_lr is not None:
@@ -94,7 +98,10 @@ Z = {
     "group-loo": ("Z group, leave one out", {"z": "group", "z_leave_one_out": True}),
     "tis": ("Z mlp, tis sum", {"tis": "sum"}),
 }
-WEIGHTS = ("paper", "released", "max10", "asym", "gspo", "none")
+WEIGHTS = ("paper", "released", "max10", "asym", "cap", "gspo", "none")
+GFLOWRL = {"name": "gflowrl", "beta": BETA_PER_TOKEN}
+NO_CLIP = {"clip_gap": False}
+GROUPS = (4, 8, 16)
 SEVERAL = {"updates": UPDATES, "steps": STEPS_OF_UPDATES}
 CRITIC = {"trunk": "own", "optimizer": {"lr": 1e-3, "weight_decay": 0.0}}
 GRPO = {"name": "grpo"}
@@ -124,6 +131,9 @@ def _others() -> dict[str, Row]:
         "gspo": Row("GSPO", {"name": "gspo"}, own=False),
         "reinforce_pp": Row("REINFORCE++", REINFORCE, own=False),
         "reinforce_pp-kl": Row("REINFORCE++, token KL 1/3", REINFORCE | {"kl_coef": MATCHED} | TOKEN),
+        "cispo": Row("CISPO", {"name": "cispo"}, own=False),
+        "rloo": Row("RLOO", {"name": "rloo"}, own=False),
+        "rloo-kl": Row("RLOO, KL 1/3 in the reward", {"name": "rloo", "kl_coef": MATCHED}),
         "ppo": Row("PPO", PPO, own=False, critic=CRITIC),
         "ppo-kl": Row("PPO, KL 1/3 in the reward", PPO | {"kl_in": "reward", "kl_coef": MATCHED}, critic=CRITIC),
         "ppo-kl-loss": Row("PPO, KL 1/3 in the loss (k2)", PPO | IN_LOSS, own=False, critic=CRITIC),
@@ -161,6 +171,19 @@ TABLES: dict[str, dict[str, Row]] = {
         "norm-constant-fast": _constant(PER_TOKEN, "B1"),
         "norm-r_hat": Row("Z mlp, r_hat", PER_TOKEN | {"reward_norm": "group"}, "B", own=False),
         "paper": Row("the paper's: r_hat, beta 15", {"name": "flowrl"}, "B", own=False),
+    },
+    "GFlowRL": {
+        **{f"gflowrl-{g}": Row(f"G {g}", GFLOWRL, "B", group=g) for g in GROUPS},
+        **{f"gflowrl-{g}-no-clip": Row(f"G {g}, no gap clip", GFLOWRL | NO_CLIP, "B", group=g) for g in GROUPS},
+        "gflowrl-16-printed": Row(
+            "G 16, Z as printed", GFLOWRL | NO_CLIP | {"z_as_printed": True}, "B", own=False, group=16
+        ),
+        "gflowrl-16-updates": Row(f"G 16, {UPDATES} updates a step", GFLOWRL, "B", group=16, **SEVERAL),
+        "norm-clip": Row("FlowRL, Z mlp, gap clip", PER_TOKEN | {"clip_gap": True}, "B"),
+        "norm-random": Row("FlowRL, Z drawn from N(0.5, 1)", PER_TOKEN | {"z": "random"}, "B", own=False),
+        "norm-mirror": Row(
+            "FlowRL, Z group, pi_old as reference", PER_TOKEN | {"z": "group", "reference": "old"}, "B", own=False
+        ),
     },
     f"FlowRL's weights, {UPDATES} updates a step": {
         "grpo-4": Row("GRPO", GRPO, own=False, **SEVERAL),
