@@ -166,7 +166,10 @@ class RolloutSettings(Settings):
     top_k: int = Field(0, ge=0, description="0: off")
     ignore_eos: bool = Field(False, description="answers go on to max_tokens (for benchmarks)")
     allow_truncated_sampling: bool = Field(False, description="train although top_p or top_k cut the distribution")
-    ahead: Literal[0, 1] = Field(0, description="1: the next batch is generated while this one trains")
+    ahead: int = Field(0, ge=0, description="batches that are begun before this one trains, by the weights of then")
+    max_staleness: int | None = Field(
+        None, ge=0, description="updates of the weights since a token was written; groups beyond it are dropped"
+    )
     partial_tokens: int | None = Field(None, ge=1, description="longer answers go on in the next step; null: never")
     oversample: float = Field(1.0, ge=1, le=16, description="prompts started a step, as a multiple of prompts_per_step")
     drop_uniform: bool = Field(False, description="leave out groups whose rewards are all equal (FlowRL uses them)")

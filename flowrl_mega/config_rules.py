@@ -10,7 +10,7 @@ from flowrl_mega.config import Config, ConfigError, ModelSettings, RolloutSettin
 from flowrl_mega.settings import Needs, refuse_unread
 
 # Read by the engine of SGLang; one from outside the package may read them too.
-SERVERS = """rollout.ahead rollout.partial_tokens rollout.servers rollout.nodes rollout.python rollout.server_args
+SERVERS = """rollout.partial_tokens rollout.servers rollout.nodes rollout.python rollout.server_args
     rollout.colocated rollout.api_key_file rollout.concurrency rollout.request_timeout_s rollout.hang_s
     rollout.start_timeout_s rollout.sync"""
 # What a remote sandbox decides itself.
@@ -47,7 +47,7 @@ NEEDS = (
 def check_together(config: Config) -> None:
     """Raises ConfigError for settings that contradict each other, all at once, or else for those that nothing reads."""
     faults = [*_data(config), *_steps(config), *_precision(config.model, config.optimizer.distributed)]
-    faults += [*_servers(config.rollout), *_sampling(config.rollout)]
+    faults += [*_ahead(config.rollout), *_servers(config.rollout), *_sampling(config.rollout)]
     if faults:
         raise ConfigError("\n".join(faults))
     refuse_unread(config, NEEDS)
@@ -121,6 +121,19 @@ def _precision(model: ModelSettings, distributed: bool) -> Iterator[str]:
         )
 
 
+def _ahead(rollout: RolloutSettings) -> Iterator[str]:
+    if rollout.ahead > 1 and rollout.partial_tokens is not None:
+        yield (
+            f"rollout.ahead = {rollout.ahead}: with rollout.partial_tokens an answer would go on so many steps later "
+            "only; take ahead=1, or leave rollout.partial_tokens out"
+        )
+    if rollout.max_staleness is not None and rollout.ahead > rollout.max_staleness:
+        yield (
+            f"rollout.ahead = {rollout.ahead}: all answers would be beyond rollout.max_staleness = "
+            f"{rollout.max_staleness}; take fewer, or allow more"
+        )
+
+
 def _servers(rollout: RolloutSettings) -> Iterator[str]:
     if rollout.engine == "embedded":
         return
@@ -137,7 +150,9 @@ def _servers(rollout: RolloutSettings) -> Iterator[str]:
         elif rollout.sync.transfer == "tensor" and urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"):
             yield f"rollout.sync.transfer = tensor: shares memory, and {url} is another host; take distributed or disk"
     if rollout.colocated and rollout.ahead:
-        yield "rollout.ahead = 1: servers that share the trainer's GPUs sleep while it trains; set ahead=0"
+        yield (
+            f"rollout.ahead = {rollout.ahead}: servers that share the trainer's GPUs sleep while it trains; set ahead=0"
+        )
     if rollout.colocated and isinstance(rollout.servers, list):
         yield "rollout.colocated = True: only for servers that are started here; give rollout.servers=1"
     if rollout.nodes and isinstance(rollout.servers, list):

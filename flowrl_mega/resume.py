@@ -61,8 +61,18 @@ def resumption(state: dict[str, Any], config: Config, prompts: Prompts, data: di
         lines += _adapted(differences, state.get("objective", {}))
         lines += _data_line(saved["data"], data, rollout) if other_data else []
     _refuse_reader(rollout, other_data, differences)
-    groups, notes = _carried(rollout["groups"], config, prompts, [n for n in SAMPLING if n in differences])
-    return Resumption({**rollout, "groups": groups}, [*lines, *notes])
+    rounds = rollout.get("rounds", [])
+    every = [*rollout["groups"], *(group for saved in rounds for group in saved["groups"])]
+    kept, notes = _carried(every, config, prompts, [n for n in SAMPLING if n in differences])
+    left = iter(kept)
+
+    def of(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [group for _, group in zip(groups, left, strict=False) if group is not None]
+
+    carried = {**rollout, "groups": of(rollout["groups"])}
+    if rounds:
+        carried["rounds"] = [{**saved, "groups": of(saved["groups"])} for saved in rounds]
+    return Resumption(carried, [*lines, *notes])
 
 
 def _differences(saved: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
@@ -114,13 +124,16 @@ def _refuse_reader(rollout: dict[str, Any], other_data: bool, differences: dict[
 
 def _carried(
     groups: list[dict[str, Any]], config: Config, prompts: Prompts, other_sampling: list[str]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The carried groups that go on, without their answers where those cannot; and a line for each kind of loss."""
+) -> tuple[list[dict[str, Any] | None], list[str]]:
+    """Each carried group, without its answers where those cannot go on, None where it cannot itself; and a line for
+    each kind of loss."""
     ours, size = _Training(prompts), config.rollout.group_size
     there = [group for group in groups if ours.has(group)]
     answered = [group for group in there if group["rollouts"]]
     asked_again = [group for group in answered if other_sampling or len(group["rollouts"]) != size]
-    kept = [{**group, "rollouts": []} if group in asked_again else group for group in there]
+    kept = [
+        None if group not in there else {**group, "rollouts": []} if group in asked_again else group for group in groups
+    ]
     lines = []
     if len(there) < len(groups):
         gone = len(groups) - len(there)

@@ -47,7 +47,8 @@ class Run:
         sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k, stop_ids)
         self.stream = Stream(open_loader(config.data, data.prompts, config.seed, layout.dp_rank, layout.dp), layout)
         on_answer = self.grader.begin if self.grader.is_early else None
-        self.queue = GroupQueue(self.engine, self.stream, rollout, sampling, config.seed, on_answer)
+        at_once = rollout.engine == "embedded"
+        self.queue = GroupQueue(self.engine, self.stream, rollout, sampling, config.seed, on_answer, at_once)
         self.evaluator = Evaluator(self.engine, self.grader, sampling, config.evaluation, config.seed)
         self.trainer = Trainer(config, layout, inputs.objective, self.models, self.engine, self.queue, self.grader)
         if checkpoint:

@@ -66,7 +66,8 @@ class Trainer:
         return counts | self.metrics(experience, updates), self.grader.samples(groups)
 
     def rollouts(self, step: int) -> tuple[list[Group], dict[str, float]]:
-        """The step's groups, answered and scored; with `rollout.ahead` the next step's first round is begun."""
+        """The step's groups, answered and scored; with `rollout.ahead` the first rounds of later steps are begun."""
+        self.queue.begin_step(step)
         while not self.queue.has_enough:
             with self.timed("generate"):
                 groups = self.queue.finish_round(step)
@@ -74,8 +75,8 @@ class Trainer:
                 self.grader.grade_groups(groups)
             self.queue.accept(groups)
         taken = self.queue.take()
-        if self.config.rollout.ahead and step < self.config.steps:
-            self.queue.start_round(step + 1)
+        with self.timed("generate"):
+            self.queue.start_ahead(step, self.config.steps)
         self.engine.release()
         return taken
 

@@ -20,6 +20,8 @@ CONSTANT_LR = 0.02  # Adam moves a single number by its rate a step at most: 5e-
 UPDATES, STEPS_OF_UPDATES = 4, 140  # where a step has several updates
 MATCHED = 1 / BETA  # the coefficient of a KL whose optimum is the target of BETA
 
+PRINTED = 16  # answers a group where GFlowRL's Z is as printed
+
 # A target's short name in the table, and what it is.
 TARGETS = {
     "A": f"pi_ref e^(beta r) / Z with beta {BETA:g}: FlowRL without length normalisation, and the optimum of "
@@ -27,6 +29,7 @@ TARGETS = {
     "B": f"pi_ref e^(|y| (beta r - c)) with beta {BETA_PER_TOKEN:g}: FlowRL with 1/|y|; c, the best log Z, makes it 1",
     "B0": "as B, but log Z is held at 0: pi_ref e^(|y| (beta r + lambda |y|)), lambda makes it 1",
     "B1": "as B, but one log Z serves all prompts",
+    "P": f"GFlowRL's with beta {BETA_PER_TOKEN:g}, G {PRINTED}, and Z as printed, without 1/|y|",
     "G": f"pi_ref e^(b r) / Z with b std(r) = beta {BETA_GROUP:g} under this policy itself: where r_hat can rest",
 }
 
@@ -41,6 +44,8 @@ def target(name: str, ref_logp: Tensor) -> tuple[Tensor, Tensor | None]:
         return targets.fixed_target(ref_logp, BETA_PER_TOKEN, torch.zeros(len(space.PROMPTS)).double())[0], None
     if name == "B1":
         return targets.shared_target(ref_logp, BETA_PER_TOKEN)
+    if name == "P":
+        return targets.printed_target(ref_logp, BETA_PER_TOKEN, PRINTED), None
     found = targets.group_target(ref_logp, BETA_GROUP)
     assert found is not None, f"r_hat has no fixed point at beta {BETA_GROUP}"
     return found[0], None
@@ -175,8 +180,8 @@ TABLES: dict[str, dict[str, Row]] = {
     "GFlowRL": {
         **{f"gflowrl-{g}": Row(f"G {g}", GFLOWRL, "B", group=g) for g in GROUPS},
         **{f"gflowrl-{g}-no-clip": Row(f"G {g}, no gap clip", GFLOWRL | NO_CLIP, "B", group=g) for g in GROUPS},
-        "gflowrl-16-printed": Row(
-            "G 16, Z as printed", GFLOWRL | NO_CLIP | {"z_as_printed": True}, "B", own=False, group=16
+        "gflowrl-printed": Row(
+            f"G {PRINTED}, no gap clip, Z as printed", GFLOWRL | NO_CLIP | {"z_as_printed": True}, "P", group=PRINTED
         ),
         "gflowrl-16-updates": Row(f"G 16, {UPDATES} updates a step", GFLOWRL, "B", group=16, **SEVERAL),
         "norm-clip": Row("FlowRL, Z mlp, gap clip", PER_TOKEN | {"clip_gap": True}, "B"),

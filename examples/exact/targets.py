@@ -58,6 +58,29 @@ def shared_target(ref_logp: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     return fixed_target(ref_logp, beta, log_z)[0], log_z
 
 
+def printed_target(ref_logp: Tensor, beta: float, group: int) -> Tensor:
+    """log pi* [prompts, outcomes] of GFlowRL with Z as its Eq. 4 is printed, without 1/|y|, in groups of G answers.
+
+    With L = log pi - log pi_ref, an answer's own term in Z leaves, on average over the others,
+    delta = c + (1/|y| - 1/G) L - (1 - 1/G) beta r,   c = (1 - 1/G) E[beta r - L],
+    and the gradient is 0 where delta / |y| is the same for every answer. Only for |y| < G is that a pull to pi_ref.
+    """
+    gain, n, share = beta * space.rewards(), scales(True), 1 - 1 / group
+    assert n.max() < group, "answers as long as the group run away from the reference"
+
+    def policy(c: Tensor) -> Tensor:
+        def logp(slope: Tensor) -> Tensor:
+            return ref_logp + (share * gain - c[:, None] + slope[:, None] * n) / (1 / n - 1 / group)
+
+        return logp(_root(lambda slope: logp(slope).logsumexp(1), len(ref_logp)))
+
+    def excess(c: Tensor) -> Tensor:
+        found = policy(c)
+        return c - share * (found.exp() * (gain - (found - ref_logp))).sum(1)
+
+    return policy(_root(excess, len(ref_logp)))
+
+
 def group_target(ref_logp: Tensor, beta: float) -> tuple[Tensor, Tensor] | None:
     """(log pi* [prompts, outcomes], its inverse temperature b [prompts]) for r_hat, without length normalisation.
 

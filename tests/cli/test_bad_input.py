@@ -55,9 +55,13 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
         ["--steps=5", "--optimizer.warmup_steps=5", "--optimizer.decay=linear", "--batch.mini_batch=null"],
         ["optimizer.warmup_steps = 5", "none of the 5 updates", "optimizer.decay = linear", "take fewer"],
     ),
-    "ahead of nothing": (
-        ["--rollout.ahead=1"],
-        ["rollout.ahead = 1", "is read with rollout.engine=sglang only", "leave this out"],
+    "too far ahead": (
+        ["--rollout.ahead=3", "--rollout.max_staleness=2"],
+        ["rollout.ahead = 3", "rollout.max_staleness = 2", "take fewer, or allow more"],
+    ),
+    "ahead in parts": (
+        ["--rollout.engine=sglang", "--rollout.ahead=2", "--rollout.partial_tokens=4"],
+        ["rollout.ahead = 2", "rollout.partial_tokens", "take ahead=1"],
     ),
     "partial alone": (["--rollout.partial_tokens=4"], ["rollout.partial_tokens = 4", "rollout.engine=sglang"]),
     "partial of nothing": (

@@ -77,6 +77,30 @@ def test_killed_and_resumed(
     assert not list(run_dir.glob("checkpoints/.step_*"))
 
 
+def test_killed_with_answers_kept_for_later_steps(model: Path, tmp_path: Path) -> None:
+    """Four batches are written ahead, by weights that no longer exist when the run goes on: they are in the checkpoint,
+    and the records are those of an undisturbed run, to the bit."""
+    ahead = {"prompts_per_step": 4, "group_size": 4, "max_tokens": 8, "ahead": 4, "max_staleness": 4}
+    runs = []
+    for name, crash in (("whole", ""), ("killed", "crashes:between_updates")):
+        (tmp_path / name).mkdir()
+        config = write_config(tmp_path / name, model, rollout=ahead)
+        job = Job(["train", str(config)], tmp_path / name / "log", before=crash)
+        if crash:
+            assert -signal.SIGKILL in job.wait()
+            Job(["train", str(config)], tmp_path / name / "log").run()
+        else:
+            job.run()
+        runs.append(tmp_path / name / "run")
+    assert_same_records(runs[1], runs[0])
+    rows = records(runs[0], "metrics")
+    assert [row["mismatch/max_staleness"] for row in rows] == [0.0, 1.0, 2.0, 3.0, 4.0, 4.0]
+    assert [row["mismatch/staleness"] for row in rows] == [0.0, 1.0, 2.0, 3.0, 4.0, 4.0]
+    assert rows[0]["policy/max_abs_log_ratio"] < rows[5]["policy/max_abs_log_ratio"], (
+        "ratios are against who wrote them"
+    )
+
+
 def test_a_closed_terminal_saves_on_all_ranks(finished: Path, model: Path, tmp_path: Path) -> None:
     config, run_dir = write_config(tmp_path, model, checkpoint={"every": 0}), tmp_path / "run"
     assert Job(["train", str(config)], tmp_path / "log", before="crashes:hung_up").wait() == [75, 75]

@@ -177,9 +177,8 @@ EVIDENCE: dict[str, Any] = {
     "rollout.top_k": Refused("rollout.top_k=2"),
     "rollout.ignore_eos": Trained("rollout.ignore_eos=true"),
     "rollout.allow_truncated_sampling": Refused("rollout.allow_truncated_sampling=true"),
-    "rollout.ahead": servers(
-        "rollout.ahead=1", "rollout/test_group_queue.py::test_ahead_does_not_change_what_a_step_trains_on"
-    ),
+    "rollout.ahead": (Trained("rollout.ahead=1"),),
+    "rollout.max_staleness": (Tested("rollout/test_group_queue.py::test_no_group_has_a_token_that_is_too_old"),),
     "rollout.partial_tokens": servers(
         "rollout.partial_tokens=3",
         "rollout/test_group_queue.py::test_a_long_answer_goes_on_in_the_next_step_and_keeps_its_old_tokens",

@@ -51,6 +51,29 @@ def test_a_free_log_z_has_nothing_left_to_learn(ref_logp: Tensor, beta: float, l
         assert gradient.abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("group", [4, 16])
+def test_z_as_printed_rests_where_its_target_says(ref_logp: Tensor, group: int) -> None:
+    """The mean gradient over the group's other answers, by the objective's own loss, one answer after the other; and
+    FlowRL's target is no place of rest for it."""
+    beta, lengths, rewards = BETA_PER_TOKEN, space.lengths(), space.rewards()
+    log_p = targets.printed_target(ref_logp, beta, group)
+    torch.testing.assert_close(log_p.logsumexp(1), torch.zeros(3).double(), rtol=0, atol=1e-9)
+
+    def gradient(end: Tensor) -> float:
+        worst = 0.0
+        for i in range(len(end)):
+            own = beta * rewards[i] - (end[i] - ref_logp[i])  # what an answer puts into Z
+            z = own / group + (1 - 1 / group) * (end[i].exp() * own).sum()
+            logits = end[i].clone().requires_grad_()
+            logp, zero = logits.log_softmax(0), torch.zeros_like(end[i])
+            terms = flowrl_loss(z, logp, ref_logp[i], zero, lengths, rewards[i], beta=beta, weight="none")
+            worst = max(worst, float(grad((end[i].exp() * terms.loss).sum(), logits)[0].abs().max()))
+        return worst
+
+    assert gradient(log_p) < 1e-9
+    assert gradient(targets.free_target(ref_logp, beta, True)[0]) > 1e-3
+
+
 @pytest.mark.parametrize("fixed", [-1.0, 0.0, 1.5])
 def test_a_fixed_log_z_moves_the_target_along_the_length(ref_logp: Tensor, fixed: float) -> None:
     """The policy rests where the module's docstring says; lambda has the sign of log Z - c, and so has the length."""

@@ -3,6 +3,7 @@ settings with the real server are in tests/integration/test_sglang_training.py."
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,11 +76,24 @@ def make(lengths: dict[int, list[int]], **settings: Any) -> tuple[GroupQueue, Sc
     rollout = RolloutSettings(
         **{"engine": "sglang", "prompts_per_step": 2, "group_size": 2, "max_tokens": 10, **settings}
     )
-    return GroupQueue(engine, Positions(), rollout, Sampling(10), seed=7, on_answer=engine.report), engine
+    at_once = settings.get("engine") == "embedded"
+    return GroupQueue(engine, Positions(), rollout, Sampling(10), 7, engine.report, at_once), engine
+
+
+def train(queue: GroupQueue, engine: Scripted, steps: range, last: int) -> list[tuple[list[int], list[Any]]]:
+    """So many steps of a trainer: the prompts that each took, and their answers. A step ends with newer weights."""
+    taken = []
+    for step in steps:
+        groups = fill(queue, step)
+        queue.start_ahead(step, last)
+        engine.version = step
+        taken.append((positions(groups), [group.rollouts for group in groups]))
+    return taken
 
 
 def fill(queue: GroupQueue, step: int, rewards: dict[int, list[float]] | None = None, take: bool = True) -> list[Group]:
     """What the trainer does for a step."""
+    queue.begin_step(step)
     while not queue.has_enough:
         groups = queue.finish_round(step)
         for group in groups:
@@ -151,8 +165,46 @@ def test_ahead_does_not_change_what_a_step_trains_on() -> None:
     for step in (1, 2, 3):
         expected, found = fill(plain, step), fill(ahead, step)
         assert [g.rollouts for g in found] == [g.rollouts for g in expected]
-        ahead.start_round(step + 1)
+        ahead.start_ahead(step, last=9)
     assert early.jobs[:3] == engine.jobs[:3]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_so_many_steps_ahead(ahead: int) -> None:
+    """The same prompts, requests and seeds; the answers of step t are of the weights after t - 1 - ahead."""
+    lengths = {i: [i % 4 + 1, 3] for i in range(20)}
+    (plain, usual), (queue, engine) = make(lengths), make(lengths, ahead=ahead, engine="embedded")
+    expected, found = train(plain, usual, range(1, 8), 7), train(queue, engine, range(1, 8), 7)
+    assert [prompts for prompts, _ in found] == [prompts for prompts, _ in expected]
+    assert engine.jobs == usual.jobs, "nothing is begun for steps beyond the last"
+    for step, (_, answers) in enumerate(found, start=1):
+        versions = {version for of in answers for rollout in of for version, _ in rollout.versions}
+        assert versions == {max(0, step - 1 - ahead)}
+
+
+def test_behind_servers_a_round_is_not_waited_for() -> None:
+    """It is under way while the steps before it train."""
+    queue, engine = make({i: [2, 2] for i in range(20)}, ahead=3)
+    engine.finish = lambda job: pytest.fail("waited")  # type: ignore[method-assign]
+    queue.begun[1] += 1
+    queue.start_ahead(1, last=9)
+    assert [pending.step for pending in queue.pending] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("options", [{}, {"oversample": 1.5}, {"drop_uniform": True}])
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_answers_kept_for_later_steps_are_in_the_checkpoint(stop: int, options: dict[str, Any]) -> None:
+    """Weights that wrote them are gone: a resumed run takes these very answers, and asks for what the other asks."""
+    lengths = {i: [i % 4 + 1, 3] for i in range(40)}
+    whole, engine = make(lengths, ahead=3, engine="embedded", **options)
+    train(whole, engine, range(1, stop + 1), 7)
+    state, asked = deepcopy(whole.state_dict()), len(engine.jobs)
+    expected = train(whole, engine, range(stop + 1, 8), 7)
+    resumed, again = make(lengths, ahead=3, engine="embedded", **options)
+    again.version = stop
+    resumed.load_state_dict(state)
+    assert train(resumed, again, range(stop + 1, 8), 7) == expected
+    assert again.jobs == engine.jobs[asked:]
 
 
 def test_oversampled_groups_are_carried_not_lost() -> None:
@@ -183,9 +235,24 @@ def test_what_a_step_cost_is_counted() -> None:
         counted.append(queue.take()[1])
     # step 1: 0 1 2 are dropped, then 3 4 are taken and 5 goes on; step 2: 5 goes on, 6 and 7 are taken; step 3: 5, 8
     assert counted == [
-        {"rollout/rounds": 2.0, "rollout/uniform_dropped": 3.0, "rollout/carried_groups": 1.0},
-        {"rollout/rounds": 1.0, "rollout/uniform_dropped": 0.0, "rollout/carried_groups": 1.0},
-        {"rollout/rounds": 1.0, "rollout/uniform_dropped": 0.0, "rollout/carried_groups": 1.0},
+        {
+            "rollout/rounds": 2.0,
+            "rollout/uniform_dropped": 3.0,
+            "rollout/stale_dropped": 0.0,
+            "rollout/carried_groups": 1.0,
+        },
+        {
+            "rollout/rounds": 1.0,
+            "rollout/uniform_dropped": 0.0,
+            "rollout/stale_dropped": 0.0,
+            "rollout/carried_groups": 1.0,
+        },
+        {
+            "rollout/rounds": 1.0,
+            "rollout/uniform_dropped": 0.0,
+            "rollout/stale_dropped": 0.0,
+            "rollout/carried_groups": 1.0,
+        },
     ]
 
 
@@ -229,3 +296,20 @@ def test_a_checkpoint_of_before_prompt_stores_goes_on_too() -> None:
     resumed, _ = make(lengths, partial_tokens=4, oversample=2.0)
     resumed.load_state_dict(old)
     assert [[(g.position, g.index, g.prompt, g.rollouts) for g in fill(resumed, step)] for step in (2, 3)] == expected
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, None])
+def test_no_group_has_a_token_that_is_too_old(most: int | None) -> None:
+    """An answer that goes on over steps is as old as its first token, and its group as its oldest answer; what is
+    carried grows older as it waits. Others take their places, and they are counted."""
+    lengths = {i: [10 if i % 3 == 0 else 2, 2] for i in range(90)}
+    queue, engine = make(lengths, partial_tokens=4, oversample=2.0, max_staleness=most)
+    oldest, dropped = [], 0.0
+    for step in range(1, 11):
+        taken = fill(queue, step, take=False) or queue.take()
+        groups, counts = taken
+        oldest += [step - 1 - min(v for r in group.rollouts for v, _ in r.versions) for group in groups]
+        dropped += counts["rollout/stale_dropped"]
+        engine.version = step
+    assert max(oldest) == (2 if most is None else most)
+    assert (dropped > 0) == (most in (0, 1))
