@@ -156,6 +156,11 @@ class MismatchSettings(Settings):
     action: Literal["warn", "stop"] = Field("warn", description="beyond the budget")
 
 
+class ReplaySettings(Settings):
+    size: int = Field(ge=1, description="groups kept: the newest that were trained on")
+    share: float = Field(gt=0, lt=1, description="of a step's groups, rounded down, that are kept ones")
+
+
 class RolloutSettings(Settings):
     engine: PathText = Field("embedded", description="embedded, sglang, or a class of yours as module:Class")
     prompts_per_step: int = Field(16, ge=1)
@@ -169,6 +174,9 @@ class RolloutSettings(Settings):
     ahead: int = Field(0, ge=0, description="batches that are begun before this one trains, by the weights of then")
     max_staleness: int | None = Field(
         None, ge=0, description="updates of the weights since a token was written; groups beyond it are dropped"
+    )
+    replay: ReplaySettings | None = Field(
+        None, description="train on earlier steps' groups again; {size: .., share: ..}"
     )
     partial_tokens: int | None = Field(None, ge=1, description="longer answers go on in the next step; null: never")
     oversample: float = Field(1.0, ge=1, le=16, description="prompts started a step, as a multiple of prompts_per_step")
@@ -193,8 +201,14 @@ class RolloutSettings(Settings):
 
     @property
     def writes_ahead(self) -> bool:
-        """Whether answers may be of weights older than the step's: begun ahead, gone on with, or kept for later."""
-        return self.ahead > 0 or self.partial_tokens is not None or self.oversample > 1 or self.drop_uniform
+        """Whether answers may be of weights older than the step's: begun ahead, gone on with, kept, or taken again."""
+        parts = self.partial_tokens is not None or self.oversample > 1 or self.drop_uniform
+        return self.ahead > 0 or parts or self.replay is not None
+
+    @property
+    def replayed(self) -> int:
+        """Groups of a step that are taken again from earlier ones, once there are so many."""
+        return min(int(self.replay.share * self.prompts_per_step), self.replay.size) if self.replay else 0
 
     @property
     def starts_servers(self) -> bool:

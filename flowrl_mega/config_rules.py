@@ -47,7 +47,7 @@ NEEDS = (
 def check_together(config: Config) -> None:
     """Raises ConfigError for settings that contradict each other, all at once, or else for those that nothing reads."""
     faults = [*_data(config), *_steps(config), *_precision(config.model, config.optimizer.distributed)]
-    faults += [*_ahead(config.rollout), *_servers(config.rollout), *_sampling(config.rollout)]
+    faults += [*_ahead(config.rollout), *_replay(config), *_servers(config.rollout), *_sampling(config.rollout)]
     if faults:
         raise ConfigError("\n".join(faults))
     refuse_unread(config, NEEDS)
@@ -132,6 +132,25 @@ def _ahead(rollout: RolloutSettings) -> Iterator[str]:
             f"rollout.ahead = {rollout.ahead}: all answers would be beyond rollout.max_staleness = "
             f"{rollout.max_staleness}; take fewer, or allow more"
         )
+
+
+def _replay(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.replay is None:
+        return
+    if not rollout.replayed:
+        yield (
+            f"rollout.replay.share = {rollout.replay.share:g}: less than one of rollout.prompts_per_step = "
+            f"{rollout.prompts_per_step} groups; take more, or leave rollout.replay out"
+        )
+    whole = config.steps * rollout.prompts_per_step
+    if rollout.replay.size > whole:
+        yield (
+            f"rollout.replay.size = {rollout.replay.size}: the run has {whole} groups (steps x "
+            "rollout.prompts_per_step); take fewer"
+        )
+    if rollout.max_staleness == 0:
+        yield "rollout.replay: no earlier group is young enough with rollout.max_staleness = 0; allow more"
 
 
 def _servers(rollout: RolloutSettings) -> Iterator[str]:

@@ -30,12 +30,14 @@ class Experience:
     sequences: list[Sequence]
     rollouts: list[Rollout]
     scores: list[Score]
+    uniform_groups: float = 0.0  # share of prompts whose answers all have the same reward
 
     @classmethod
     def of(cls, groups: list[Group]) -> Experience:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         scores = [score for group in groups for score in group.scores]
-        return cls(as_sequences([group.prompt for group in groups], rollouts), rollouts, scores)
+        uniform = sum(group.is_uniform for group in groups) / len(groups)
+        return cls(as_sequences([group.prompt for group in groups], rollouts), rollouts, scores, uniform)
 
     @property
     def has_rollout_logp(self) -> bool:
@@ -56,6 +58,7 @@ class Experience:
         return {
             "reward/mean": sum(score.reward for score in scores) / len(scores),
             "reward/right": sum(score.right for score in scores) / len(scores),
+            "reward/uniform_groups": self.uniform_groups,
             "reward/failed": sum(score.failed for score in scores),
             **verdicts(scores),
             "rollout/response_length": self.generated_tokens / len(rollouts),

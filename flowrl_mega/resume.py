@@ -61,8 +61,8 @@ def resumption(state: dict[str, Any], config: Config, prompts: Prompts, data: di
         lines += _adapted(differences, state.get("objective", {}))
         lines += _data_line(saved["data"], data, rollout) if other_data else []
     _refuse_reader(rollout, other_data, differences)
-    rounds = rollout.get("rounds", [])
-    every = [*rollout["groups"], *(group for saved in rounds for group in saved["groups"])]
+    rounds, replayed = rollout.get("rounds", []), rollout.get("kept", [])
+    every = [*rollout["groups"], *(group for saved in rounds for group in saved["groups"]), *replayed]
     kept, notes = _carried(every, config, prompts, [n for n in SAMPLING if n in differences])
     left = iter(kept)
 
@@ -72,6 +72,8 @@ def resumption(state: dict[str, Any], config: Config, prompts: Prompts, data: di
     carried = {**rollout, "groups": of(rollout["groups"])}
     if rounds:
         carried["rounds"] = [{**saved, "groups": of(saved["groups"])} for saved in rounds]
+    if replayed:
+        carried["kept"] = of(replayed)
     return Resumption(carried, [*lines, *notes])
 
 

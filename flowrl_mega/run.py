@@ -109,6 +109,8 @@ class Run:
         trainer.objective = trainer.objective.model_copy(update=adapted)
         resumed = resumption(state, self.config, self.inputs.data.prompts, self.inputs.data_digest)
         self.queue.load_state_dict(resumed.rollout)
+        if self.queue.kept:
+            self.grader.grade_groups(list(self.queue.kept))
         if self.layout.rank == 0:
             for line in resumed.lines:
                 print(f"flowrl-mega: resuming {checkpoint}: {line}", file=sys.stderr)

@@ -6,7 +6,8 @@ meanwhile, one that generates when it is asked (`at_once`) does so now, with the
 kept, also by the checkpoint. With `partial_tokens` an answer gets at most so many
 tokens per round and continues in the next one, in later steps if need be; with `oversample` a round has more groups
 than a step takes, so that few steps wait for long answers. Answered groups that are not taken are carried to the next
-step, and are part of the checkpoint.
+step, and are part of the checkpoint. With `replay` a share of a step's groups are taken again from earlier steps, with
+the log-probs of who wrote them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from flowrl_mega.config import RolloutSettings, RunError
 from flowrl_mega.model.generation import Sampling
 from flowrl_mega.rollout.engine import Engine, Request, Rollout
 
+REPLAY = 1 << 20  # sets the choice of replayed groups apart from rounds, which count from 0
 MOST_ROUNDS = 64  # in one step; more means that no prompt passes rollout.drop_uniform
 
 
@@ -100,18 +102,24 @@ class GroupQueue:
         self.rounds = 0  # finished for the step that is being filled
         self.dropped = self.too_old = 0  # groups of this step: uniform ones, and those beyond max_staleness
         self.step = 0  # that is being filled
+        self.kept: deque[Group] = deque(maxlen=settings.replay.size if settings.replay else 0)
+        self.replayed: list[Group] = []  # of this step
         self.pending: deque[_Round] = deque()
         self.begun = Counter[int]()  # rounds by the step that they were begun for
 
     @property
     def has_enough(self) -> bool:
         """Whether a step's groups can be taken."""
-        return len(self.ready) >= self.settings.prompts_per_step
+        return len(self.ready) >= self.settings.prompts_per_step - len(self.replayed)
 
     def begin_step(self, step: int) -> None:
         """From here on groups are for this step: carried ones that are too old by now are dropped."""
         self.step = step
         self.ready = self._fresh(self.ready)
+        young = [group for group in self.kept if self._is_fresh(group)]
+        count = min(self.settings.replayed, len(young))
+        chosen = np.random.default_rng(derive_seed(self.seed, step, REPLAY)).choice(len(young), count, replace=False)
+        self.replayed = [young[i] for i in sorted(chosen)]
 
     def start_ahead(self, step: int, last: int) -> None:
         """With `step`'s groups taken, begin the rounds of the `rollout.ahead` steps after it, up to the `last`."""
@@ -124,7 +132,8 @@ class GroupQueue:
 
     def start_round(self, step: int) -> None:
         """Submit the next round for `step` to the engine; it is part of state_dict() only once it is answered."""
-        wanted = math.ceil(self.settings.prompts_per_step * self.settings.oversample)
+        fresh_ones = self.settings.prompts_per_step - (self.settings.replayed if step > 1 else 0)
+        wanted = math.ceil(fresh_ones * self.settings.oversample)
         new = max(0, wanted - len(self.ready) - len(self.unfinished))
         first = self.stream.position
         fresh = [Group(first + i, index, ids) for i, (index, ids) in enumerate(self.stream.next(new))]
@@ -182,22 +191,26 @@ class GroupQueue:
     def take(self) -> tuple[list[Group], dict[str, float]]:
         """The step's groups, and metrics: rollout/rounds, rollout/uniform_dropped and rollout/stale_dropped of this
         step, and rollout/carried_groups, the groups left for later ones."""
-        n = self.settings.prompts_per_step
+        n = self.settings.prompts_per_step - len(self.replayed)
         taken, self.ready = self.ready[:n], self.ready[n:]
+        self.kept.extend(taken)
         carried = len(self.ready) + len(self.unfinished)
         counts = {"rounds": self.rounds, "carried_groups": carried}
         counts |= {"uniform_dropped": self.dropped, "stale_dropped": self.too_old}
+        counts |= {"replayed_groups": len(self.replayed)} if self.settings.replay else {}
+        taken, self.replayed = [*taken, *self.replayed], []
         self.rounds = self.dropped = self.too_old = 0
         return taken, {f"rollout/{name}": float(value) for name, value in counts.items()}
 
     def _fresh(self, groups: list[Group]) -> list[Group]:
         """Those without a token older than `rollout.max_staleness`; the others are counted."""
-        most = self.settings.max_staleness
-        if most is None:
-            return groups
-        kept = [group for group in groups if self.step - 1 - group.oldest_version <= most]
+        kept = [group for group in groups if self._is_fresh(group)]
         self.too_old += len(groups) - len(kept)
         return kept
+
+    def _is_fresh(self, group: Group) -> bool:
+        most = self.settings.max_staleness
+        return most is None or self.step - 1 - group.oldest_version <= most
 
     def state_dict(self) -> dict[str, Any]:
         """The queue's part of a checkpoint. A round that the engine has not answered will be started again; of those
@@ -216,10 +229,13 @@ class GroupQueue:
         ]
         begun = self.begun - Counter(pending.step for pending in open_rounds if pending.step is not None)
         state = {"stream": self.stream_state, "groups": [_saved(group) for group in groups]}
+        if self.kept:
+            state["kept"] = [_saved(group) for group in self.kept]
         return state | ({"rounds": rounds, "begun": {str(step): n for step, n in begun.items()}} if rounds else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict()`. Complete groups come back with the next round, to be scored again."""
+        """Continue from a `state_dict()`. Complete groups come back with the next round, to be scored again; those
+        that are `kept` for replay have to be scored by the caller."""
         self.stream_state = state.get("stream") or {"place": state["cursor"]}
         self.unfinished = [self._loaded(saved) for saved in state["groups"]]
         self.begun = Counter({int(step): count for step, count in state.get("begun", {}).items()})
@@ -228,6 +244,7 @@ class GroupQueue:
             self.unfinished += [group for group in groups if not group.rollouts]  # to be asked again
             answered = [group for group in groups if group.rollouts]
             self.pending.append(_Round(None, answered, [], saved["stream"], saved["step"]))
+        self.kept.extend(group for saved in state.get("kept", []) if (group := self._loaded(saved)).rollouts)
         if self.pending:  # what is complete need not wait for the next round to be begun
             complete = [group for group in self.unfinished if not self._to_generate(group)]
             self.unfinished = [group for group in self.unfinished if self._to_generate(group)]

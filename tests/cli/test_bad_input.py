@@ -59,6 +59,18 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
         ["--rollout.ahead=3", "--rollout.max_staleness=2"],
         ["rollout.ahead = 3", "rollout.max_staleness = 2", "take fewer, or allow more"],
     ),
+    "replay of nothing": (
+        ["--rollout.replay={size: 8, share: 0.1}"],
+        ["rollout.replay.share = 0.1", "less than one of rollout.prompts_per_step", "take more"],
+    ),
+    "replay beyond the run": (
+        ["--rollout.replay={size: 80000, share: 0.5}"],
+        ["rollout.replay.size = 80000", "the run has", "take fewer"],
+    ),
+    "replay of the young": (
+        ["--rollout.replay={size: 8, share: 0.5}", "--rollout.max_staleness=0"],
+        ["rollout.replay", "rollout.max_staleness = 0", "allow more"],
+    ),
     "ahead in parts": (
         ["--rollout.engine=sglang", "--rollout.ahead=2", "--rollout.partial_tokens=4"],
         ["rollout.ahead = 2", "rollout.partial_tokens", "take ahead=1"],

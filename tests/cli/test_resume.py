@@ -78,9 +78,11 @@ def test_killed_and_resumed(
 
 
 def test_killed_with_answers_kept_for_later_steps(model: Path, tmp_path: Path) -> None:
-    """Four batches are written ahead, by weights that no longer exist when the run goes on: they are in the checkpoint,
-    and the records are those of an undisturbed run, to the bit."""
-    ahead = {"prompts_per_step": 4, "group_size": 4, "max_tokens": 8, "ahead": 4, "max_staleness": 4}
+    """Four batches are written ahead, by weights that no longer exist when the run goes on, and a quarter of each step
+    is a group of earlier ones: all are in the checkpoint, and the records are those of an undisturbed run, to the
+    bit."""
+    ahead = {"prompts_per_step": 4, "group_size": 4, "max_tokens": 8, "ahead": 4, "max_staleness": 5}
+    ahead["replay"] = {"size": 8, "share": 0.25}
     runs = []
     for name, crash in (("whole", ""), ("killed", "crashes:between_updates")):
         (tmp_path / name).mkdir()
@@ -94,8 +96,11 @@ def test_killed_with_answers_kept_for_later_steps(model: Path, tmp_path: Path) -
         runs.append(tmp_path / name / "run")
     assert_same_records(runs[1], runs[0])
     rows = records(runs[0], "metrics")
-    assert [row["mismatch/max_staleness"] for row in rows] == [0.0, 1.0, 2.0, 3.0, 4.0, 4.0]
-    assert [row["mismatch/staleness"] for row in rows] == [0.0, 1.0, 2.0, 3.0, 4.0, 4.0]
+    assert [row["rollout/replayed_groups"] for row in rows] == [0.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert [row["mismatch/staleness"] for row in rows[:5]] == [0.0, 1.0, 2.0, 3.0, 4.0], (
+        "all of them by the first weights"
+    )
+    assert 4 < rows[5]["mismatch/staleness"] < 5 and rows[5]["mismatch/max_staleness"] == 5
     assert rows[0]["policy/max_abs_log_ratio"] < rows[5]["policy/max_abs_log_ratio"], (
         "ratios are against who wrote them"
     )

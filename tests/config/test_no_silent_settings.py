@@ -178,6 +178,8 @@ EVIDENCE: dict[str, Any] = {
     "rollout.ignore_eos": Trained("rollout.ignore_eos=true"),
     "rollout.allow_truncated_sampling": Refused("rollout.allow_truncated_sampling=true"),
     "rollout.ahead": (Trained("rollout.ahead=1"),),
+    "rollout.replay.size": Tested("rollout/test_group_queue.py::test_groups_of_earlier_steps_are_taken_again"),
+    "rollout.replay.share": Trained("rollout.replay={size: 4, share: 0.5}"),
     "rollout.max_staleness": (Tested("rollout/test_group_queue.py::test_no_group_has_a_token_that_is_too_old"),),
     "rollout.partial_tokens": servers(
         "rollout.partial_tokens=3",

@@ -30,7 +30,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "grpo": {"name": "grpo"},
     "flowrl_group": FLOWRL | {"z": "group"},
     "gflowrl": {"name": "gflowrl", "beta": BETA_PER_TOKEN},
-    "gflowrl_printed": {"name": "gflowrl", "beta": BETA_PER_TOKEN, "clip_gap": False, "z_as_printed": True},
 }
 GROUP = 16  # answers a group of GFlowRL: each prompt has several of them in a step
 SHORT = 60  # steps of what is watched on its way only
@@ -129,17 +128,12 @@ def test_length_normalised_flowrl_reaches_its_own_target(
 def test_gflowrl_reaches_flowrls_target_without_a_partition_function(
     runs: Runs, ref_logp: Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Groups of 16 and clipped gaps, fewer on the way than at the start. Z as printed leads elsewhere, as derived."""
+    """In groups of 16 and with clipped gaps, of which there are fewer and fewer on the way."""
     log_p, log_z = targets.free_target(ref_logp, BETA_PER_TOKEN, True)
-    names = ("start", "gflowrl", "gflowrl_printed")
-    table = report(capsys, "GFlowRL", [row(name, runs[name], log_p, log_z) for name in names])
+    table = report(capsys, "GFlowRL", [row(name, runs[name], log_p, log_z) for name in ("start", "gflowrl")])
     run, kl = runs["gflowrl"], targets.kl(runs["gflowrl"].logp, log_p).mean()
     assert kl < TOLERANCE, table
     check_temperature(run, ref_logp, BETA_PER_TOKEN, True)
-    printed, theirs = runs["gflowrl_printed"].logp, targets.printed_target(ref_logp, BETA_PER_TOKEN, GROUP)
-    own, others = (float(targets.kl(printed, end).mean()) for end in (theirs, log_p))
-    assert own < TOLERANCE / 2 and others > 3 * own, (own, others)
-    assert targets.kl(run.logp, theirs).mean() > 3 * kl, table
     clipped = [line["loss/gap_clipped"] for line in run.metrics]
     assert clipped[0] > 0.3 and sum(clipped[-20:]) / 20 < clipped[0] / 2, (clipped[0], clipped[-1])
 

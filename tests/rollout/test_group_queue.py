@@ -313,3 +313,45 @@ def test_no_group_has_a_token_that_is_too_old(most: int | None) -> None:
         engine.version = step
     assert max(oldest) == (2 if most is None else most)
     assert (dropped > 0) == (most in (0, 1))
+
+
+REPLAY = {"prompts_per_step": 4, "replay": {"size": 6, "share": 0.5}}
+
+
+def test_groups_of_earlier_steps_are_taken_again() -> None:
+    """Whole groups as they were written, none twice in a step, of the newest that were trained on; the first step has
+    none. Fewer new prompts are asked for."""
+    queue, engine = make({i: [2, 3] for i in range(60)}, **REPLAY)
+    trained: list[int] = []
+    for step in range(1, 8):
+        groups = fill(queue, step)
+        engine.version = step
+        fresh = [group for group in groups if group.position not in trained]
+        again = [group for group in groups if group.position in trained]
+        assert (len(fresh), len(again)) == ((4, 0) if step == 1 else (2, 2))
+        assert len({group.position for group in again}) == len(again)
+        assert all(group.position in trained[-6:] for group in again)
+        assert all(len(group.rollouts) == len(group.scores) == 2 for group in groups)
+        assert all(group.oldest_version < step - 1 for group in again), "with the weights of who wrote them"
+        trained += positions(fresh)
+    assert [len(requests) for requests, _ in engine.jobs] == [4] + 6 * [2]
+
+
+def test_what_is_replayed_is_young_enough_too() -> None:
+    queue, engine = make({i: [2, 3] for i in range(60)}, max_staleness=1, **REPLAY)
+    for step in range(1, 8):
+        assert min(group.oldest_version for group in fill(queue, step)) >= step - 2
+        engine.version = step
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_kept_groups_are_in_the_checkpoint(ahead: int) -> None:
+    lengths = {i: [i % 4 + 1, 3] for i in range(60)}
+    whole, engine = make(lengths, ahead=ahead, engine="embedded", **REPLAY)
+    train(whole, engine, range(1, 4), 8)
+    state = deepcopy(whole.state_dict())
+    expected = train(whole, engine, range(4, 9), 8)
+    resumed, again = make(lengths, ahead=ahead, engine="embedded", **REPLAY)
+    again.version = 3
+    resumed.load_state_dict(state)
+    assert train(resumed, again, range(4, 9), 8) == expected
