@@ -87,6 +87,9 @@ class ParallelSettings(Settings):
         None, ge=1, description="data-parallel replicas; null: the ranks, or this host's GPUs, that are left (CPU: 1)"
     )
     timeout_s: int = Field(600, ge=10, description="a collective that takes longer ends the job")
+    overlap_grad_reduce: bool = Field(
+        True, description="gradients are summed over ranks while the backward pass makes the next ones"
+    )
 
     @property
     def model_ranks(self) -> int:
@@ -235,10 +238,17 @@ class OptimizerSettings(Settings):
     clip_grad: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
     warmup_steps: int = Field(10, ge=0, description="updates of linear warm-up")
     decay: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up; ends at 0")
-    distributed: bool = Field(
-        False, description="each data-parallel rank keeps a share of the moments (needs Transformer Engine's FusedAdam)"
+    distributed: bool | Literal["auto"] = Field(
+        "auto",
+        description="each rank that has the same weights keeps a share of the moments (needs Transformer Engine's "
+        "FusedAdam); auto: where that is there, and a resumed run as its checkpoint",
     )
     offload: bool = Field(False, description="moments and fp32 weights lie in CPU memory between updates")
+
+    @property
+    def shares(self) -> bool:
+        """`distributed`, once parallel.optimizer.decided has said what auto is."""
+        return self.distributed is True
 
 
 class CriticSettings(Settings):

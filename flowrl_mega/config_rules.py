@@ -46,7 +46,7 @@ NEEDS = (
 
 def check_together(config: Config) -> None:
     """Raises ConfigError for settings that contradict each other, all at once, or else for those that nothing reads."""
-    faults = [*_data(config), *_steps(config), *_precision(config.model, config.optimizer.distributed)]
+    faults = [*_data(config), *_steps(config), *_precision(config.model, config.optimizer.distributed is not False)]
     faults += [*_ahead(config.rollout), *_replay(config), *_servers(config.rollout), *_sampling(config.rollout)]
     if faults:
         raise ConfigError("\n".join(faults))

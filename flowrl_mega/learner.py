@@ -21,7 +21,7 @@ from flowrl_mega.monitor.step_metrics import reduce_reports
 from flowrl_mega.objectives import Objective
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.parallel.offload import Offload
-from flowrl_mega.parallel.optimizer import Optimizer, wrap
+from flowrl_mega.parallel.optimizer import Optimizer, decided, wrap
 from flowrl_mega.parallel.schedule import B, Forward, LossFunction, forward_backward
 
 
@@ -30,7 +30,8 @@ class Learner:
 
     `total_updates`: after how many a decay of the learning rate ends. `rates`: learning rates by pattern of the
     parameter's name, where they are not `settings.lr`. `name` is the group of its metrics, and `update` expects
-    the loss to be among what `loss` reports, as loss/`name`. All methods are collective.
+    the loss to be among what `loss` reports, as loss/`name`. `overlap`: `ParallelSettings.overlap_grad_reduce`. All
+    methods are collective.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class Learner:
         total_updates: int,
         rates: dict[str, float] | None = None,
         name: str = "policy",
+        overlap: bool = False,
     ) -> None:
         self.model, self.name = model, name
-        self.stages = wrap(model.stages, settings.distributed)
+        self.stages = wrap(model.stages, settings.shares, overlap)
         self.optimizer = Optimizer(self.stages, settings, bf16, total_updates, rates)
 
     def update(self, mini_batch: list[B], forward: Forward[B], loss: LossFunction[B]) -> dict[str, Mean | Max]:
@@ -96,20 +98,28 @@ class Models:
         return found
 
 
-def build_models(arch: Architecture, objective: Objective, config: Config, layout: Layout) -> Models:
-    """The models that the settings and the objective ask for, with the weights of model.path. Collective."""
+def build_models(
+    arch: Architecture, objective: Objective, config: Config, layout: Layout, saved: dict[str, bool] | None = None
+) -> Models:
+    """The models that the settings and the objective ask for, with the weights of model.path. Collective.
+
+    `saved`: of the checkpoint to go on from, see `checkpoint.saved_in_shares`.
+    """
     critic, bf16 = config.critic, config.model.dtype == "bf16"
     total_updates = config.steps * config.updates_per_step
     shares_trunk = critic is not None and critic.trunk == "shared"
     policy = _loaded(Policy(arch, config, layout, objective.log_z, with_value=shares_trunk), config.model.path)
     # The head of a critic that shares the trunk has the critic's own learning rate.
     rates = {"*value_head.*": critic.optimizer.lr} if critic else None
-    learner = Learner(policy, config.optimizer, bf16, total_updates, rates)
+    copies, saved, overlap = layout.dp * layout.cp, saved or {}, config.parallel.overlap_grad_reduce
+    settings = decided(config.optimizer, copies, saved.get("policy"), config.model.fp8_params)
+    learner = Learner(policy, settings, bf16, total_updates, rates, overlap=overlap)
     own_critic = critic_learner = reference = offload = None
     if critic and not shares_trunk:
         path = critic.path or config.model.path
         own_critic = _loaded(Critic(read_architecture(path), config, layout), path)
-        critic_learner = Learner(own_critic, critic.optimizer, bf16, total_updates, name="critic")
+        settings = decided(critic.optimizer, copies, saved.get("critic"))
+        critic_learner = Learner(own_critic, settings, bf16, total_updates, name="critic", overlap=overlap)
     if objective.needs_reference:
         reference = _loaded(build_reference(arch, config, layout), config.model.path)
         offload = reference.offload() if config.model.reference_offload else None

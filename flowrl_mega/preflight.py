@@ -10,8 +10,15 @@ from typing import Any, Literal
 import torch
 
 from flowrl_mega import objectives, ops
-from flowrl_mega.checkpoint import check_checkpoint, check_model, critic_in_checkpoint, find_checkpoint, is_megatron
-from flowrl_mega.config import Config, ConfigError, ModelSettings
+from flowrl_mega.checkpoint import (
+    check_checkpoint,
+    check_model,
+    critic_in_checkpoint,
+    find_checkpoint,
+    is_megatron,
+    saved_in_shares,
+)
+from flowrl_mega.config import Config, ConfigError, ModelSettings, OptimizerSettings
 from flowrl_mega.data.digest import digest
 from flowrl_mega.data.fit import check_prompts
 from flowrl_mega.data.load_prompts import PromptData, kinds_of, load_prompts, modules_of
@@ -24,7 +31,7 @@ from flowrl_mega.monitor.run_folder import CONFIG, EVALUATION, METRICS, SAMPLES
 from flowrl_mega.objectives import Objective
 from flowrl_mega.parallel import backends
 from flowrl_mega.parallel import layout as layouts
-from flowrl_mega.parallel.optimizer import check_optimizer
+from flowrl_mega.parallel.optimizer import check_optimizer, decided
 from flowrl_mega.resume import Resumption, resumption
 from flowrl_mega.rewards.load import Reward, load_reward
 from flowrl_mega.rollout import load_engine
@@ -104,9 +111,7 @@ def check(inputs: Inputs, world: int, resume: str, checkpoint: Path | None, one_
     check_head(config.ops.backend, arch, config.parallel.tp)
     check_layers(config.model, arch, config.parallel.tp, config.parallel.cp)
     check_megatron(config, arch)
-    check_optimizer(config.optimizer)
-    if config.critic:
-        check_optimizer(config.critic.optimizer, "critic.optimizer")
+    check_optimizers(config, world, checkpoint)
     check_model(config.model.path, arch)
     _ = inputs.reward_description
     check_prompts(inputs.data, config, arch.vocab, arch.max_positions)
@@ -123,6 +128,27 @@ def check(inputs: Inputs, world: int, resume: str, checkpoint: Path | None, one_
             path = config.critic.path or config.model.path
             critic_in_checkpoint(checkpoint, read_architecture(path, "critic.path"), f"critic.path = {path!r}")
         inputs.resumed = resumption(state, config, inputs.data.prompts, inputs.data_digest)
+
+
+def optimizers(config: Config, world: int, checkpoint: Path | None) -> dict[str, tuple[OptimizerSettings, bool | None]]:
+    """Each model's by their section, decided for so many ranks and the checkpoint; and what the checkpoint has."""
+    saved = saved_in_shares(checkpoint) if checkpoint else {}
+    copies = world // (config.parallel.tp * config.parallel.pp)
+    policy, own = saved.get("policy"), saved.get("critic")
+    found = {"optimizer": (decided(config.optimizer, copies, policy, config.model.fp8_params), policy)}
+    if config.critic and config.critic.trunk == "own":
+        found["critic.optimizer"] = (decided(config.critic.optimizer, copies, own), own)
+    return found
+
+
+def check_optimizers(config: Config, world: int, checkpoint: Path | None) -> None:
+    for section, (settings, saved) in optimizers(config, world, checkpoint).items():
+        check_optimizer(settings, section, saved, checkpoint)
+        if section == "optimizer" and config.model.fp8_params and not settings.shares:
+            raise ConfigError(
+                f"model.fp8_params = True: needs the distributed optimizer, and {checkpoint} was saved without; leave "
+                f"this out, or begin a new run with its weights (--model.path={checkpoint})"
+            )
 
 
 def check_critic(inputs: Inputs) -> None:
@@ -251,7 +277,7 @@ def describe(inputs: Inputs, world: int, checkpoint: Path | None) -> str:
         "ranks": f"{world} = {ranks}, on {device}; a collective may take {parallel.timeout_s} s",
         "layers": describe_layers(config.model),
         "FP8": describe_fp8(config.model),
-        "optimizer": backends.optimizer(),
+        "optimizer": describe_optimizers(config, world, checkpoint),
         "log-probs": f"{check_ops(config.ops.backend)}; {logits_kept(config.model)}",
         "engine": check_engine(inputs, world),
         "objective": f"{config.objective['name']} ({settings})",
@@ -285,6 +311,14 @@ def logits_kept(model: ModelSettings) -> str:
     measured = model.logits_budget_mb == "auto" and torch.cuda.is_available()
     later = ", and from the second update on half of what it left free" if measured else ""
     return f"{model.first_logits_budget_mb} MB of logits kept{later}"
+
+
+def describe_optimizers(config: Config, world: int, checkpoint: Path | None) -> str:
+    kept = [section for section, (settings, _) in optimizers(config, world, checkpoint).items() if settings.shares]
+    copies = world // (config.parallel.tp * config.parallel.pp)
+    shares = f"; {' and '.join(kept)}: moments in {copies} shares" if kept else ""
+    early = config.parallel.overlap_grad_reduce and copies > 1
+    return backends.optimizer() + shares + ("; gradients are summed during the backward pass" if early else "")
 
 
 def describe_critic(config: Config) -> str:

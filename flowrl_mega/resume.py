@@ -17,7 +17,8 @@ from flowrl_mega.settings import changed, flat
 RUN = "run"  # the checkpoint's part that `record` makes
 UNSET = "unset"
 SAID = 60  # characters of a value
-QUIET = ("run_dir", "steps", "monitor")  # settings, and sections, of which a line would be no news
+# Settings, and sections, of which a line would be no news; `distributed` goes on as it was, or is refused.
+QUIET = ("run_dir", "steps", "monitor", "optimizer.distributed", "critic.optimizer.distributed")
 # What a difference means, where it is not simply: the new value counts from here on.
 MEANING = {
     "model.path": "the policy goes on as it is; tokenizer and reference are the new folder's",

@@ -249,11 +249,20 @@ class _LmHead(torch.autograd.Function):
             if reduced is not None:
                 reduced.wait()
             d_hidden = d_hidden.to(hidden.dtype)
-        # Megatron's hook adds a weight's `grad` to its main_grad; what is there already must not come again.
         if d_weight is not None:
-            d_weight = None if ctx.main_grad is not None else d_weight.to(weight.dtype)
+            d_weight = d_weight.to(weight.dtype) if ctx.main_grad is None else _added_already(weight)
         d_bias = None if d_bias is None else d_bias.to(bias.dtype)
         return d_hidden, d_weight, d_bias, None, None, None, None
+
+
+def _added_already(weight: Tensor) -> Tensor | None:
+    """The gradient to return where it is in main_grad: to there Megatron's hook adds what autograd has, unless told
+    that it has been done, and to start the sum over ranks it wants to see something. An embedding that is the head too
+    has its own part to add."""
+    if not hasattr(weight, "grad_added_to_main_grad") or getattr(weight, "zero_out_wgrad", False):
+        return None
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)
 
 
 def _stacked(parts: Iterable[list[Tensor]]) -> Tensor:

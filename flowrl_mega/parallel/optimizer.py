@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -21,36 +23,66 @@ from flowrl_mega.parallel import backends
 from flowrl_mega.parallel.offload import Offload
 
 
-def check_optimizer(settings: OptimizerSettings, section: str = "optimizer") -> None:
-    """Refuse what the machine's Adam cannot do, before any rank starts.
+def decided(
+    settings: OptimizerSettings, copies: int, saved: bool | None = None, fp8_params: bool = False
+) -> OptimizerSettings:
+    """With yes or no for `distributed: auto`.
+
+    That is what the checkpoint to go on from was `saved` with. Without one (None): whether it is possible and `copies`
+    of the weights, on so many ranks, have moments to share; FP8 weights alone need it always.
+    """
+    if settings.distributed != "auto":
+        return settings
+    if saved is None:
+        saved = fp8_params or (copies > 1 and not settings.offload and backends.transformer_engine().usable)
+    return settings.model_copy(update={"distributed": saved})
+
+
+def check_optimizer(
+    settings: OptimizerSettings, section: str = "optimizer", saved: bool | None = None, path: Path | None = None
+) -> None:
+    """Refuse what the machine's Adam cannot do, before any rank starts, and what cannot go on from the checkpoint at
+    `path`, `saved` with `distributed` or without.
 
     Megatron's distributed optimizer keeps one `step` for all the parameters that share a buffer, as FusedAdam does.
     torch's AdamW counts by parameter: there a resumed run goes wrong without a word.
     """
-    engine = backends.transformer_engine()
-    if settings.distributed and not engine.usable:
+    engine, anew = backends.transformer_engine(), f"begin a new run with its weights (--model.path={path})"
+    if saved is not None and settings.shares != saved:
+        raise ConfigError(
+            f"{section}.distributed = {settings.distributed}: {path} was saved with {saved}, and neither can load the "
+            f"other's moments; leave the setting out (auto goes on as it was), or {anew}"
+        )
+    if settings.shares and not engine.usable:
+        fix = f"{path} was saved with it; install that, or {anew}" if saved else f"Set {section}.distributed=false"
         raise ConfigError(
             f"{section}.distributed = True: needs Transformer Engine's FusedAdam ({engine.why}); with torch's AdamW a "
-            f"resumed run would be silently wrong. Set {section}.distributed=false"
+            f"resumed run would be silently wrong. {fix}"
         )
-    if settings.distributed and settings.offload:
+    if settings.shares and settings.offload:
         raise ConfigError(
             f"{section}.offload = True: moves whole moments, and {section}.distributed = True keeps them in shared "
             "buffers; set one of the two to false"
         )
 
 
-def wrap(stages: list[Any], distributed: bool = False) -> list[DistributedDataParallel]:
+def wrap(stages: list[Any], distributed: bool = False, overlap: bool = False) -> list[DistributedDataParallel]:
     """A rank's pipeline stages, each with one fp32 gradient buffer, summed over data-parallel ranks once an update.
 
-    `distributed`: as `OptimizerSettings.distributed`; each rank then gets the sums of its share alone.
+    `distributed`: as `OptimizerSettings.shares`; each rank then gets the sums of its share alone. `overlap`: as
+    `ParallelSettings.overlap_grad_reduce`; the buffer of a rank's first stage comes in buckets, the others' whole, as
+    Megatron's own training has it: their sums fill the pipeline's bubble.
     """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=distributed,
+        overlap_grad_reduce=overlap and parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1,
         fp8_param_gather=bool(stages[0].config.fp8_param),
     )
-    wrapped = [DistributedDataParallel(stage.config, config, stage) for stage in stages]
+    wrapped = [
+        DistributedDataParallel(stage.config, config, stage, disable_bucketing=number > 0)
+        for number, stage in enumerate(stages)
+    ]
     for stage in wrapped:
         _fuse_gradient_accumulation(stage)
     return wrapped
@@ -96,7 +128,7 @@ class Optimizer:
             clip_grad=settings.clip_grad,
             bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
-            use_distributed_optimizer=settings.distributed,
+            use_distributed_optimizer=settings.shares,
         )
         overrides = get_standard_config_overrides(config)
         for pattern, rate in {"*partition.*": settings.log_z_lr, **(rates or {})}.items():
@@ -133,13 +165,13 @@ class Optimizer:
 
     def sharded_state_dict(self, model: dict[str, Any], is_loading: bool) -> dict[str, Any]:
         """For a checkpoint that any layout can load. Collective."""
-        metadata = {"distrib_optim_sharding_type": "fully_reshardable"} if self.settings.distributed else None
+        metadata = {"distrib_optim_sharding_type": "fully_reshardable"} if self.settings.shares else None
         return self.inner.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
 
     def adapt(self, saved: dict[str, Any]) -> None:
         """Make an Adam's state, as a checkpoint holds it, one of this Adam's: torch's AdamW keeps the count of updates
         beside the moments, Transformer Engine's and Apex's in the parameter groups, each among settings of its own."""
-        if self.settings.distributed:
+        if self.settings.shares:
             return  # always Transformer Engine's
         groups = saved["param_groups"]
         counts = [saved["state"].pop("common_step", None), *(group.pop("step", None) for group in groups)]

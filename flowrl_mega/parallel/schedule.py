@@ -28,8 +28,12 @@ def forward_backward(
     are this rank's pipeline stages. Returns what `loss` reported, by micro-batch; [] but on the last stage.
     """
     config = model[0].config
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = _finalize
     config.no_sync_func = model[0].no_sync if len(model) == 1 else [stage.no_sync for stage in model]
+    if model[0].ddp_config.overlap_grad_reduce:
+        # Of a pipeline's stages the first starts its sums in its last backward, and the others then with it.
+        starts = [stage.start_grad_sync for stage in model]
+        config.grad_sync_func = starts[0] if len(model) == 1 else starts
 
     def after(output: Any, batch: B) -> tuple[Tensor, Tensor, Any]:
         total, count, report = loss(output, batch)
@@ -37,6 +41,17 @@ def forward_backward(
         return total, torch.full((), count, dtype=torch.int, device=total.device), report
 
     return _run(model, batches, forward, after, forward_only=False)
+
+
+def _finalize(model: list[DistributedDataParallel], *args: Any, **kwargs: Any) -> None:
+    """Megatron's, which takes it that the backward has started the sums of every bucket. It starts those alone whose
+    parameters have all had a gradient; an objective's loss need not read every one."""
+    for bucket in (bucket for stage in model for bucket in stage.bucket_groups if stage.ddp_config.overlap_grad_reduce):
+        if len(bucket.per_param_grad_ready_counts) < len(bucket.params):
+            bucket.per_param_grad_ready_counts.clear()  # what it would take for all that is to come
+            if not bucket.is_first_batch and bucket.grad_reduce_handle is None:
+                bucket.start_grad_sync()
+    finalize_model_grads(model, *args, **kwargs)
 
 
 def forward_only(stages: list[Any], batches: list[B], forward: Forward[B]) -> list[Any]:

@@ -60,6 +60,15 @@ RESUMED: dict[str, tuple[list[str], list[str]]] = {
     "one of fewer layers": ([PPO, "--critic.path=SHALLOW"], ["critic.path = ", "(2, 32)", "(1, 32)"]),
     "one on the policy's trunk": ([PPO, "--critic={trunk: shared}"], ["its critic is 'own'", "'shared'"]),
     "none": (["--objective={name: grpo}"], ["its critic is 'own'", "None", "another run_dir"]),
+    "moments in shares": (
+        [PPO, "--critic={}", "--optimizer.distributed=true"],
+        ["optimizer.distributed = True: ", "was saved with False", "(auto goes on as it was)", "--model.path="],
+    ),
+    "the critic's in shares": (
+        [PPO, "--critic={}", "--critic.optimizer.distributed=true"],
+        ["critic.optimizer.distributed = True: ", "was saved with False"],
+    ),
+    "moments whole, as they were": ([PPO, "--critic={}", "--optimizer.distributed=false"], []),
     "log Z instead": ([], ["its log_z is None", "'mlp'"]),
 }  # fmt: skip
 

@@ -114,6 +114,7 @@ EVIDENCE: dict[str, Any] = {
     "parallel.vpp": Refused("parallel.vpp=2"),
     "parallel.cp": Refused("parallel.cp=2"),
     "parallel.dp": Planned("parallel.dp=2"),
+    "parallel.overlap_grad_reduce": Planned("parallel.overlap_grad_reduce=false", ("parallel.dp=2",)),
     "parallel.timeout_s": Planned("parallel.timeout_s=61"),
     "data.path": Refused("data.path=nowhere", ("data.task=null",)),
     "data.task": Refused("data.task=nowhere.py:Task"),

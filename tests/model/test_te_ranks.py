@@ -28,7 +28,7 @@ SP = {"sequence_parallel": True}
 COMMON: dict[str, Any] = {
     "objective": {"name": "flowrl", "beta": 3.0, "tis": "mean", "reward_norm": "none"},
     "rollout": {"prompts_per_step": 4, "group_size": 2},
-    "optimizer": {"lr": 1e-3, "warmup_steps": 0},
+    "optimizer": {"lr": 1e-3, "warmup_steps": 0, "distributed": False},
     "batch": {"mini_batch": 4, "tokens_per_microbatch": 64},
 }
 PPO: dict[str, Any] = COMMON | {

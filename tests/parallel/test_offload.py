@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from flowrl_mega.config import ConfigError, OptimizerSettings
+from flowrl_mega.parallel import backends
 from flowrl_mega.parallel.offload import Offload
-from flowrl_mega.parallel.optimizer import Optimizer, check_optimizer, wrap
+from flowrl_mega.parallel.optimizer import Optimizer, check_optimizer, decided, wrap
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -51,6 +52,23 @@ def test_tensors_move_and_stay_the_same_objects():
         assert [tensor.device.type for tensor in tensors] == ["cuda", "cuda", "cpu"]
         tensors[0].add_(1)
     assert tensors[0].device.type == "cpu" and tensors[0].tolist() == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("distributed", "more", "engine", "shares"),
+    [
+        ("auto", {"copies": 8}, True, True), ("auto", {"copies": 1}, True, False),
+        ("auto", {"copies": 8}, False, False), (False, {"copies": 8}, True, False),
+        (True, {"copies": 1}, True, True), (False, {"saved": True}, True, False),
+        ("auto", {"saved": True}, True, True), ("auto", {"copies": 8, "saved": False}, True, False),
+        ("auto", {"fp8_params": True}, True, True), ("auto", {"fp8_params": True, "saved": False}, True, False),
+    ],
+)  # fmt: skip
+def test_what_auto_is(distributed: Any, more: Any, engine: bool, shares: bool, monkeypatch):
+    monkeypatch.setattr(backends, "transformer_engine", lambda: backends.Found(engine, "as this test says"))
+    assert decided(OptimizerSettings(distributed=distributed), **{"copies": 1, **more}).shares is shares
+    offload = OptimizerSettings(offload=True)
+    assert not decided(offload, copies=8).shares, "moments that are moved are whole"
 
 
 def test_the_distributed_optimizer_is_refused_without_fused_adam():
