@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from flowrl_mega.config import Config, ConfigError
 from flowrl_mega.model.architecture import Architecture
 from flowrl_mega.model.names import hf_shapes
+from flowrl_mega.parallel.layout import is_first_on_host, raise_on_all_ranks
 
 SHARED_MEMORY = Path("/dev/shm")
 BUFFERS = 2  # that take turns, see rollout/sglang/transfers.py
@@ -32,6 +34,17 @@ def check_gpus(device: Path = Path("/dev/nvidia0")) -> str | None:
             "CUDA_VISIBLE_DEVICES= (to nothing)"
         )
     return f"this machine has GPUs, but {why}; training on the CPU" if device.exists() else None
+
+
+def check_hosts(config: Config, arch: Architecture) -> None:
+    """Disk and shared memory of every host, looked at by its first rank; raised on all ranks. Collective."""
+    with raise_on_all_ranks():
+        if is_first_on_host():
+            try:
+                check_disk(config, arch)
+                check_shared_memory(config)
+            except ConfigError as error:
+                raise ConfigError(f"{socket.gethostname()}: {error}") from None
 
 
 def check_disk(config: Config, arch: Architecture) -> None:

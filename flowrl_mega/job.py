@@ -10,10 +10,11 @@ from pathlib import Path
 
 from flowrl_mega.checkpoint import find_checkpoint, is_megatron, step_of
 from flowrl_mega.config import Config, ConfigError
-from flowrl_mega.host_checks import check_gpus
+from flowrl_mega.host_checks import check_gpus, check_hosts
 from flowrl_mega.launched import started_by_launcher
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.precision import row_alignment
+from flowrl_mega.network import LIMIT_S, check_interfaces, check_network
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.launch import launch, rank_environment
 from flowrl_mega.preflight import Inputs, check, check_ops_of_ranks, describe, ranks_to_start
@@ -61,6 +62,8 @@ def _train(
         done = f"{checkpoint} is of step {step_of(checkpoint)} of {config.steps}: this run is finished"
         _say(f"{done}; raise steps to go on", first_rank)
         return DONE
+    if world > 1:
+        check_interfaces()
     if is_rank or world == 1:
         return run_rank(inputs, checkpoint, stop_requested)
     if stop_requested():
@@ -75,6 +78,11 @@ def run_rank(inputs: Inputs, checkpoint: Path | None, stop_requested: Callable[[
         os.environ.update(rank_environment(0, 1))
     config = inputs.config
     layout = layouts.init(config.parallel, config.seed, row_alignment(config.model, config.parallel.sequence_parallel))
+    if layout.world > 1:
+        check_hosts(config, inputs.arch)
+        for line in check_network(layout, min(LIMIT_S, 0.9 * config.parallel.timeout_s)):
+            if layout.rank == 0:
+                print(f"flowrl-mega: {line}", file=sys.stderr)
     check_ops_of_ranks(config.ops.backend, layout)
     run = Run(inputs, layout, checkpoint)
     try:

@@ -99,7 +99,7 @@ def check(inputs: Inputs, world: int, resume: str, checkpoint: Path | None, one_
     """Raises ConfigError for anything wrong with the input, before a rank starts and before anything is written.
 
     Ranks that torchrun or srun started (`one_of_many`) all find the same here, so that none waits for another that
-    has given up; a checkpoint's bytes they check together when they load it.
+    has given up; each host's disk and memory, and a checkpoint's bytes, they check together once they have met.
     """
     config, objective = inputs.config, inputs.objective
     check_critic(inputs)
@@ -120,8 +120,8 @@ def check(inputs: Inputs, world: int, resume: str, checkpoint: Path | None, one_
     if not one_of_many:
         check_engine(inputs, world)
         check_shared_memory(config)
+        check_disk(config, arch)
     _check_run_dir(Path(config.run_dir), resume, checkpoint)
-    check_disk(config, arch)
     if checkpoint and not one_of_many:
         state = check_checkpoint(checkpoint, arch, objective.log_z, config.critic.trunk if config.critic else None)
         if config.critic and config.critic.trunk == "own":

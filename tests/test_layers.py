@@ -20,7 +20,7 @@ LEVELS = (
     {"run"},
     {"train"},
     {"experience", "evaluate", "preflight"},
-    {"learner", "grading", "resume", "host_checks"},
+    {"learner", "grading", "resume", "host_checks", "network"},
     {"rollout", "data", "rewards", "evaluation", "checkpoint", "monitor"},
     {"model", "objectives"},
     {"parallel", "ops"},
