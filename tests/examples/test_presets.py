@@ -31,6 +31,7 @@ ELSEWHERE = [
     "--rollout.servers=1",
     "--rollout.server_args={}",
     "--rollout.colocated=false",
+    "--rollout.request_timeout_s=1800",
 ]
 FLOWRL = {"name": "flowrl", "beta": 15, "z": "mlp", "length_norm": True, "reward_norm": "group", "tis": "none"}
 VERL = {"clip_eps": 0.2, "clip_eps_high": None, "kl_coef": 0, "loss_mean": "token", "tis": "none"}  # 0.4.0's defaults
