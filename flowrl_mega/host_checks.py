@@ -36,6 +36,21 @@ def check_gpus(device: Path = Path("/dev/nvidia0")) -> str | None:
     return f"this machine has GPUs, but {why}; training on the CPU" if device.exists() else None
 
 
+def check_allocator(config: Config) -> None:
+    """Refuse expandable segments where weights go by CUDA IPC or servers give their memory back: torch hands such
+    memory to another process by pidfd_getfd only, which containers forbid, and torch_memory_saver raises in servers."""
+    rollout = config.rollout
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        value = os.environ.get(name, "")
+        if "expandable_segments:true" not in value.lower() or not torch.cuda.is_available():
+            continue
+        if rollout.engine == "sglang" and (rollout.colocated or rollout.sync.way(rollout.colocated) == "tensor"):
+            raise ConfigError(
+                f"{name} = {value!r}: servers on the trainer's GPUs (rollout.colocated, rollout.sync.transfer=tensor) "
+                "can neither open such memory nor give theirs back; leave expandable_segments out"
+            )
+
+
 def check_hosts(config: Config, arch: Architecture) -> None:
     """Disk and shared memory of every host, looked at by its first rank; raised on all ranks. Collective."""
     with raise_on_all_ranks():

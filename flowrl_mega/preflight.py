@@ -22,7 +22,7 @@ from flowrl_mega.config import Config, ConfigError, ModelSettings, OptimizerSett
 from flowrl_mega.data.digest import digest
 from flowrl_mega.data.fit import check_prompts
 from flowrl_mega.data.load_prompts import PromptData, kinds_of, load_prompts, modules_of
-from flowrl_mega.host_checks import check_disk, check_shared_memory
+from flowrl_mega.host_checks import check_allocator, check_disk, check_shared_memory
 from flowrl_mega.model.architecture import Architecture, read_architecture
 from flowrl_mega.model.checks import check_head, check_layers, check_layout, check_megatron, check_pipeline
 from flowrl_mega.model.precision import describe_fp8, describe_layers
@@ -117,6 +117,7 @@ def check(inputs: Inputs, world: int, resume: str, checkpoint: Path | None, one_
     check_prompts(inputs.data, config, arch.vocab, arch.max_positions)
     check_wandb(config.monitor.wandb)
     check_sequences(config, world // config.parallel.model_ranks)
+    check_allocator(config)
     if not one_of_many:
         check_engine(inputs, world)
         check_shared_memory(config)
@@ -210,9 +211,15 @@ def check_engine(inputs: Inputs, world: int) -> str:
         load_engine(config.rollout.engine)
         return f"{config.rollout.engine}, from outside the package"
     from flowrl_mega.rollout.sglang.attached import check_attached
-    from flowrl_mega.rollout.sglang.flags import check_servers
+    from flowrl_mega.rollout.sglang.flags import check_servers, on_gpu
 
     if config.rollout.starts_servers:
+        given = {name.replace("-", "_") for name in config.rollout.server_args}
+        if config.model.dtype == "fp32" and on_gpu(config.rollout) and "attention_backend" not in given:
+            raise ConfigError(
+                "model.dtype = fp32: the attention that SGLang takes on a GPU (FlashAttention) computes in 16 bits "
+                "alone; set model.dtype=bf16, or rollout.server_args.attention_backend=torch_native, which is slow"
+            )
         return check_servers(config.rollout, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     if config.rollout.nodes:
         return f"SGLang on {config.rollout.nodes} other nodes, {config.rollout.servers} server(s) each"

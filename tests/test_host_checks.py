@@ -6,6 +6,7 @@ import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import on_ranks
@@ -14,8 +15,10 @@ import torch
 from safetensors import safe_open
 
 from flowrl_mega.config import ConfigError
-from flowrl_mega.host_checks import check_disk, check_gpus, check_shared_memory
+from flowrl_mega.host_checks import check_allocator, check_disk, check_gpus, check_shared_memory
 from flowrl_mega.model.architecture import read_architecture
+from flowrl_mega.preflight import check_engine
+from flowrl_mega.rollout.sglang import attached, flags
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -79,6 +82,54 @@ def test_it_is_part_of_the_dry_run(tiny_model, tmp_path: Path, free):
     free(1000)
     with pytest.raises(ConfigError, match="a checkpoint of this model takes"):
         check(Inputs(config), 1, "auto", None)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "is_refused"),
+    [
+        ({"engine": "sglang", "colocated": True}, True),
+        ({"engine": "sglang", "colocated": True, "sync": {"transfer": "disk"}}, True),  # servers sleep all the same
+        ({"engine": "sglang", "sync": {"transfer": "tensor"}}, True),
+        ({"engine": "sglang"}, False),
+        ({}, False),
+    ],
+)
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_expandable_segments(name: str, rollout: dict[str, Any], is_refused: bool, monkeypatch):
+    """torch_memory_saver 0.0.10 raises where the environment has them; torch's IPC then needs pidfd_getfd."""
+    config = on_ranks.config_for("nowhere", rollout=rollout)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv(name, "max_split_size_mb:512,expandable_segments:False")
+    check_allocator(config)
+    monkeypatch.setenv(name, "max_split_size_mb:512,expandable_segments:True")
+    if is_refused:
+        with pytest.raises(ConfigError, match=f"{name} = 'max_split_size_mb:512,.*leave expandable_segments out"):
+            check_allocator(config)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    check_allocator(config)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "more", "is_refused"),
+    [
+        ("fp32", {}, True), ("bf16", {}, False), ("fp32", {"servers": ["http://127.0.0.1:1"]}, False),
+        ("fp32", {"server_args": {"attention-backend": "torch_native"}}, False),
+        ("fp32", {"server_args": {"device": "cpu"}}, False), ("fp32", {"nodes": 2}, False),
+    ],
+)  # fmt: skip
+def test_fp32_and_flash_attention(dtype: str, more: dict[str, Any], is_refused: bool, monkeypatch):
+    """Its kernels refuse it ("FlashAttention only supports fp16, bf16, and fp8_e4m3"), in the server's first answer."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for module, name in ((flags, "check_servers"), (attached, "check_attached")):
+        monkeypatch.setattr(module, name, lambda *_: "looked at")
+    sections = {"model": {"path": "nowhere", "dtype": dtype}, "rollout": {"engine": "sglang", **more}}
+    inputs: Any = SimpleNamespace(config=on_ranks.config_for("nowhere", **sections), arch=None)
+    inputs.data = SimpleNamespace(prompts=[SimpleNamespace(token_ids=[1])], held_out=None)
+    if is_refused:
+        with pytest.raises(ConfigError, match="model.dtype = fp32: .*attention_backend=torch_native"):
+            check_engine(inputs, 1)
+    else:
+        check_engine(inputs, 1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA IPC needs no shared memory")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from flowrl_mega.config import Config
 from flowrl_mega.model.architecture import Architecture
-from flowrl_mega.model.stage import Model, Stage
+from flowrl_mega.model.stage import Model, Stage, whole_on_every_rank
 from flowrl_mega.parallel.context import whole_response
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.parallel.packing import PackedBatch
@@ -36,6 +36,7 @@ class CriticStage(Stage):
         self.value_head: ValueHead | None = None
         if self.post_process:
             self.value_head = ValueHead(arch.hidden).to(device=layout.device, dtype=self.config.params_dtype)
+            whole_on_every_rank(self.value_head)
 
     def outputs(self, hidden: Tensor, head: Tensor | None, batch: PackedBatch, temperature: float) -> Tensor:
         """Values V(x, y_<t) of the R response tokens, [R] fp32: the row that predicts y_t has seen x and y_<t alone."""

@@ -11,7 +11,7 @@ from flowrl_mega.model.architecture import Architecture
 from flowrl_mega.model.critic import ValueHead
 from flowrl_mega.model.partition import build_partition, prompt_mean_parts
 from flowrl_mega.model.precision import reference_settings
-from flowrl_mega.model.stage import Model, Stage
+from flowrl_mega.model.stage import Model, Stage, whole_on_every_rank
 from flowrl_mega.ops import Shard, lm_head_logprob
 from flowrl_mega.parallel.context import all_reduce_grad, whole_response
 from flowrl_mega.parallel.layout import Layout
@@ -46,6 +46,8 @@ class PolicyStage(Stage):
                 self.partition.to(**to)
             if with_value:
                 self.value_head = ValueHead(arch.hidden).to(**to)
+            for head in filter(None, (self.partition, self.value_head)):
+                whole_on_every_rank(head)
         shard = arch.padded_vocab(layout.tp) // layout.tp
         start = layout.tp_rank * shard
         self.shard = Shard(start, max(0, min(shard, arch.vocab - start)), arch.vocab)

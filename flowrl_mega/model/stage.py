@@ -120,6 +120,12 @@ class Stage(MegatronModule):
         self.gpt.set_input_tensor(input_tensor)
 
 
+def whole_on_every_rank(head: nn.Module) -> None:
+    """Of a head that every tensor-parallel rank computes whole: its gradients are averaged over them (schedule.py)."""
+    for parameter in head.parameters():
+        parameter.computed_by_all = True  # type: ignore[attr-defined]
+
+
 class Headless(GPTModel):
     """A GPTModel that has no lm-head."""
 

@@ -278,6 +278,8 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """
     width, dtype = weight.shape[0], stats_dtype(hidden.dtype)
     out = hidden.new_empty(hidden.shape[0], -(-width // _ALIGNED) * _ALIGNED, dtype=dtype)[:, :width]
+    if not out.numel():  # a context-parallel rank without a token of an answer
+        return out
     if hidden.dtype == dtype:
         return torch.mm(hidden, weight.t().to(dtype), out=out)
     if hidden.is_cuda:
@@ -309,7 +311,10 @@ def _d_logits(
 def _add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
     """total += a @ b, or the first time total = a @ b, accumulated in the type of `total`; on a GPU inside the GEMM."""
     beta = 0.0 if is_first else 1.0  # 0: what is there is not read
-    if a.dtype == total.dtype:
+    if not a.numel():
+        if is_first:
+            total.zero_()
+    elif a.dtype == total.dtype:
         torch.addmm(total, a, b.to(a.dtype), beta=beta, out=total)
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)

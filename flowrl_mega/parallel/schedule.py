@@ -7,6 +7,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -52,6 +54,19 @@ def _finalize(model: list[DistributedDataParallel], *args: Any, **kwargs: Any) -
             if not bucket.is_first_batch and bucket.grad_reduce_handle is None:
                 bucket.start_grad_sync()
     finalize_model_grads(model, *args, **kwargs)
+    _average_over_tp(model)
+
+
+def _average_over_tp(model: list[DistributedDataParallel]) -> None:
+    """Gradients of heads that every tensor-parallel rank computes whole, from sums that a GPU makes in any order: their
+    last bits differ, and so would the copies of the weights. Megatron's own average needs NCCL."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    heads = [p.main_grad for stage in model for p in stage.parameters() if getattr(p, "computed_by_all", False)]
+    if heads and group.size() > 1:
+        whole = torch.cat([gradient.view(-1) for gradient in heads])
+        dist.all_reduce(whole, group=group)
+        for gradient, mean in zip(heads, (whole / group.size()).split([g.numel() for g in heads]), strict=True):
+            gradient.view(-1).copy_(mean)
 
 
 def forward_only(stages: list[Any], batches: list[B], forward: Forward[B]) -> list[Any]:

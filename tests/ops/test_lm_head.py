@@ -185,6 +185,37 @@ def test_the_weight_gradient_is_added_to_main_grad(backend):
     assert (weight.main_grad - wanted).abs().max() < TOLERANCE * wanted.abs().max()
 
 
+@pytest.mark.parametrize("main_grad", [True, False])
+def test_no_gemm_of_no_rows(main_grad, backend, monkeypatch):
+    """Of a context-parallel rank without a token of an answer; what CUDA's mm with an out_dtype makes of them is not
+    known."""
+    c = head_case()
+    hidden, weight = c.hidden[:0].clone().requires_grad_(), c.weight.clone().requires_grad_()
+    if main_grad:
+        weight.main_grad = torch.full_like(c.weight, 0.25)
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, None)
+    lm_head_logprob(hidden, weight, c.target[:0], backend=backend).logp.backward(c.grad[:0])
+    assert hidden.grad.shape == hidden.shape
+    found, wanted = (weight.main_grad, 0.25) if main_grad else (weight.grad, 0.0)
+    assert bool((found == wanted).all())
+
+
+def test_megatrons_hook_is_told_that_a_gradient_is_added(backend):
+    """It wants to see one all the same, to start the sum over ranks; of a tied embedding it takes autograd's."""
+    c = head_case()
+    for is_tied in (False, True):
+        weight = c.weight.clone().requires_grad_()
+        weight.main_grad, weight.grad_added_to_main_grad, weight.zero_out_wgrad = (
+            torch.zeros_like(weight),
+            False,
+            is_tied,
+        )
+        lm_head_logprob(c.hidden, weight, c.target, backend=backend).logp.backward(c.grad)
+        assert weight.grad_added_to_main_grad is not is_tied and (weight.grad is None) is is_tied
+        assert (weight.main_grad - head_oracle(c).d_weight).abs().max() < 1e-3
+
+
 def test_main_grad_is_float32_where_the_weight_is_not(backend):
     """A bf16 gradient over many micro-batches would lose what each one adds."""
     c = head_case(torch.bfloat16)
