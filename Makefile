@@ -19,8 +19,8 @@ echo 'setup: no Python 3.11 or 3.12 found (tried: $(CANDIDATES)).' >&2; \
 echo 'Install one, or name it: make setup PYTHON=/path/to/python3.12' >&2; exit 1
 endef
 
-.PHONY: help setup setup-example setup-integration setup-tests setup-sglang setup-slurm setup-te-emulation build build-cuda-check quickstart compare example-smollm2
-.PHONY: test test-fast test-tools test-integration verify-exact exact-table lint format
+.PHONY: help setup setup-example setup-integration setup-tests setup-sglang setup-slurm setup-te setup-te-emulation build build-cuda-check quickstart compare example-smollm2
+.PHONY: rehearse-gpu test test-fast test-tools test-integration verify-exact exact-table lint format
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,9 @@ setup-tests:
 
 setup-sglang: setup  ## SGLang in an environment of its own, .venv-sglang, kept in a cache outside the clone
 	@$(PY) tools/setup_sglang.py $(if $(filter-out system,$(TORCH)),--torch "$(TORCH)")
+
+setup-te: setup  ## Transformer Engine in .venv, for GPUs; its torch part is compiled once. On a login node: TORCH=cuda
+	@$(PY) tools/setup_te.py
 
 setup-slurm:  ## SLURM's packages for the tests, where apt-get has them; does nothing when they are there
 	@tools/setup_slurm.sh
@@ -75,11 +78,14 @@ test: setup-tests setup-te-emulation  ## every test of the package that needs no
 test-fast: setup-tests  ## those without ranks, and without what waits or computes for seconds: an inner loop
 	@$(PYTEST) tests -m "not integration and not exact and not tools and not ranks and not slow" $(ARGS)
 
-test-tools: setup-tests  ## tests of tools/: benchmarks, releases, setup
+test-tools: setup-tests setup-te-emulation  ## tests of tools/: benchmarks, releases, setup
 	@$(PYTEST) tests -m "tools and not integration" $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test-integration: setup-integration setup-sglang setup-slurm setup-te-emulation  ## tests with a real model, SGLang, SLURM, DALI
 	@$(PYTEST) tests -m integration $(if $(DATA),--data $(DATA)) $(ARGS)
+
+rehearse-gpu: setup setup-te-emulation  ## tools/gpu_check.sh, small and emulated, in less than 10 minutes
+	@tools/gpu_check.sh --rehearse --budget 580
 
 verify-exact: setup  ## the trainer against exact answers on a space small enough to enumerate
 	@$(PYTEST) tests -m exact $(ARGS)
