@@ -22,10 +22,12 @@ from flowrl_mega.parallel.layout import _drop_groups  # isort: skip  before mega
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
-from transformer_engine_stand_in import fused_block_spec
 
 for noisy in ("models.gpt.gpt_model", "dist_checkpointing"):  # deprecation notices
     logging.getLogger(f"megatron.core.{noisy}").setLevel(logging.ERROR)
@@ -45,6 +47,10 @@ def groups(tp: int, pp: int) -> None:
 
 def local_block_spec(config: TransformerConfig) -> Any:
     return get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+
+
+def fused_block_spec(config: TransformerConfig) -> Any:
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
 
 
 def stock_model(folder: Path, dtype: torch.dtype, block_spec: Any = local_block_spec) -> GPTModel:

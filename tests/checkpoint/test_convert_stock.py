@@ -9,9 +9,11 @@ from pathlib import Path
 import on_stock_ranks
 import pytest
 import torch
+import transformer_engine_emulation
 from conversion_models import DTYPES, MODELS, STORED, make_stored, require_same_weights, tensors
 from on_stock_ranks import Case, Change, Found
 from rank_pool import RankPool
+from transformer_engine_emulation.ranks import emulated_ranks
 from transformers import AutoModelForCausalLM
 
 from flowrl_mega.checkpoint.convert import hf_to_megatron, megatron_to_hf
@@ -27,6 +29,16 @@ pytestmark = pytest.mark.ranks
 @pytest.fixture(scope="module")
 def ranks8() -> Iterator[RankPool]:
     pool = RankPool(8)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def te_ranks2() -> Iterator[RankPool]:
+    """Two with Transformer Engine, its native part emulated."""
+    if lacks := transformer_engine_emulation.lacks():
+        pytest.skip(lacks)
+    pool = emulated_ranks(2)
     yield pool
     pool.close()
 
@@ -137,7 +149,7 @@ def test_a_changed_weight_is_exported_changed(
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
 def test_models_with_transformer_engine_load_and_save_it(
-    name: str, tp: int, pp: int, converted: dict[str, tuple[Path, Path]], ranks2: RankPool, tmp_path: Path
+    name: str, tp: int, pp: int, converted: dict[str, tuple[Path, Path]], te_ranks2: RankPool, tmp_path: Path
 ) -> None:
     """There the norms belong to the linear layers after them and have other names; the checkpoint is the same.
 
@@ -145,7 +157,7 @@ def test_models_with_transformer_engine_load_and_save_it(
     """
     hf, megatron = converted[name]
     case, arch = Case(hf, megatron, tmp_path / "saved", DTYPES[STORED[name][0]], tp, pp), read_architecture(hf)
-    for found in ranks2.run(on_stock_ranks.both_specs, case, TOKENS, VOCAB):
+    for found in te_ranks2.run(on_stock_ranks.both_specs, case, TOKENS, VOCAB):
         assert found.local.keys() != found.fused.keys()
         local, fused = ({hf_names(n, arch): w for n, w in spec.items()} for spec in (found.local, found.fused))
         assert len(local) == len(found.local) and local.keys() == fused.keys()

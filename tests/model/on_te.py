@@ -7,14 +7,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import on_ranks
+import torch
 from tiny_models import random_sequences
 
 from flowrl_mega.checkpoint import load_checkpoint, load_model, save_checkpoint
 from flowrl_mega.config import OptimizerSettings
 from flowrl_mega.model.fp8_gate import Fp8Gate, in_bf16
+from flowrl_mega.model.generation import Decoder, _Cache
 from flowrl_mega.model.policy import Policy
 from flowrl_mega.model.precision import ALIGNMENT
-from flowrl_mega.model.weights import named_tensors
+from flowrl_mega.model.weights import WholeWeights, named_tensors
 from flowrl_mega.parallel import backends
 from flowrl_mega.parallel.optimizer import Optimizer, wrap
 from flowrl_mega.parallel.packing import PackedBatch, pack
@@ -55,6 +57,28 @@ def scores(path: Path, model: dict[str, Any]) -> list[np.ndarray]:
     if model.get("fp8") == "delayed":
         policy.stages[0](batch)  # makes the scales
     return logp_of(policy, batch)
+
+
+def parameters(path: Path, model: dict[str, Any]) -> set[str]:
+    return set(build(path, **model).gpt_parameters())
+
+
+def decoded(path: Path, model: dict[str, Any]) -> np.ndarray:
+    """Logits after a prompt, from the embedded engine's decoder."""
+    policy = build(path, **model)
+    decoder = Decoder(policy.arch, WholeWeights(policy).gather())
+    device = decoder.embedding.device
+    cache = _Cache(policy.arch, 1, 8, torch.zeros(1, dtype=torch.long, device=device), decoder.embedding)
+    return decoder.logits(torch.tensor([[5, 6, 7]], device=device), cache).detach().cpu().numpy()
+
+
+def fused_gradients(path: Path, model: dict[str, Any]) -> list[bool]:
+    """Whether the layers add their weights' gradients to a buffer, before and after there is one."""
+    policy = build(path, **model)
+    layers = [m for m in policy.stages[0].modules() if hasattr(m, "fuse_wgrad_accumulation") and hasattr(m, "weight")]
+    before = any(layer.fuse_wgrad_accumulation for layer in layers)
+    wrap(policy.stages)
+    return [bool(layers), before, all(layer.fuse_wgrad_accumulation for layer in layers)]
 
 
 def gradients(path: Path, model: dict[str, Any], factor: float = 1.0) -> Tensors:

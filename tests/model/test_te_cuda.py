@@ -71,6 +71,15 @@ def test_log_probs(gpu, folder) -> None:
     assert error(gpu(on_te.scores, folder, TE32), wanted) < bf16 / 2
 
 
+def test_the_layers_are_fused_ones(gpu, folder) -> None:
+    """As Transformer Engine names them; the embedded engine finds its weights under those names, too."""
+    names = gpu(on_te.parameters, folder, TE)
+    assert "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight" in names
+    assert "decoder.layers.0.input_layernorm.weight" not in names
+    assert np.array_equal(gpu(on_te.decoded, folder, TE32), gpu(on_te.decoded, folder, LOCAL32))
+    assert gpu(on_te.fused_gradients, folder, TE) == [True, False, True]
+
+
 def test_gradients(gpu, folder) -> None:
     """Added up over two backward passes by the GEMMs themselves."""
     wanted = gpu(on_te.gradients, folder, LOCAL32)
