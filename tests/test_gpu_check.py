@@ -84,6 +84,7 @@ def test_the_list_names_all_and_only_scripts_that_are_there(tool, tmp_path):
     for script in set(re.findall(r"(?:tools|tests)/\S+\.py", listed)) - tests:
         assert (REPO / script).is_file()
     assert "update.py" not in run("--list", "--stage", "first").stdout
+    assert len(run("--list", "--only", "CUDA IPC").stdout.splitlines()) == 2
 
 
 def test_what_is_finished_is_not_done_again(check, item, tmp_path):
@@ -231,18 +232,58 @@ def test_packages_that_the_machine_has_are_left_alone(check, tmp_path):
     assert not made.lacks(tmp_path / "megatron_core-99.0-py3-none-any.whl")
 
 
+def test_a_library_that_was_built_elsewhere_is_taken_along(check, tmp_path):
+    """To where the package looks for it first; whether it fits is for the package to say."""
+    (tmp_path / "flowrl_mega" / "ops").mkdir()
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for name in ("cuda.so", "cuda.json"):
+        (wheels / name).write_text("built")
+    check().install(wheels)
+    library = tmp_path / "flowrl_mega" / "ops" / "lib"
+    assert {file.name for file in library.iterdir()} == {"cuda.so", "cuda.json"}
+    assert all(file.read_text() == "built" for file in library.iterdir())
+
+
+def test_libraries_that_can_be_built_here_are_taken_along(monkeypatch, tmp_path):
+    """And it is said why one cannot."""
+    monkeypatch.syspath_prepend(str(REPO / "tools"))
+    import gpu_wheels
+
+    from flowrl_mega.ops import build
+
+    def cached(kind, csrc, cache):
+        if kind not in can:
+            raise build.ToolMissing(f"no compiler for {kind}")
+        for suffix in (".so", ".json"):
+            (tmp_path / f"{kind}-0123{suffix}").write_text(kind)
+        return tmp_path / f"{kind}-0123.so"
+
+    monkeypatch.setattr(build, "cached", cached)
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    can = {"cpu"}
+    assert gpu_wheels.libraries(folder).endswith("(make setup TORCH=cuda lets it be built here): no compiler for cuda")
+    can.add("cuda")
+    assert gpu_wheels.libraries(folder) == "csrc is built"
+    names = {f"{kind}{suffix}": kind for kind in can for suffix in (".so", ".json")}
+    assert {file.name: file.read_text() for file in folder.iterdir()} == names
+
+
 def test_the_engine_is_put_there_whole_or_not_at_all(check, tmp_path):
     """Its wheels have one folder in common, and pip replaces a folder that is there: the torch part, which is compiled
     here, must not take the place of the rest."""
-    names = ("transformer_engine", "transformer_engine_cu13")
-    for name in names:
+    for name in ("transformer_engine", "transformer_engine_cu13"):
         wheel(tmp_path, name, "2.0", "", f"transformer_engine/of_{name}.py")
+    wheel(tmp_path, "nvidia_cuda_crt", "13.0", "", "nvidia/cu13/include/crt.h")
+    check().install(tmp_path)
     check().install_engine(tmp_path)
     assert not (check().site / "transformer_engine").exists()
     source = tmp_path / "transformer_engine_torch-2.0"
     source.mkdir()
     (source / "setup.py").write_text(
         "import os\nfrom setuptools import setup\nassert os.environ['NVTE_PYTORCH_FORCE_BUILD'] == 'TRUE'\n"
+        "assert any(os.path.isfile(os.path.join(path, 'crt.h')) for path in os.environ['CPATH'].split(':'))\n"
         "setup(name='transformer_engine_torch', version='2.0', packages=['transformer_engine'])\n"
     )
     (source / "transformer_engine").mkdir()
@@ -255,6 +296,7 @@ def test_the_engine_is_put_there_whole_or_not_at_all(check, tmp_path):
         assert made.missing == []
         found = sorted(file.name for file in (made.site / "transformer_engine").glob("*.py"))
         assert found == ["of_torch.py", "of_transformer_engine.py", "of_transformer_engine_cu13.py"]
+        assert not (made.site / "nvidia").exists()
 
 
 def test_results_are_held_against_the_goals(tool, tmp_path):
@@ -278,3 +320,46 @@ def test_results_are_held_against_the_goals(tool, tmp_path):
     said = gpu_items.tests("t", "....s\n4 passed, 1 skipped in 3.2s", tmp_path)[0]
     assert (said.result, said.verdict) == ("4 passed, 1 skipped", "met")
     assert gpu_items.tests("t", "7 skipped in 3.2s", tmp_path)[0].verdict.startswith("not run")
+
+
+def test_what_an_update_was_seen_to_do_is_judged_part_by_part(tool, tmp_path):
+    """A part that could not be had hides no other."""
+    import gpu_items
+
+    def verdicts(**changes):
+        found = {
+            "attention": {"backends": ["FusedAttention (sub-backend 1)"]},
+            "waits": {"update": 3, "micro_batches": 4, "each": 0.0, "lines": [["optimizer.py:1", 3]]},
+            "memory": {"peak": 12 << 30, "planned": 10 << 30},
+            "trace": {"seconds": 1.0, "busy": 0.9, "longest": [["gemm", 0.2]], "bytes": (16 << 20) - 1},
+        }
+        return [row.verdict for row in gpu_items.looked_at("u", f"more\n{json.dumps(found | changes)}", tmp_path)]
+
+    assert verdicts() == ["met"] * 4
+    bad = {
+        "attention": {"backends": ["FusedAttention (sub-backend 1)", "UnfusedDotProductAttention"]},
+        "waits": {"update": 7, "micro_batches": 4, "each": 1.0, "lines": []},
+        "memory": {"peak": (12 << 30) + 1, "planned": 10 << 30},
+        "trace": {"seconds": 1.0, "busy": 0.9, "longest": [], "bytes": 16 << 20},
+    }
+    assert verdicts(**bad) == ["missed"] * 4
+    assert verdicts(attention={"backends": []})[0] == "missed"
+    assert verdicts(memory={"error": "no luck"}) == ["met", "met", "failed: no luck", "met"]
+
+
+def test_a_run_that_skips_updates_has_failed(tool, tmp_path):
+    import gpu_items
+
+    def verdict(*steps):
+        given = [{"loss/policy": loss, "policy/skipped_updates": skipped} for loss, skipped in steps]
+        return gpu_items.short_run("run", json.dumps(given), tmp_path)[0].verdict.split(":")[0]
+
+    assert verdict(*[(1.0, 0)] * 4) == "met"
+    assert verdict(*[(1.0, 0)] * 3) == verdict(*[(1.0, 0)] * 3, (float("nan"), 0)) == "failed"
+    assert verdict((1.0, 1), *[(1.0, 0)] * 3) == "failed"
+
+
+def test_a_program_that_is_not_there_is_named(check, item):
+    made = check()
+    made.do(item("memcheck", "echo", program="no-such-sanitizer"))
+    assert made.done["memcheck"]["rows"][0].verdict == "not run: no-such-sanitizer is not on the PATH"

@@ -24,7 +24,7 @@ PINS = {"other": "1.0", "transformer-engine": "2.0", "transformer-engine-torch":
 @pytest.fixture
 def there() -> SimpleNamespace:
     """What is in .venv."""
-    return SimpleNamespace(torch="2.13.0+cu130", cuda="13.0", python="3.12", versions={})
+    return SimpleNamespace(torch="2.13.0+cu130", cuda="13.0", python="3.12", versions={}, wheels="1")
 
 
 @pytest.fixture
@@ -37,6 +37,7 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: SimpleNamespace
     tool: Any = importlib.import_module("setup_te")
     headers = tmp_path / "site" / "nvidia" / "cu13" / "include"
     headers.mkdir(parents=True)
+    (headers / "cuda_runtime_api.h").touch()
     (tmp_path / "python").touch()
     tool.venv_tool.PYTHON, tool.venv_tool.LOG, tool.PINS = tmp_path / "python", tmp_path / "log", tmp_path / "te.txt"
     tool.PINS.write_text("# all of it\n" + "".join(f"{name}=={version}\n" for name, version in PINS.items()))
@@ -44,7 +45,7 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: SimpleNamespace
 
     def run(python: str, *words: str) -> str:
         if words[0] == "-c":
-            return json.dumps([there.torch, there.cuda, there.python, str(tmp_path / "site"), there.versions])
+            return json.dumps([there.torch, there.cuda, there.python, [str(headers.parents[1])], there.versions])
         what = next(word for word in words if word in ("download", "wheel"))
         if what == tool.fail:
             raise tool.SetupError("no network")
@@ -53,8 +54,12 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: SimpleNamespace
             with tarfile.open(Path(words[words.index("-d") + 1], f"{name}.tar.gz"), "w:gz") as made:
                 made.addfile(tarfile.TarInfo(f"{name}/setup.py"), io.BytesIO())
         else:
-            environment = {name: tool.os.environ.get(name) for name in ("NVTE_PYTORCH_FORCE_BUILD", "CPATH")}
-            assert environment == {"NVTE_PYTORCH_FORCE_BUILD": "TRUE", "CPATH": str(headers)}
+            wanted = {
+                "NVTE_PYTORCH_FORCE_BUILD": "TRUE",
+                "NVTE_BUILD_USE_NVIDIA_WHEELS": there.wheels,
+                "CPATH": str(headers),
+            }
+            assert {name: tool.os.environ.get(name) for name in wanted} == wanted
             Path(words[words.index("-w") + 1], "transformer_engine_torch-2.0-cp312.whl").touch()
         tool.ran.append(what)
         return ""
@@ -91,6 +96,13 @@ def test_it_is_compiled_once_for_a_torch(tool: Any, there: SimpleNamespace, caps
     there.torch = "2.14.1+cu130"
     tool.set_up()
     assert tool.ran[6:] == [OTHERS, "download", "wheel", WHEEL]
+
+
+def test_without_pytorchs_own_headers_the_toolkit_has_them(tool: Any, there: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "site" / "nvidia" / "cu13" / "include" / "cuda_runtime_api.h").unlink()
+    there.wheels = "0"
+    tool.set_up()
+    assert "wheel" in tool.ran
 
 
 def test_what_was_fetched_is_not_fetched_again(tool: Any, there: SimpleNamespace) -> None:

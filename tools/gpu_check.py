@@ -4,7 +4,7 @@ Each stage ends within 9 minutes, or all of them within --budget. After each ite
 and with --out there, too, beside an archive of results and logs: what is known is kept, whenever the machine goes away.
 What was finished for the same sources, versions and GPU is not done again; what failed or had no time is. Packages go
 into build/gpu/site, which comes before the interpreter's own; packages that the machine has are left alone. Logs lie in
-build/gpu/logs.
+build/gpu/logs. --rehearse does all of it on a machine without GPU, small and emulated (gpu_rehearsal.py).
 
 Exit codes: 0 all was done, 1 something failed or missed its goal, 2 there is no GPU, 75 time ran out: run it again.
 """
@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,13 +30,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import gpu_out
 from gpu_items import ITEMS, STAGES, Item, Row
 
 REPO = Path(__file__).resolve().parent.parent
 STAGE_S = 530  # of 9 minutes
 LEAST_S = 20  # nothing is begun with less time than this
 SHOWN_LINES = 15  # of what a failed item wrote
+RESULTS = REPO / "tools" / "benchmarks" / "results"
 NO_TIME = "not run: no time was left; run this again"
+HEADERS = ("nvidia_cuda_crt", "nvidia_cuda_cccl")
+FOR_ENGINE = ("transformer_engine", *HEADERS)  # wheels that are not installed with the others
 # Of these the exact version counts; of all others whatever the machine has.
 EXACT = ("megatron-core", "transformer-engine", "transformer-engine-cu13", "transformer-engine-torch")
 PROBE = """
@@ -55,12 +60,21 @@ print(json.dumps({
 def main() -> int:
     options = parser().parse_args()
     stages = STAGES if options.stage == "all" else (options.stage,)
+    chosen = [item for item in ITEMS if item.stage in stages and item.name in (options.only or [item.name])]
     if options.list:
-        for item in ITEMS:
-            if item.stage in stages:
-                print(f"{item.stage:<6} {item.name:<28} {needs(item)}\n       {' '.join(item.command.split())}")
+        for item in chosen:
+            print(f"{item.stage:<6} {item.name:<28} {needs(item)}\n       {' '.join(item.command.split())}")
         return 0
-    check = Check(REPO / "build" / "gpu", options.results, options.out)
+    if options.rehearse:
+        from gpu_rehearsal import rehearsal
+
+        with rehearsal(options.results, options.out) as check:
+            return go(check, options, stages, chosen)
+    return go(Check(REPO / "build" / "gpu", options.results or RESULTS, options.out), options, stages, chosen)
+
+
+def go(check: Check, options: argparse.Namespace, stages: tuple[str, ...], chosen: list[Item]) -> int:
+    """The exit code."""
     found = check.probe()
     if not found.get("gpu"):
         said = f"torch {found['torch']} sees no NVIDIA GPU" if "torch" in found else found["error"]
@@ -75,7 +89,7 @@ def main() -> int:
         if stage == "engine":
             check.install_engine(options.wheels)
         check.probe()
-        for item in ITEMS:
+        for item in chosen:
             if item.stage == stage:
                 check.do(item)
                 check.report(aloud=False)
@@ -84,18 +98,22 @@ def main() -> int:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tools/gpu_check.sh", description="Build, test and measure on a GPU.")
-    parser.add_argument("results", nargs="?", type=Path, default=REPO / "tools" / "benchmarks" / "results")
+    parser.add_argument("results", nargs="?", type=Path, help="a folder; tools/benchmarks/results")
     parser.add_argument("--wheels", type=Path, help="the folder that tools/gpu_wheels.sh filled")
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
     parser.add_argument("--budget", type=float, metavar="S", help="seconds for all of it; default: 530 for each stage")
     parser.add_argument("--out", type=Path, help="also put the table, and logs and results as an archive, in here")
+    names = [item.name for item in ITEMS]
+    parser.add_argument("--only", action="append", choices=names, metavar="ITEM", help="may be given several times")
     parser.add_argument("--list", action="store_true", help="say what would be done, and stop")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU: all of it, small and emulated")
     return parser
 
 
 def needs(item: Item) -> str:
     wanted = ["a GPU" if item.gpus == 1 else f"{item.gpus} GPUs"]
     wanted += ["Transformer Engine"] if item.engine else []
+    wanted += [item.program] if item.program else []
     return "needs " + ", ".join(wanted + ([item.file] if item.file else []))
 
 
@@ -105,6 +123,7 @@ class Check:
     def __init__(self, state: Path, results: Path, out: Path | None = None) -> None:
         self.state, self.results, self.out = state.resolve(), results.resolve(), out
         self.site, self.logs = self.state / "site", self.state / "logs"
+        self.library = REPO / "flowrl_mega" / "ops" / "lib"
         self.book = self.state / "state.json"
         self.done: dict[str, Any] = json.loads(self.book.read_text()) if self.book.is_file() else {}
         self.machine: dict[str, Any] = {}
@@ -130,7 +149,8 @@ class Check:
 
     def environment(self) -> dict[str, str]:
         path = [str(self.site), str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]
-        return os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
+        programs = os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin"])
+        return os.environ | {"PATH": programs, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
 
     def run(self, name: str, command: list[str] | str, extra: dict[str, str] | None = None) -> tuple[int, str]:
         """Exit code and all that was printed, which also goes to a log; 124 where the stage's time ran out.
@@ -162,7 +182,10 @@ class Check:
             why = "no --wheels FOLDER" if wheels is None else f"--wheels {wheels} is no folder"
             self.missing.append(Row("packages", "", "", f"not run: {why}; tools/gpu_wheels.sh fills one"))
             return
-        packages = [wheel for wheel in sorted(wheels.glob("*.whl")) if not wheel.name.startswith("transformer_engine")]
+        for file in [*wheels.glob("*.so"), *wheels.glob("*.json")]:  # csrc, which is built if these do not fit
+            self.library.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, self.library)
+        packages = [wheel for wheel in sorted(wheels.glob("*.whl")) if not wheel.name.startswith(FOR_ENGINE)]
         self.put("packages", [wheel for wheel in packages if self.lacks(wheel)])
 
     def install_engine(self, wheels: Path | None) -> None:
@@ -199,8 +222,13 @@ class Check:
             with tarfile.open(sources[-1]) as archive:
                 archive.extractall(made, filter="data")
         if not list(made.glob("*.whl")):
-            # The headers of cuDNN and NCCL are where pip has put them; the expert-parallel part is of no use here.
-            headers = [str(p) for root in sys.path for p in Path(root, "nvidia").glob("*/include")]
+            # The headers of CUDA, cuDNN and NCCL are where pip has put them, but for some that come with the wheels
+            # and stay apart: Transformer Engine, as it runs, takes the first folder of CUDA headers for a whole one.
+            # The expert-parallel part is of no use here.
+            for wheel in [wheel for name in HEADERS for wheel in wheels.glob(f"{name}-*.whl")]:
+                shutil.unpack_archive(wheel, made / "headers", "zip")
+            roots = [made / "headers", *map(Path, sys.path)]
+            headers = [str(path) for root in roots for path in root.glob("nvidia/*/include")]
             extra = {
                 "NVTE_PYTORCH_FORCE_BUILD": "TRUE", "NVTE_WITH_NCCL_EP": "0", "MAX_JOBS": str(os.cpu_count() or 1),
                 "CPATH": os.pathsep.join(filter(None, [os.environ.get("CPATH"), *headers])),
@@ -241,16 +269,28 @@ class Check:
             return f"needs {item.gpus} GPUs, and there is {self.machine['gpus']}"
         if item.engine and not (self.machine["transformer-engine"] and self.machine["transformer-engine-torch"]):
             return "Transformer Engine is not installed, or its torch part is not built"
+        if item.program and not shutil.which(item.program, path=self.environment()["PATH"]):
+            return f"{item.program} is not on the PATH"
         return ""
+
+    def command(self, item: Item) -> str:
+        return item.command
+
+    def extra(self, item: Item) -> dict[str, str]:
+        """More of its environment."""
+        return {}
+
+    def judge(self, row: Row) -> Row:
+        return row
 
     def rows_of(self, item: Item) -> tuple[list[Row], bool]:
         """What came of it, and whether that need not be done again."""
         self.results.mkdir(parents=True, exist_ok=True)
         places = {"python": sys.executable, "results": str(self.results), "state": str(self.state)}
-        command = item.command.format(**{name: shlex.quote(path) for name, path in places.items()})
+        command = self.command(item).format(**{name: shlex.quote(path) for name, path in places.items()})
         given = self.left()
         began = time.monotonic()
-        code, output = self.run(item.name, command)
+        code, output = self.run(item.name, command, self.extra(item))
         took = f" ({time.monotonic() - began:.0f} s)"
         if code:
             shown = output.strip().splitlines()[-SHOWN_LINES:]
@@ -261,7 +301,7 @@ class Check:
         if code:
             return [Row(item.name, "", "", f"failed: {last_line(output)}")], False
         try:
-            rows = item.rows(item.name, output, self.results)
+            rows = [self.judge(row) for row in item.rows(item.name, output, self.results)]
         except Exception as error:  # a result that cannot be read must not hide those of the others
             return [Row(item.name, "", "", f"failed: its result cannot be read ({error!r})")], False
         print(f"    {'; '.join(f'{row.result}: {row.verdict}' for row in rows)}{took}"[:500], flush=True)
@@ -297,6 +337,8 @@ class Check:
         self.results.mkdir(parents=True, exist_ok=True)
         content = {"machine": header, "rows": [row._asdict() for row in rows]}
         (self.results / "gpu_check.json").write_text(json.dumps(content, indent=1) + "\n")
+        if self.out and (left_out := gpu_out.archive(self.out, (self.results, self.logs), self.started)):
+            rows.append(Row("what comes back", f"all but {', '.join(left_out)}", gpu_out.LIMITS, "missed"))
         table = [f"{self.machine['gpu']}, torch {self.machine['torch']}, {header['date']}"]
         width = [max(len(row[i]) for row in [Row("item", "result", "goal", ""), *rows]) for i in range(3)]
         for row in [Row("item", "result", "goal", "goal met"), *rows]:
@@ -304,24 +346,11 @@ class Check:
         if aloud:
             print("", *table, sep="\n")
         if self.out:
-            self.put_out(table)
+            (self.out / "gpu_check.txt").write_text("\n".join(table) + "\n")
         verdicts = [row.verdict for row in rows]
         if any(v.startswith(("failed", "missed")) for v in verdicts):
             return 1
         return 75 if NO_TIME in verdicts else 0
-
-    def put_out(self, table: list[str]) -> None:
-        """Few files, since few come back: the table, and everything else in one archive."""
-        assert self.out
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "gpu_check.txt").write_text("\n".join(table) + "\n")
-        part = self.out / "gpu_check.part"
-        with tarfile.open(part, "w:gz") as archive:
-            for folder in (self.results, self.logs):
-                for file in sorted(folder.glob("*")) if folder.is_dir() else []:
-                    if file.is_file() and file.stat().st_mtime >= self.started:
-                        archive.add(file, f"{folder.name}/{file.name}")
-        part.replace(self.out / "gpu_check.tar.gz")
 
 
 def last_line(output: str) -> str:
@@ -329,4 +358,6 @@ def last_line(output: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import gpu_check  # by its name, under which gpu_rehearsal.py imports it, too
+
+    sys.exit(gpu_check.main())

@@ -29,6 +29,9 @@ class Item(NamedTuple):
     file: str = ""  # of the repository, that must be there
     engine: bool = False  # needs Transformer Engine
     gpus: int = 1
+    program: str = ""  # that must be there, and runs the command
+    small: str = ""  # what --rehearse adds to the command, or
+    instead: str = ""  # runs in its place
 
 
 def judged(met: bool) -> str:
@@ -52,11 +55,13 @@ def short_run(name: str, output: str, results: Path) -> list[Row]:
     """tools/gpu_run.py prints the metrics of all steps."""
     steps = json.loads(output.strip().splitlines()[-1])
     losses = [step["loss/policy"] for step in steps]
-    good = len(steps) == 4 and all(map(math.isfinite, losses)) and not steps[-1]["policy/skipped_updates"]
+    skipped = sum(step["policy/skipped_updates"] for step in steps)
     said = f"loss {losses[0]:.4g} -> {losses[-1]:.4g}"
     gate = [step["fp8/residual_diff"] for step in steps if "fp8/residual_diff" in step]
     said += f", FP8 - bf16 {max(gate):.2g} nats a token" if gate else ""
-    return [Row(name, said, "4 finite updates", judged(good))]
+    good = len(steps) == 4 and all(map(math.isfinite, losses)) and not skipped
+    wrong = f"failed: {len(steps)} steps, {skipped:g} updates skipped"
+    return [Row(name, said, "4 finite updates", "met" if good else wrong)]
 
 
 def measured(results: Path, file: str) -> list[dict[str, Any]]:
@@ -87,7 +92,7 @@ def _logprob(name: str, rows: list[dict[str, Any]], limits: dict[str, float]) ->
         limit, place = limits.get(row["pass"]), f"{name}, {row['dtype']} {row['pass']}"
         goal = "" if limit is None else f"<= {limit:g}x the floor"
         if row.get("void"):
-            found.append(Row(place, f"void: {row['void']}", goal, "missed"))
+            found.append(Row(place, "", goal, f"failed: wrong results: {row['void']}"))
             continue
         result = f"{row['seconds'] * 1e3:.3f} ms, {row['times_floor']:.2f}x the floor"
         found.append(Row(place, result, goal, "-" if limit is None else judged(row["times_floor"] <= limit)))
@@ -125,9 +130,46 @@ def _update(name: str, row: dict[str, Any], wanted: tuple[str, str, float] | Non
     if wanted is None:
         return Row(name, result, goal, "-")
     value = row.get(wanted[1])
-    return Row(
-        name, result, goal, "not run: nothing to compare it with" if value is None else judged(value >= wanted[2])
-    )
+    if value is None:
+        return Row(name, result, goal, "not judged: nothing to compare it with")
+    return Row(name, result, goal, judged(value >= wanted[2]))
+
+
+def looked_at(name: str, output: str, results: Path) -> list[Row]:
+    """tools/gpu_update.py prints what it found of each part, or what kept it from that."""
+    found = json.loads(output.strip().splitlines()[-1])
+    read = {"attention": _attention, "waits": _waits, "memory": _memory, "trace": _trace}
+    rows = []
+    for part, row in read.items():
+        if error := found[part].get("error"):
+            rows.append(Row(f"{name}, {part}", "", "", f"failed: {error}"))
+        else:
+            rows.append(Row(f"{name}, {part}", *row(found[part])))
+    return rows
+
+
+def _attention(found: dict[str, Any]) -> tuple[str, str, str]:
+    names = found["backends"]
+    fused = bool(names) and all("Unfused" not in name for name in names)
+    return ", ".join(names) or "it named none", "not the unfused one", judged(fused)
+
+
+def _waits(found: dict[str, Any]) -> tuple[str, str, str]:
+    lines = ", ".join(f"{line} x{n}" for line, n in found["lines"])
+    said = f"{found['update']} in an update of {found['micro_batches']} micro-batches" + (f": {lines}" if lines else "")
+    return said, "0 a micro-batch", judged(found["each"] <= 0)
+
+
+def _memory(found: dict[str, Any]) -> tuple[str, str, str]:
+    peak, planned = found["peak"], found["planned"]
+    said = f"{peak / 2**30:.1f} GiB at the peak, {planned / 2**30:.1f} planned"
+    return said, "<= 1.2x the plan", judged(peak <= 1.2 * planned)
+
+
+def _trace(found: dict[str, Any]) -> tuple[str, str, str]:
+    longest = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in found["longest"][:2])
+    said = f"GPU busy {found['busy']:.0%} of {found['seconds']:.2f} s" + (f"; {longest}" if longest else "")
+    return said, "a trace of < 16 MiB", judged(found["bytes"] < 16 << 20)
 
 
 PYTEST = "{python} -m pytest -q -rs -p no:cacheprovider"
@@ -148,20 +190,43 @@ print(transformer_engine.__version__, 'FP8', te.is_fp8_available(return_reason=T
 CUDA_LIBRARY = """{python} -c "
 import flowrl_mega.ops.build as build
 print('built for', *(build.library(kind).stem.split('-')[0] for kind in ('cpu', 'cuda')))" """
+COMPILED = "{python} -m flowrl_mega.ops --check-cuda {state}/cuda"
+LOOK = "NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 {python} tools/gpu_update.py {results}/update_trace.json.gz"
+# Of each kernel and type a size or two. Torch's allocator would hide from the sanitizer where a tensor ends.
+MEMCHECK = "compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all"
+SANITIZED = (
+    f"{PYTEST} tests/ops/test_cuda.py -k 'in_float64 and (fp32-33 or bf16-33 or fp16-33 or bf16-4104) or "
+    "have_gradients and bf16-1024 or never_read'"
+)
+TINY = "--shape tiny --sequences 4 --prompt 8 --response 25 --microbatch-tokens 64"
+FEW = "--device cpu --tokens 16 --rounds 2"
+FEW_LOGITS, FEW_OF_HEAD = f"{FEW} --vocab 1000", f"{FEW} --vocab 1000 --hidden 64"
 
 # In the order of what is learnt a second: the project's own kernels, then Transformer Engine, speed of whole updates,
 # and last what takes minutes or more GPUs.
 ITEMS = [
-    Item("first", "csrc for CUDA", CUDA_LIBRARY.strip(), last_line),
+    Item("first", "csrc for CUDA", CUDA_LIBRARY.strip(), last_line, instead=COMPILED),
     Item("first", "csrc's kernels", f"{PYTEST} tests/ops/test_cuda.py", tests),
-    Item("first", "log-probs, quick", f"{QUICK} --json {{results}}/logprob_cuda_quick.json", quick("logits", 1.15)),
+    Item(
+        "first",
+        "log-probs, quick",
+        f"{QUICK} --json {{results}}/logprob_cuda_quick.json",
+        quick("logits", 1.15),
+        small=FEW_LOGITS,
+    ),
     Item(
         "first",
         "log-probs, head, quick",
         f"{QUICK} --head --json {{results}}/logprob_cuda_head_quick.json",
         quick("head", 1.1),
+        small=FEW_OF_HEAD,
     ),
-    Item("first", "CUDA IPC", f"{PYTEST} tests/rollout/sglang/test_transfers.py -k on_the_gpu", tests),
+    Item(
+        "first",
+        "CUDA IPC",
+        f"{PYTEST} tests/rollout/sglang/test_transfers.py -k another_process_opens_the_memory",
+        tests,
+    ),
     Item("first", "FlowRL run, local", f"{RUN}/local {LOCAL}", short_run),
     Item("engine", "Transformer Engine", TE_WORKS.strip(), last_line, engine=True),
     Item("engine", "FlowRL run, te", f"{RUN}/te {TE}", short_run, engine=True),
@@ -169,19 +234,76 @@ ITEMS = [
         Item("engine", f"FlowRL run, {fp8}", f"{RUN}/{fp8} {TE} model.fp8={fp8}", short_run, engine=True)
         for fp8 in ("tensorwise", "blockwise", "delayed")
     ),
-    Item("engine", "te against local, FP8 gate", f"{PYTEST} {TE_TESTS}", tests, file=TE_TESTS, engine=True),
+    Item(
+        "engine",
+        "te against local, FP8 gate",
+        f"{PYTEST} {TE_TESTS}",
+        tests,
+        file=TE_TESTS,
+        engine=True,
+        small="-m 'not integration'",
+    ),
+    Item("bench", "update, looked at", LOOK, looked_at, engine=True, small=TINY),
     Item(
         "bench",
         "update, 7b-layers",
         f"{UPDATE} {CUT} bf16 tensorwise --json {{results}}/update_7b-layers.json",
         update_7b,
         engine=True,
+        small=f"{TINY} --rounds 1",
     ),
-    Item("more", "layouts, also cp", f"{PYTEST} {LAYOUTS}", tests, file=LAYOUTS, engine=True, gpus=4),
-    Item("more", "log-probs, logits", f"{LOGPROB} --json {{results}}/logprob_cuda_logits.json", logprob_logits),
-    Item("more", "log-probs, head", f"{LOGPROB} --head --json {{results}}/logprob_cuda_head.json", logprob_head),
-    Item("more", "log-probs, noise", f"{LOGPROB} --noise --json {{results}}/logprob_cuda_noise.json", noise),
-    Item("more", "update, all precisions", f"{UPDATE} {CUT} {ALL} --json {{results}}/update_7b-layers.json", update_7b),
-    Item("more", "update, 1.5b", f"{UPDATE} {WHOLE} --json {{results}}/update_1.5b.json", update_whole),
+    Item(
+        "bench",
+        "memcheck of csrc's kernels",
+        f"PYTORCH_NO_CUDA_MEMORY_CACHING=1 {MEMCHECK} {SANITIZED}",
+        tests,
+        program="compute-sanitizer",
+        instead=SANITIZED,
+    ),
+    Item(
+        "more",
+        "layouts, also cp",
+        f"{PYTEST} {LAYOUTS}",
+        tests,
+        file=LAYOUTS,
+        engine=True,
+        gpus=4,
+        small="-k recorded_steps",
+    ),
+    Item(
+        "more",
+        "log-probs, logits",
+        f"{LOGPROB} --json {{results}}/logprob_cuda_logits.json",
+        logprob_logits,
+        small=f"{FEW_LOGITS} --no-memory --providers native torch.eager",
+    ),
+    Item(
+        "more",
+        "log-probs, head",
+        f"{LOGPROB} --head --json {{results}}/logprob_cuda_head.json",
+        logprob_head,
+        small=f"{FEW_OF_HEAD} --no-memory --providers native torch.eager",
+    ),
+    Item(
+        "more",
+        "log-probs, noise",
+        f"{LOGPROB} --noise --json {{results}}/logprob_cuda_noise.json",
+        noise,
+        small=FEW_OF_HEAD,
+    ),
+    Item(
+        "more",
+        "update, all precisions",
+        f"{UPDATE} {CUT} {ALL} --json {{results}}/update_7b-layers.json",
+        update_7b,
+        small=f"{TINY} --rounds 1 --precision bf16 blockwise",
+    ),
+    Item(
+        "more",
+        "update, 1.5b",
+        f"{UPDATE} {WHOLE} --json {{results}}/update_1.5b.json",
+        update_whole,
+        small=f"{TINY} --rounds 1 --precision bf16",
+    ),
 ]
 STAGES = ("first", "engine", "bench", "more")

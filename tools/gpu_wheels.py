@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ PINNED = (
 # Transformer Engine asks for nvidia-cudnn-frontend, onnx and onnxscript too: it imports the first in kernels for newer
 # architectures, the others to export models.
 TE_WHEELS = [f"transformer-engine=={TE_VERSION}", "nvdlfw-inspect==0.2.2"]
+HEADERS = ["nvidia-cuda-crt==13.0.88", "nvidia-cuda-cccl==13.0.85"]  # which those of nvidia-cuda-runtime include
 TE_CORE, TE_TORCH = f"transformer-engine-cu13=={TE_VERSION}", f"transformer-engine-torch=={TE_VERSION}"
 # Its setup.py asks torch for its CUDA version before it tells its own name, and pip asks for the name.
 TORCH_STAND_IN = {
@@ -45,13 +47,14 @@ def main() -> None:
     folder: Path = parser().parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     pins = read_pins(REPO / "requirements")
-    for requirement in [f"{name}=={pins[name]}" for name in PINNED] + TE_WHEELS:
+    for requirement in [f"{name}=={pins[name]}" for name in PINNED] + TE_WHEELS + HEADERS:
         if not present(folder, requirement):
             download(requirement, folder, PLATFORM)
     if not present(folder, TE_TORCH):
         source_of_te_torch(folder)
     if not present(folder, TE_CORE):
         slimmed_core(folder)
+    print(libraries(folder))
     files = sorted(folder.iterdir(), key=lambda file: -file.stat().st_size)
     for file in files:
         print(f"{file.stat().st_size / 2**20:8.2f} MiB  {file.name}")
@@ -59,6 +62,22 @@ def main() -> None:
     print(f"{total:8.2f} MiB  in {folder}")
     if total > LIMIT_MIB:
         sys.exit(f"gpu_wheels: {total:.1f} MiB is more than the {LIMIT_MIB} MiB that may be carried")
+
+
+def libraries(folder: Path) -> str:
+    """csrc, built here for what the GPU machine has: any Python and any PyTorch from 2.11 on can load it. What became
+    of it, in words."""
+    sys.path.insert(0, str(REPO))
+    try:
+        from flowrl_mega.ops import build
+
+        for kind in build.KINDS:
+            built = build.cached(kind, build.sources(), build.default_cache())
+            for path in (built, built.with_suffix(".json")):
+                shutil.copy(path, folder / f"{kind}{path.suffix}")
+    except (ImportError, build.BuildError) as error:
+        return f"csrc will be built on the GPU machine (make setup TORCH=cuda lets it be built here): {error}"
+    return "csrc is built"
 
 
 def parser() -> argparse.ArgumentParser:

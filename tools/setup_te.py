@@ -2,8 +2,7 @@
 
 It needs a .venv with PyTorch's CUDA build (make setup TORCH=cuda), but no GPU: a cluster's login node will do. Its
 torch part is compiled for that torch, about 25 minutes of one core, by g++ with the headers of PyTorch's own CUDA
-packages, whatever CUDA toolkit the machine has. The result is kept in the user's cache, for all clones and for the
-next .venv.
+packages. The result is kept in the user's cache, for all clones and for the next .venv.
 """
 
 from __future__ import annotations
@@ -26,10 +25,12 @@ PINS = ROOT / "requirements" / "te.txt"
 COMPILED = "transformer-engine-torch"
 OLDEST_TORCH, CUDA = (2, 11), 13
 SHOW = """
-import json, sys, sysconfig, torch
-from importlib import metadata
+import json, sys, torch
+from importlib import metadata, util
 versions = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in metadata.distributions()}
-print(json.dumps([torch.__version__, torch.version.cuda, sys.version, sysconfig.get_path("purelib"), versions]))
+nvidia = util.find_spec("nvidia")
+roots = list(nvidia.submodule_search_locations) if nvidia else []
+print(json.dumps([torch.__version__, torch.version.cuda, sys.version, roots, versions]))
 """
 TRY = "import torch, transformer_engine.pytorch as te; print(te.Linear(16, 16)(torch.ones(16, 16).cuda()).sum().item())"
 
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def set_up(fetch: bool = False) -> None:
-    torch, cuda, python, site, versions = what_is_there()
+    torch, cuda, python, _, versions = what_is_there()
     check_torch(torch, cuda)
     wanted = pinned()
     missing = {name: version for name, version in wanted.items() if versions.get(name) != version}
@@ -70,7 +71,7 @@ def set_up(fetch: bool = False) -> None:
                 print(f"not compiled (--fetch): {sources}")
                 return
             with phase("its torch part, compiled"):
-                compile_for(folder, sources, Path(site))
+                compile_for(folder, sources)
         with phase("its torch part"):
             pip("--no-deps", *map(str, folder.glob("*.whl")))
     venv_tool.compile_all()
@@ -80,8 +81,8 @@ def set_up(fetch: bool = False) -> None:
         print("no GPU here, so it was not tried; in a job `flowrl-mega train ... --dry-run` says which layers are used")
 
 
-def what_is_there() -> tuple[str, str | None, str, str, dict[str, str]]:
-    """Torch and its CUDA, Python, its folder of packages, and the version of each package of .venv."""
+def what_is_there() -> tuple[str, str | None, str, list[str], dict[str, str]]:
+    """Of .venv: torch and its CUDA, Python, the folders of NVIDIA's packages, and the version of each package."""
     if not venv_tool.PYTHON.exists():
         raise SetupError("there is no .venv; make setup TORCH=cuda makes it")
     return json.loads(run(str(venv_tool.PYTHON), "-c", SHOW).splitlines()[-1])
@@ -123,14 +124,16 @@ def source(folder: Path, version: str) -> Path:
     return folder / name
 
 
-def compile_for(folder: Path, sources: Path, site: Path) -> None:
-    """In a folder that stays, so that ninja goes on where a compilation was stopped."""
-    headers = [str(path) for path in sorted(site.glob("nvidia/*/include"))]
+def compile_for(folder: Path, sources: Path) -> None:
+    """In a folder that stays, so that ninja goes on where a compilation was stopped. With the machine's CUDA toolkit
+    only where PyTorch came without CUDA's headers, as a system's own may."""
+    headers = [path for root in what_is_there()[3] for path in sorted(Path(root).glob("*/include"))]
+    whole = str(int(any((path / "cuda_runtime_api.h").is_file() for path in headers)))
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     # Its expert-parallel part is of no use here.
     with environment(
-        NVTE_PYTORCH_FORCE_BUILD="TRUE", NVTE_BUILD_USE_NVIDIA_WHEELS="1", NVTE_WITH_NCCL_EP="0", MAX_JOBS=jobs,
-        CPATH=os.pathsep.join(filter(None, [os.environ.get("CPATH"), *headers])),
+        NVTE_PYTORCH_FORCE_BUILD="TRUE", NVTE_BUILD_USE_NVIDIA_WHEELS=whole, NVTE_WITH_NCCL_EP="0", MAX_JOBS=jobs,
+        CPATH=os.pathsep.join(filter(None, [os.environ.get("CPATH"), *map(str, headers)])),
         PATH=os.pathsep.join([str(venv_tool.PYTHON.parent), os.environ.get("PATH", "")]),
     ):  # fmt: skip
         flags = ["wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(sources)]

@@ -32,6 +32,18 @@ def test_a_whole_model_has_the_operations_of_its_parameters():
     assert (one["layers"] + one["head"]) / 6 == pytest.approx(1.54e9, rel=0.005)
 
 
+def test_the_planned_memory_has_18_bytes_a_parameter():
+    """Of the card's 1.54 billion, and then what a row keeps: at least its input to each norm."""
+
+    def planned(*work):
+        return update_work.planned_bytes(arch, update_work.Work(*work))
+
+    arch = update_work.SHAPES["1.5b"]
+    assert planned(1, 1, 1, 1) / 18 == pytest.approx(1.54e9, rel=0.005)
+    assert planned(9, 256, 1, 8192) - planned(1, 256, 1, 8192) > 8 * 256 * arch.layers * 2 * 2 * arch.hidden
+    assert planned(99, 256, 1, 9 * 256) == planned(9, 256, 1, 8192), "of one micro-batch"
+
+
 def test_the_cut_model_has_a_head_in_proportion():
     """Its reason to be: the head's share of the work is that of the whole model, 28 layers and 152064 tokens."""
     cut, work = update_work.SHAPES["7b-layers"], update_work.Work(1, 256, 1793, 1)

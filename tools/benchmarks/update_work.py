@@ -149,3 +149,25 @@ def seconds_of_updates(job: Trainer, batches: list[MicroBatch], warm_up: int, ro
         if metrics["policy/skipped_updates"]:
             raise RuntimeError(f"an update was refused, so this is not a whole one: {metrics}")
     return seconds
+
+
+def parameters(arch: Architecture) -> int:
+    """Without norms and biases."""
+    query, key_value = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    layer = arch.hidden * (2 * query + 2 * key_value + 3 * arch.ffn)
+    return arch.layers * layer + (1 if arch.tied else 2) * arch.vocab * arch.hidden
+
+
+def planned_bytes(arch: Architecture, work: Work) -> int:
+    """What an update in bf16 needs at its peak on one GPU, without recomputation: at the end of a micro-batch's forward
+    pass.
+
+    A parameter: weight 2, fp32 gradient 4, fp32 copy 4, moments 8. A row and layer, of what the backward pass reads:
+    input and output of both norms, q, k, v, the attention's output with one fp32 number a head, and what comes in and
+    out of SwiGLU. A response row: its hidden state, its logits in fp32 and their gradient in bf16.
+    """
+    query, key_value = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    count = max(1, min(work.sequences, work.tokens_per_microbatch // work.rows))
+    row = 2 * (4 * arch.hidden + 2 * query + 2 * key_value + 3 * arch.ffn) + 4 * arch.heads
+    head = count * work.response * (2 * arch.hidden + 6 * arch.vocab)
+    return 18 * parameters(arch) + arch.layers * row * count * work.rows + head

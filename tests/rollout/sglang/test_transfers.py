@@ -73,21 +73,25 @@ print([(name, tensor.device.type, str(tensor.dtype), tensor.double().sum().item(
 """
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_another_process_opens_memory_on_the_gpu():
-    """CUDA IPC, without a server; once for each process, and from the buffer that a sync fills again."""
-    memory = transfers.SharedMemory(torch.device("cuda"))
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_another_process_opens_the_memory(device):
+    """By CUDA IPC or by a file's name, without a server; once for each process, and from the buffer that a sync fills
+    again."""
+    memory = transfers.SharedMemory(torch.device(device))
     memory.buffers = Buffers(memory._shared)
     for value in (1.0, 3.0):
         named = [("a", torch.full((1000, 7), value, dtype=torch.bfloat16)), ("b", torch.full((3,), value))]
-        packed = memory.pack([(name, tensor.cuda()) for name, tensor in named])
+        packed = memory.pack([(name, tensor.to(device)) for name, tensor in named])
         for _ in range(2):
             done = subprocess.run(
                 [sys.executable, "-c", OPENS], input=transfers._pickled(packed.named), capture_output=True, text=True
             )
             assert done.returncode == 0, done.stderr
             sums = {"a": 7000 * value, "b": 3 * value}
-            found = [(name, "cuda", str(tensor.dtype), sums[name]) for name, tensor in packed.named]
+            found = [(name, device, str(tensor.dtype), sums[name]) for name, tensor in packed.named]
             assert done.stdout.strip() == str(found)
 
 
