@@ -87,7 +87,11 @@ class ParallelSettings(Settings):
         None, ge=1, description="data-parallel replicas; null: the ranks, or this host's GPUs, that are left (CPU: 1)"
     )
     timeout_s: int = Field(600, ge=10, description="a collective that takes longer ends the job")
-    overlap_grad_reduce: bool = Field(True, description="gradients are summed over ranks during the backward pass")
+    overlap_grad_reduce: bool = Field(
+        True,
+        description="gradients are summed over ranks during the backward pass; false: after it, for an objective of "
+        "yours that reads a parameter on some ranks only",
+    )
 
     @property
     def model_ranks(self) -> int:
