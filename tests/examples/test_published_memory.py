@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from memory import ASLEEP, GPU, Memory, Model, counted
+from memory_of_runs import ASLEEP, GPU, Memory, Model, counted
 from test_published import LAYOUTS, RUNS, load
 
 # Vocabulary and whether the embedding is tied, from the models' config.json; the parameters that Qwen publishes.
