@@ -75,8 +75,9 @@ class Trainer:
                 self.grader.grade_groups(groups)
             self.queue.accept(groups)
         taken = self.queue.take()
-        with self.timed("generate"):
-            self.queue.start_ahead(step, self.config.steps)
+        if self.config.rollout.ahead:
+            with self.timed("generate"):
+                self.queue.start_ahead(step, self.config.steps)
         self.engine.release()
         return taken
 

@@ -94,6 +94,7 @@ def all_methods() -> Methods:
     one_update: Methods = {
         f"flowrl, beta {BETA}": [f"objective={{{raw}}}"],
         "flowrl, r_hat, beta 1": ["objective={name: flowrl, beta: 1}"],
+        f"gflowrl, beta {BETA}": [f"objective={{name: gflowrl, beta: {BETA}}}"],
         "grpo": ["objective={name: grpo}"],
         "grpo, token mean": ["objective={name: grpo, loss_mean: token, clip_eps_high: 0.28}"],
         **{name: [f"objective={{name: grpo, kl_coef: {c}}}"] for name, c in sweep.items()},
@@ -101,6 +102,8 @@ def all_methods() -> Methods:
         f"grpo_kl, k2, no std, {matched:g} (matched)": [
             f"objective={{name: grpo, std: false, kl_coef: {matched}, kl_estimator: k2}}"
         ],
+        f"rloo, KL {matched:g} (matched)": [f"objective={{name: rloo, kl_coef: {matched}}}"],
+        "cispo": ["objective={name: cispo}"],
         "ppo": ["objective={name: ppo}", CRITIC],
         f"ppo, KL {matched:g} (matched)": [f"objective={{name: ppo, kl_coef: {matched}}}", CRITIC],
         "reinforce_pp": ["objective={name: reinforce_pp}"],

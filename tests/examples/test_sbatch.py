@@ -61,6 +61,48 @@ def test_what_goes_back_into_the_queue(run, code: int, restarts: str, requeued: 
     assert len(errors.splitlines()) == (code != 0), "one message that says what happens, none where all is well"
 
 
+NODES = {**JOB, "SLURM_JOB_NUM_NODES": "4", "SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_ON_NODE": "48"}
+# The servers' step lasts as long as the job; with TROUBLE it ends at once, with that exit code.
+SRUN_OF_TWO = """#!/bin/bash
+echo "$*" >> said
+case "$*" in
+    *" serve "*) [ "$TROUBLE" ] && exit "$TROUBLE" || exec sleep 20 ;;
+    *" train "*) [ "$TROUBLE" ] && exec sleep 20 > /dev/null 2>&1 || exit "$CODE" ;;
+esac
+"""
+
+
+def test_the_last_nodes_generate(run, tmp_path: Path) -> None:
+    """Each step on nodes of its own; settings that were given win over those of the split, the trainer's end is the
+    job's."""
+    (tmp_path / "srun").write_text(SRUN_OF_TWO)
+    arguments = ("--rollout-nodes=1", "my.yaml", "--rollout.ahead=2")
+    code, errors, asked = run(*arguments, CODE="70", **NODES)
+    split = "my.yaml --rollout.nodes=1 --rollout.colocated=false --rollout.ahead=1 --rollout.ahead=2"
+    serve, train = sorted(asked, key=lambda words: "train" in words)
+    assert "--nodes=1 --relative=3 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=48" in serve
+    assert serve.endswith(f" serve {split}")
+    assert "--nodes=3 --relative=0 --ntasks=24 --wait=120 --cpus-per-task=6" in train and train.endswith(
+        f" train {split}"
+    )
+    assert code == 70 and len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize("trouble", ["2", "1"])
+def test_servers_that_end_early_end_the_job(run, tmp_path: Path, trouble: str) -> None:
+    """A trainer would wait for them for a quarter of an hour."""
+    (tmp_path / "srun").write_text(SRUN_OF_TWO)
+    code, errors, asked = run("--rollout-nodes=1", "my.yaml", CODE="0", TROUBLE=trouble, **NODES)
+    assert code == (2 if trouble == "2" else 0) and f"have ended with exit code {trouble}" in errors
+    assert ("scontrol requeue 7" in asked) == (trouble == "1")
+
+
+@pytest.mark.parametrize("nodes", ["4", "-1", "x", ""])
+def test_somebody_must_train(run, nodes: str) -> None:
+    code, errors, asked = run(f"--rollout-nodes={nodes}", "my.yaml", CODE="0", **NODES)
+    assert code == 2 and asked == [] and f"--rollout-nodes={nodes}: must be a number below the job's 4 nodes" in errors
+
+
 def test_a_wrong_call_is_told_what_is_right(run) -> None:
     for arguments, job in (((), JOB), (("my.yaml",), {})):
         code, errors, asked = run(*arguments, CODE="0", **job)
