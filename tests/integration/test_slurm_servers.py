@@ -152,7 +152,8 @@ def test_nodes_for_generation_alone(cluster: Cluster, model: Path, work: Path) -
     assert sum(row["rollout/servers_lost"] for row in rows) >= 1
     assert {row["mismatch/max_staleness"] for row in rows} == {0.0, 1.0}
     assert job["log"].count("stopped on request, with a checkpoint saved") == 1
-    assert server_log.read_text().count("The server is fired up") == 3
+    # SLURM's SIGTERM goes to the server itself, too, which is started again where the trainer still needs it.
+    assert server_log.read_text().count("The server is fired up") in (3, 4)
     assert not list((work / "run" / "servers" / "nodes").iterdir())
 
 
