@@ -67,7 +67,10 @@ SRUN_OF_TWO = """#!/bin/bash
 echo "$*" >> said
 case "$*" in
     *" serve "*) [ "$TROUBLE" ] && exit "$TROUBLE" || exec sleep 20 ;;
-    *" train "*) [ "$TROUBLE" ] && exec sleep 20 > /dev/null 2>&1 || exit "$CODE" ;;
+    *" train "*)
+        [ "$TROUBLE" ] && exec sleep 20 > /dev/null 2>&1
+        until grep -q " serve " said; do sleep 0.01; done
+        exit "$CODE" ;;
 esac
 """
 
