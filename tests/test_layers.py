@@ -28,6 +28,7 @@ LEVELS = (
     {"config_file"},
     {"config_moves", "config_rules", "imports", "run_lock", "launched", "json_file"},
     {"config"},
+    {"config_rollout"},
     {"settings", "metrics", "file_lock", "hangup"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
