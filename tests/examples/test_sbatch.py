@@ -62,33 +62,37 @@ def test_what_goes_back_into_the_queue(run, code: int, restarts: str, requeued: 
 
 
 NODES = {**JOB, "SLURM_JOB_NUM_NODES": "4", "SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_ON_NODE": "48"}
-# The servers' step lasts as long as the job; with TROUBLE it ends at once, with that exit code.
+# The servers' step lasts until it is told to end; with TROUBLE it ends at once, with that exit code, and the trainer's
+# is told. Either takes a while to end.
 SRUN_OF_TWO = """#!/bin/bash
+exec > /dev/null 2>&1
 echo "$*" >> said
+until_told() { trap "sleep 0.3; echo ended $1 >> said; exit 0" TERM; echo "$1 waits" >> said; sleep 20 & wait; }
 case "$*" in
-    *" serve "*) [ "$TROUBLE" ] && exit "$TROUBLE" || exec sleep 20 ;;
+    *" serve "*) if [ "$TROUBLE" ]; then until grep -q "trainer waits" said; do sleep 0.01; done; exit "$TROUBLE"; fi
+        until_told servers ;;
     *" train "*)
-        [ "$TROUBLE" ] && exec sleep 20 > /dev/null 2>&1
-        until grep -q " serve " said; do sleep 0.01; done
+        [ "$TROUBLE" ] && until_told trainer
+        until grep -q "servers waits" said; do sleep 0.01; done
         exit "$CODE" ;;
 esac
 """
 
 
 def test_the_last_nodes_generate(run, tmp_path: Path) -> None:
-    """Each step on nodes of its own; settings that were given win over those of the split, the trainer's end is the
-    job's."""
+    """Each step on nodes of its own; settings that were given win over those of the split; the trainer's end is the
+    job's, once the servers have ended in order: SLURM kills what a script leaves behind."""
     (tmp_path / "srun").write_text(SRUN_OF_TWO)
     arguments = ("--rollout-nodes=1", "my.yaml", "--rollout.ahead=2")
     code, errors, asked = run(*arguments, CODE="70", **NODES)
     split = "my.yaml --rollout.nodes=1 --rollout.colocated=false --rollout.ahead=1 --rollout.ahead=2"
-    serve, train = sorted(asked, key=lambda words: "train" in words)
+    serve, train = sorted((words for words in asked if "--nodes" in words), key=lambda words: " train " in words)
     assert "--nodes=1 --relative=3 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=48" in serve
     assert serve.endswith(f" serve {split}")
     assert "--nodes=3 --relative=0 --ntasks=24 --wait=120 --cpus-per-task=6" in train and train.endswith(
         f" train {split}"
     )
-    assert code == 70 and len(errors.splitlines()) == 1
+    assert code == 70 and len(errors.splitlines()) == 1 and asked[-1] == "ended servers"
 
 
 @pytest.mark.parametrize("trouble", ["2", "1"])
@@ -97,7 +101,7 @@ def test_servers_that_end_early_end_the_job(run, tmp_path: Path, trouble: str) -
     (tmp_path / "srun").write_text(SRUN_OF_TWO)
     code, errors, asked = run("--rollout-nodes=1", "my.yaml", CODE="0", TROUBLE=trouble, **NODES)
     assert code == (2 if trouble == "2" else 0) and f"have ended with exit code {trouble}" in errors
-    assert ("scontrol requeue 7" in asked) == (trouble == "1")
+    assert asked[3:] == ["ended trainer"] + ["scontrol requeue 7"] * (trouble == "1")
 
 
 @pytest.mark.parametrize("nodes", ["4", "-1", "x", ""])
