@@ -114,9 +114,13 @@ def test_interval_is_the_same_again_and_another_by_another_seed():
 def test_interval_draws_in_parts_as_many_as_asked_for(monkeypatch):
     parts, join = [], np.concatenate
     monkeypatch.setattr(estimates, "DRAWN_AT_ONCE", 64)
-    monkeypatch.setattr(estimates.np, "concatenate", lambda means: parts.extend(map(len, means)) or join(means))
+    monkeypatch.setattr(
+        estimates.np,
+        "concatenate",
+        lambda means, *more: parts.append([len(part) for part in means]) or join(means, *more),
+    )
     interval([0.0, 1.0, 1.0], resamples=100)
-    assert parts == [21, 21, 21, 21, 16]
+    assert [21, 21, 21, 21, 16] in parts
 
 
 @pytest.mark.parametrize("values", [[], [0.5]])
