@@ -1,4 +1,4 @@
-"""The command line: `flowrl-mega train | ablate | serve CONFIG.yaml [--section.field=value ...]`.
+"""The command line: `flowrl-mega train | eval | ablate | serve CONFIG.yaml [--section.field=value ...]`.
 
 Exit codes:
 
@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from flowrl_mega.config import ConfigError, RunError
-from flowrl_mega.config_file import load_config
+from flowrl_mega.config_file import load_config, load_eval_config
 from flowrl_mega.hangup import outlive_the_terminal, stop_signals
 from flowrl_mega.launched import speaks, started_by_launcher
 
@@ -62,6 +62,15 @@ def _train(options: argparse.Namespace, stop: StopRequest) -> int:
     return run_as_rank(train, Path(config.run_dir)) if started_by_launcher() else train()
 
 
+def _eval(options: argparse.Namespace, stop: StopRequest) -> int:
+    config = load_eval_config(options.config, options.overrides)
+    from flowrl_mega.benchmark.run import evaluate
+    from flowrl_mega.faults import run_as_rank
+
+    run = partial(evaluate, config, options.arguments, options.regrade, options.dry_run, options.checked, stop)
+    return run_as_rank(run, Path(config.run_dir)) if started_by_launcher() else run()
+
+
 def _ablate(options: argparse.Namespace, stop: StopRequest) -> int:
     from flowrl_mega.ablation.run import ablate
 
@@ -80,6 +89,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flowrl-mega", description="FlowRL on Megatron-core.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train from a YAML file of settings", allow_abbrev=False)
+    evaluate = commands.add_parser(
+        "eval",
+        help="a model on benchmarks: every answer kept, avg@k, pass@k, maj@k",
+        description="Has a model, or a running server, answer benchmarks. Run again, it goes on with what is missing. "
+        "Writes RUN_DIR/samples.jsonl, scores.json and scores.md.",
+        allow_abbrev=False,
+    )
     ablate = commands.add_parser(
         "ablate",
         help="a grid of settings, some seeds each: one table, one plot",
@@ -88,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     serve = commands.add_parser("serve", help="start the servers of rollout.* alone, on this node", allow_abbrev=False)
-    for command, run in ((train, _train), (ablate, _ablate), (serve, _serve)):
+    for command, run in ((train, _train), (evaluate, _eval), (ablate, _ablate), (serve, _serve)):
         command.set_defaults(run=run)
         words = "YAML file of settings; --section.field=value changes one of them"
         command.add_argument("config", type=os.path.expanduser, help=words)
@@ -113,9 +129,13 @@ def _parser() -> argparse.ArgumentParser:
         type=os.path.expanduser,
         help="auto (the run folder's newest checkpoint), never, or a folder",
     )
-    for command in (train, ablate):
+    evaluate.add_argument(
+        "--regrade", action="store_true", help="grade the stored answers again, without a model, and score them"
+    )
+    for command in (train, evaluate, ablate):
         command.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and stop")
-    train.add_argument("--checked", action="store_true", help=argparse.SUPPRESS)  # given to ranks that we start
+    for command in (train, evaluate):
+        command.add_argument("--checked", action="store_true", help=argparse.SUPPRESS)  # given to ranks that we start
     return parser
 
 

@@ -260,8 +260,21 @@ class CheckpointSettings(Settings):
         return bool(self.every and step % self.every == 0) or 0 < 60 * self.minutes <= seconds
 
 
+class BenchmarkSettings(Settings):
+    """As the settings of `flowrl-mega eval` (config_eval.py)."""
+
+    names: list[str] = Field([], description="of docs/evaluation.md's table, reasoning_gym:TASK, or JSON lines files")
+    data: PathText | None = Field(None, description="folder with NAME.jsonl of each benchmark; null: from the hub")
+    problems: int | None = Field(None, ge=1, description="only the first so many of each benchmark; null: all")
+    k: int = Field(4, ge=1, description="answers a problem")
+    max_tokens: int | None = Field(None, ge=1, description="null: rollout.max_tokens")
+    temperature: float = Field(0.6, ge=0, description="0: greedy")
+    top_p: float = Field(0.95, gt=0, le=1)
+
+
 class EvaluationSettings(Settings):
-    every: int = Field(0, ge=0, description="steps between evaluations on held-out prompts; 0: never")
+    every: int = Field(0, ge=0, description="steps between evaluations on held-out prompts and benchmarks; 0: never")
+    benchmarks: BenchmarkSettings = BenchmarkSettings()
     samples: int = Field(4, ge=1, description="answers a prompt")
     distinct_at: int = Field(64, ge=1, description="k of the exact figures, for rows that list their 'right_answers'")
 

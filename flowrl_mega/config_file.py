@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,30 @@ from typing import Any
 import yaml
 
 from flowrl_mega.config import Config, ConfigError
+from flowrl_mega.config_eval import EvalConfig, check_evaluation
 from flowrl_mega.config_moves import is_earlier_run, refuse_moved, translated
 from flowrl_mega.config_rules import NEEDS, check_together
-from flowrl_mega.settings import Settings, kinds_of, section_of, unread, validated
+from flowrl_mega.settings import S, Settings, kinds_of, section_of, unread, validated
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The checked settings of a YAML file with `section.field=value` overrides (values are read as YAML)."""
+    """The checked settings of a run: a YAML file with `section.field=value` overrides (values are read as YAML)."""
+    tree = _read_tree(path, Config)
+    if is_earlier_run(tree):
+        tree = _without_unread(translated(tree))
+    config = _overridden(tree, overrides, Config)
+    check_together(config)
+    return config
+
+
+def load_eval_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> EvalConfig:
+    """The checked settings of an evaluation, as `load_config`."""
+    config = _overridden(_read_tree(path, EvalConfig), overrides, EvalConfig)
+    check_evaluation(config)
+    return config
+
+
+def _read_tree(path: str | Path, model: type[Settings]) -> dict[str, Any]:
     try:
         tree, written = read_yaml(Path(path).read_text())
     except FileNotFoundError:
@@ -26,17 +44,17 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}, not a mapping of settings")
-    tree = _with_texts(tree, written, Config)
-    if is_earlier_run(tree):
-        tree = _without_unread(translated(tree))
+    return _with_texts(tree, written, model)
+
+
+def _overridden(tree: dict[str, Any], overrides: Sequence[str], model: type[S]) -> S:
+    """The settings of a tree, each checked alone, after the overrides."""
     if isinstance(tree.get("reward"), str):
         tree["reward"] = {"function": tree["reward"]}
     for override in overrides:
-        _apply(tree, override)
+        _apply(tree, override, model)
     refuse_moved(tree)
-    config = validated(Config, tree, "")
-    check_together(config)
-    return config
+    return validated(model, tree, "")
 
 
 def _without_unread(tree: dict[str, Any]) -> dict[str, Any]:
@@ -50,15 +68,15 @@ def _without_unread(tree: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply(tree: dict[str, Any], override: str, model: type[Settings]) -> None:
     """Set one `section.field=value` in the tree."""
     name, found, text = override.lstrip("-").partition("=")
     if not found or not name:
         raise ConfigError(f"{override!r}: not a setting; write --section.field=value")
-    value = read_value(name, text)
+    value = read_value(name, text, model)
     if name == "reward" and not isinstance(value, dict | None):
         name = "reward.function"  # the short form sets the function, and its settings stay
-        value = read_value(name, text)
+        value = read_value(name, text, model)
     *sections, field = name.split(".")
     for depth, section in enumerate(sections):
         tree = tree.setdefault(section, {})
@@ -68,15 +86,15 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[field] = value
 
 
-def read_value(name: str, text: str) -> Any:
+def read_value(name: str, text: str, model: type[Settings] = Config) -> Any:
     """What a flag gives to the setting `name`: YAML, or where the setting is a text this text as it is written."""
-    section, kinds = _place(name)
+    section, kinds = _place(name, model)
     try:
         value, written = read_yaml(text)
     except yaml.YAMLError:
         return text
     if section or str not in kinds:
-        return with_texts(name, _number(value), written)
+        return with_texts(name, _number(value), written, model)
     text = text.strip()
     if text.lower() in ("", "~", "null"):
         return None
@@ -85,20 +103,20 @@ def read_value(name: str, text: str) -> Any:
     return _as_text(_number(value), text, kinds) if float in kinds else text  # with what YAML takes for a comment
 
 
-def with_texts(name: str, value: Any, written: Any) -> Any:
+def with_texts(name: str, value: Any, written: Any, model: type[Settings] = Config) -> Any:
     """The `value` that YAML has read for the setting or section `name`, and where a text is wanted what is `written`:
     2024-01-01, 007 and yes are names of folders, too."""
-    section, kinds = _place(name)
+    section, kinds = _place(name, model)
     return _with_texts(value, written, section) if section else _as_text(value, written, kinds)
 
 
-def _place(name: str) -> tuple[type[Settings] | None, set[Any]]:
+def _place(name: str, model: type[Settings]) -> tuple[type[Settings] | None, set[Any]]:
     """The section that a dotted name is of, if any, and the types that a setting of this name takes."""
     *sections, field = name.split(".")
-    model: type[Settings] | None = Config
+    place: type[Settings] | None = model
     for section in sections:
-        model = section_of(model, section)
-    return section_of(model, field), kinds_of(model, field)
+        place = section_of(place, section)
+    return section_of(place, field), kinds_of(place, field)
 
 
 def _with_texts(value: Any, written: Any, model: type[Settings]) -> Any:

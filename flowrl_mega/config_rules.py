@@ -39,7 +39,12 @@ NEEDS = (
     ),
     Needs(OWN_TRUNK, "critic.trunk=own", lambda c: c.critic is None or c.critic.trunk == "own"),
     Needs("critic.value_coef", "critic.trunk=shared", lambda c: c.critic is None or c.critic.trunk == "shared"),
-    Needs("evaluation.samples evaluation.distinct_at", "evaluation.every", lambda c: c.evaluation.every > 0),
+    Needs(
+        "evaluation.samples evaluation.distinct_at evaluation.benchmarks",
+        "evaluation.every",
+        lambda c: c.evaluation.every > 0,
+    ),
+    Needs("evaluation.benchmarks", "evaluation.benchmarks.names", lambda c: len(c.evaluation.benchmarks.names) > 0),
     Needs("monitor.wandb_project", "monitor.wandb", lambda c: c.monitor.wandb != "off"),
 )
 
@@ -74,8 +79,11 @@ def _data(config: Config) -> Iterator[str]:
         )
     if isinstance(data.held_out, float) and not 0 < data.held_out < 1:
         yield f"data.held_out = {data.held_out}: a share must lie between 0 and 1"
-    if config.evaluation.every and data.held_out is None:
-        yield f"evaluation.every = {config.evaluation.every}: needs prompts; set data.held_out (0.1)"
+    if config.evaluation.every and data.held_out is None and not config.evaluation.benchmarks.names:
+        yield (
+            f"evaluation.every = {config.evaluation.every}: needs prompts; set data.held_out (0.1), or "
+            "evaluation.benchmarks.names"
+        )
 
 
 def _steps(config: Config) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from flowrl_mega import objectives, ops
+from flowrl_mega.benchmark.in_training import Asked, asked_by, describe_graders
 from flowrl_mega.checkpoint import (
     check_checkpoint,
     check_model,
@@ -20,7 +21,7 @@ from flowrl_mega.checkpoint import (
 )
 from flowrl_mega.config import Config, ConfigError, ModelSettings, OptimizerSettings
 from flowrl_mega.data.digest import digest
-from flowrl_mega.data.fit import check_prompts
+from flowrl_mega.data.fit import check_positions, check_prompts, check_vocabulary
 from flowrl_mega.data.load_prompts import PromptData, kinds_of, load_prompts, modules_of
 from flowrl_mega.host_checks import check_allocator, check_disk, check_shared_memory
 from flowrl_mega.model.architecture import Architecture, read_architecture
@@ -69,6 +70,11 @@ class Inputs:
         return digest(self.data.prompts)
 
     @cached_property
+    def benchmarks(self) -> list[Asked]:
+        """Those of evaluation.benchmarks, tokenized."""
+        return asked_by(self.config, self.data.tokenizer)
+
+    @cached_property
     def reward(self) -> Reward:
         return load_reward(self.config.reward)
 
@@ -78,7 +84,8 @@ class Inputs:
         refuse them."""
         reward, data = self.reward, self.data  # a wrong name is told before data are read
         every = [prompts for prompts in (data.prompts, data.held_out) if prompts]
-        return reward.describe(set().union(*map(kinds_of, every)), set().union(*map(modules_of, every)))
+        own = reward.describe(set().union(*map(kinds_of, every)), set().union(*map(modules_of, every)))
+        return "; of benchmarks ".join(filter(None, [own, describe_graders(self.config, self.benchmarks)]))
 
 
 def ranks_to_start(config: Config) -> int:
@@ -115,6 +122,7 @@ def check(inputs: Inputs, world: int, resume: str, checkpoint: Path | None, one_
     check_model(config.model.path, arch)
     _ = inputs.reward_description
     check_prompts(inputs.data, config, arch.vocab, arch.max_positions)
+    check_benchmarks(inputs)
     check_wandb(config.monitor.wandb)
     check_sequences(config, world // config.parallel.model_ranks)
     check_allocator(config)
@@ -129,6 +137,15 @@ def check(inputs: Inputs, world: int, resume: str, checkpoint: Path | None, one_
             path = config.critic.path or config.model.path
             critic_in_checkpoint(checkpoint, read_architecture(path, "critic.path"), f"critic.path = {path!r}")
         inputs.resumed = resumption(state, config, inputs.data.prompts, inputs.data_digest)
+
+
+def check_benchmarks(inputs: Inputs) -> None:
+    config, arch = inputs.config, inputs.arch
+    for problems, prompts in inputs.benchmarks:
+        check_vocabulary(f"benchmark {problems.name}", prompts, arch.vocab, inputs.data.tokenizer)
+        if config.rollout.engine == "embedded":
+            most = config.evaluation.benchmarks.max_tokens or config.rollout.max_tokens
+            check_positions(f"benchmark {problems.name}", prompts, arch.max_positions, most)
 
 
 def optimizers(config: Config, world: int, checkpoint: Path | None) -> dict[str, tuple[OptimizerSettings, bool | None]]:
@@ -224,8 +241,11 @@ def check_engine(inputs: Inputs, world: int) -> str:
     if config.rollout.nodes:
         return f"SGLang on {config.rollout.nodes} other nodes, {config.rollout.servers} server(s) each"
     prompts = [*inputs.data.prompts, *(inputs.data.held_out or [])]
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    return check_attached(config.rollout, inputs.arch, longest + config.rollout.max_tokens)
+    needed = max(len(prompt.token_ids) for prompt in prompts) + config.rollout.max_tokens
+    for _, asked in inputs.benchmarks:
+        most = config.evaluation.benchmarks.max_tokens or config.rollout.max_tokens
+        needed = max(needed, max(len(prompt.token_ids) for prompt in asked) + most)
+    return check_attached(config.rollout, inputs.arch, needed)
 
 
 def check_sequences(config: Config, dp: int) -> None:
@@ -300,10 +320,21 @@ def describe(inputs: Inputs, world: int, checkpoint: Path | None) -> str:
         f"tokens, {config.updates_per_step} update(s), {config.steps} steps; answers end at ids {list(stop_ids)}",
         "run folder": f"{config.run_dir}, " + (f"resuming {checkpoint}" if checkpoint else "from the start"),
     }
+    if inputs.benchmarks:
+        lines["benchmarks"] = describe_benchmarks(inputs)
     if inputs.resumed:
         said = inputs.resumed.lines or ["settings and data are those of the checkpoint"]
         lines["compared"] = f"\n{' ' * 12}".join(said)
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+
+
+def describe_benchmarks(inputs: Inputs) -> str:
+    settings, config = inputs.config.evaluation.benchmarks, inputs.config
+    every = ", ".join(f"{problems.title} ({len(prompts)} problems)" for problems, prompts in inputs.benchmarks)
+    return (
+        f"{every} x {settings.k} answers of at most {settings.max_tokens or config.rollout.max_tokens} tokens at "
+        f"temperature {settings.temperature:g}, top_p {settings.top_p:g}, every {config.evaluation.every} steps"
+    )
 
 
 def describe_old(objective: Objective, stale: bool) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from flowrl_mega.benchmark.in_training import TrainingBenchmarks
 from flowrl_mega.checkpoint import load_checkpoint, read_side_files, save_checkpoint, saved_in_shares
 from flowrl_mega.checkpoint.folder import remove_unfinished
 from flowrl_mega.config import RunError
@@ -51,6 +52,8 @@ class Run:
         at_once = rollout.engine == "embedded"
         self.queue = GroupQueue(self.engine, self.stream, rollout, sampling, config.seed, on_answer, at_once)
         self.evaluator = Evaluator(self.engine, self.grader, sampling, config.evaluation, config.seed)
+        own = (inputs.benchmarks, data.tokenizer, stop_ids)
+        self.benchmarks = TrainingBenchmarks(config, layout, self.engine, *own)
         self.trainer = Trainer(config, layout, inputs.objective, self.models, self.engine, self.queue, self.grader)
         if checkpoint:
             self._resume(checkpoint)
@@ -130,8 +133,9 @@ class Run:
 
     def _evaluate_when_due(self, monitor: Monitor | None) -> None:
         every, step, held_out = self.config.evaluation.every, self.trainer.step_done, self.inputs.data.held_out
-        if every and held_out is not None and (step % every == 0 or step == self.config.steps):
-            metrics = self.evaluator.evaluate(held_out, self.models.policy)
+        if every and (step % every == 0 or step == self.config.steps):
+            metrics = self.evaluator.evaluate(held_out, self.models.policy) if held_out is not None else {}
+            metrics |= self.benchmarks.evaluate()
             if monitor:
                 monitor.evaluation(step, metrics)
 

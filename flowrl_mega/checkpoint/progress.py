@@ -1,4 +1,4 @@
-"""How far a long copy is: bytes, pace and time left."""
+"""How far long work is: what is done, its pace and the time left."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from flowrl_mega.parallel.layout import rank, world
 LINE_EVERY_S = 15.0
 
 
-class ByteProgress:
+class Progress:
     """A bar on a terminal; elsewhere a line now and then. Of several ranks only the first shows its own share."""
 
-    def __init__(self, label: str, total: int, stream: TextIO | None = None, every: float = LINE_EVERY_S) -> None:
-        self.label, self.total, self.stream, self.every = label, total, stream or sys.stderr, every
+    def __init__(
+        self, label: str, total: int, stream: TextIO | None = None, every: float = LINE_EVERY_S, unit: str = "B"
+    ) -> None:
+        self.label, self.total, self.stream, self.every, self.unit = label, total, stream or sys.stderr, every, unit
         self.done, self.start = 0, time.monotonic()
         self._last_line = self.start
         self._bar: Any = None
         if self.stream.isatty():
-            self._bar = tqdm(total=total, desc=label, unit="B", unit_scale=True, dynamic_ncols=True, file=self.stream)
+            self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=True, dynamic_ncols=True, file=self.stream)
 
     def __call__(self, size: int) -> None:
         self.done += size
@@ -36,8 +38,12 @@ class ByteProgress:
             self._last_line = now
             pace = self.done / (now - self.start)
             left = tqdm.format_interval((self.total - self.done) / pace)
-            sizes = f"{tqdm.format_sizeof(self.done)}B of {tqdm.format_sizeof(self.total)}B"
-            print(f"{self.label}: {sizes}, {tqdm.format_sizeof(pace)}B/s, {left} left", file=self.stream, flush=True)
+            sizes = f"{tqdm.format_sizeof(self.done)}{self.unit} of {tqdm.format_sizeof(self.total)}{self.unit}"
+            print(
+                f"{self.label}: {sizes}, {tqdm.format_sizeof(pace)}{self.unit}/s, {left} left",
+                file=self.stream,
+                flush=True,
+            )
 
     def close(self) -> None:
         if self._bar is not None:
@@ -50,7 +56,7 @@ def progress(label: str, total: int, show: bool) -> Iterator[Callable[[int], Non
     if not show or rank():
         yield lambda size: None
         return
-    bar = ByteProgress(label if world() == 1 else f"{label}, rank 0 of {world()}", total)
+    bar = Progress(label if world() == 1 else f"{label}, rank 0 of {world()}", total)
     try:
         yield bar
     finally:

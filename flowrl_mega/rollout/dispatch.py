@@ -53,11 +53,18 @@ class Task:
 
 
 class Dispatcher:
-    """`newest` is the latest version that servers have been, or are being, given."""
+    """`newest` is the latest version that servers have been, or are being, given; with `any_weights` they keep those
+    that they were started with, and answers are not asked for their version."""
 
     def __init__(
-        self, settings: RolloutSettings, gateways: list[Gateway], vocab: int, restarter: Restarter | None
+        self,
+        settings: RolloutSettings,
+        gateways: list[Gateway],
+        vocab: int,
+        restarter: Restarter | None,
+        any_weights: bool = False,
     ) -> None:
+        self.any_weights = any_weights
         self.settings, self.gateways, self.vocab, self.restarter = settings, gateways, vocab, restarter
         self.background = Background()
         self.health = Health(settings, gateways, restarter, self.background, self._requeue, self._pump)
@@ -69,10 +76,10 @@ class Dispatcher:
         """Start watching the servers."""
         self.background.spawn(self.health.watch())
 
-    async def add(self, job: Job, sampling: Sampling, seed: int) -> None:
-        """Queue a job's requests."""
+    async def add(self, job: Job, sampling: Sampling, seed: int | list[list[int]]) -> None:
+        """Queue a job's requests. `seed`: what those of the answers are drawn from, or theirs, one list per request."""
         job.answers, job.left = [None] * len(job.requests), len(job.requests)
-        for index, seeds in enumerate(answer_seeds(job.requests, seed)):
+        for index, seeds in enumerate(answer_seeds(job.requests, seed) if isinstance(seed, int) else seed):
             self.queue.append(Task(job, index, sampling, seeds))
         self._pump()
 
@@ -146,7 +153,8 @@ class Dispatcher:
         start, limit = time.monotonic(), self.settings.request_timeout_s - task.seconds
         try:
             response = await gateway.client.generate(task.request, task.sampling, task.seeds, limit)
-            versions = range(version, self.newest + 1)  # an update may have come in the middle of the answer
+            # An update may have come in the middle of the answer.
+            versions = None if self.any_weights else range(version, self.newest + 1)
             answers = gateway.client.read_answers(response, task.request, self.vocab, versions)
         except Stale as error:
             self.health.is_stale(gateway, str(error))  # requeues this request, too

@@ -28,8 +28,9 @@ class ServerClient(Protocol):
     async def generate(self, request: Request, sampling: Sampling, seeds: list[int], timeout_s: float) -> Any:
         """The response to `request`, for `read_answers`; one seed per answer."""
 
-    def read_answers(self, response: Any, request: Request, vocab: int, versions: range) -> list[Rollout]:
-        """The answers in a response, whose tokens may be of these `versions`. Raises Malformed and Stale."""
+    def read_answers(self, response: Any, request: Request, vocab: int, versions: range | None) -> list[Rollout]:
+        """The answers in a response, whose tokens may be of these `versions` (None: of any, which are not looked at).
+        Raises Malformed and Stale."""
 
     async def health(self, timeout_s: float) -> None:
         """Return if the server is able to generate."""

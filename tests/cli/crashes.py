@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from flowrl_mega import run, train
+from flowrl_mega.benchmark import answers
 from flowrl_mega.checkpoint import folder, state
 
 
@@ -36,6 +37,11 @@ def while_removing() -> None:
     _at_second_call_of_rank_0(state, "remove_old")
 
 
+def at_the_70th_answer() -> None:
+    """Of an evaluation, on every rank; with 128 answers of the first batch on two ranks that is one of the second."""
+    _nth_call(answers.AnswerFile, "add", 70)
+
+
 def hung_up() -> None:
     """Rank 1 alone is told in step 3 that its terminal was closed."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves run under nohup
@@ -53,6 +59,12 @@ def late_on_rank_1() -> None:
     """Its clock goes on by years a step."""
     if os.environ["RANK"] == "1":
         run.time = SimpleNamespace(monotonic=count(step=1e9).__next__)  # type: ignore[assignment]
+
+
+def _nth_call(place: Any, name: str, n: int) -> None:
+    """Die in the n-th call of a method, before it does anything."""
+    plain, calls = getattr(place, name), count(1)
+    setattr(place, name, lambda *args: _die() if next(calls) == n else plain(*args))
 
 
 def _in_second_update_of(step: int) -> None:

@@ -21,6 +21,8 @@ from flowrl_mega.settings import Settings, section_of
 
 TESTS = Path(__file__).parents[1]
 PPO = "objective={name: ppo}"
+BENCHMARK = f"evaluation.benchmarks.names=[{TESTS}/config/three_sums.jsonl]"
+LONG = "evaluation.benchmarks.max_tokens=60"  # long enough for some answers to end before
 SCORED = "reward.overlong.buffer=7"  # this policy is never right: else all rewards, and a critic's gradient, are 0
 
 
@@ -258,6 +260,18 @@ EVIDENCE: dict[str, Any] = {
     "checkpoint.at_end": Trained("checkpoint.at_end=true"),
     "checkpoint.export_hf": Trained("checkpoint.export_hf=true", ("checkpoint.at_end=true",)),
     "evaluation.every": Trained("evaluation.every=0", ("evaluation.samples=4",)),
+    "evaluation.benchmarks.names": (Trained(BENCHMARK), Refused(BENCHMARK, ("evaluation.every=0",))),
+    "evaluation.benchmarks.data": Refused(
+        "evaluation.benchmarks.data=nowhere", ("evaluation.benchmarks.names=[amc23]",)
+    ),
+    "evaluation.benchmarks.problems": Trained("evaluation.benchmarks.problems=2", (BENCHMARK, LONG)),
+    "evaluation.benchmarks.k": (
+        Trained("evaluation.benchmarks.k=2", (BENCHMARK,)),
+        Refused("evaluation.benchmarks.k=2"),
+    ),
+    "evaluation.benchmarks.max_tokens": Trained("evaluation.benchmarks.max_tokens=2", (BENCHMARK,)),
+    "evaluation.benchmarks.temperature": Trained("evaluation.benchmarks.temperature=0", (BENCHMARK, LONG)),
+    "evaluation.benchmarks.top_p": Trained("evaluation.benchmarks.top_p=0.1", (BENCHMARK, LONG)),
     "evaluation.samples": (
         Trained("evaluation.samples=3"),
         Refused("evaluation.samples=3", ("evaluation.every=0",)),

@@ -29,8 +29,8 @@ def request_body(request: Request, sampling: Sampling, seeds: list[int]) -> dict
     }
 
 
-def read_answers(body: Any, request: Request, vocab: int, versions: range) -> list[Rollout]:
-    """The answers in the response to `request`, whose tokens may be of these `versions` of the weights.
+def read_answers(body: Any, request: Request, vocab: int, versions: range | None) -> list[Rollout]:
+    """The answers in the response to `request`, whose tokens may be of these `versions` of the weights (None: of any).
 
     Raises Malformed and Stale.
     """
@@ -40,7 +40,7 @@ def read_answers(body: Any, request: Request, vocab: int, versions: range) -> li
     return [_read(answer, request.max_tokens, vocab, versions) for answer in body]
 
 
-def _read(answer: Any, max_tokens: int, vocab: int, versions: range) -> Rollout:
+def _read(answer: Any, max_tokens: int, vocab: int, versions: range | None) -> Rollout:
     meta = answer.get("meta_info") if isinstance(answer, dict) else None
     if not isinstance(meta, dict):
         raise Malformed("no meta_info")
@@ -57,7 +57,8 @@ def _read(answer: Any, max_tokens: int, vocab: int, versions: range) -> Rollout:
     if min(ids) < 0 or max(ids) >= vocab:
         wrong = next(token for token in ids if not 0 <= token < vocab)
         raise Malformed(f"token id {wrong} outside the vocabulary of {vocab}")
-    return Rollout(ids, _logp(meta, ids), kind, _spans(meta, len(ids), versions))
+    spans = [(0, len(ids))] if versions is None else _spans(meta, len(ids), versions)
+    return Rollout(ids, _logp(meta, ids), kind, spans)
 
 
 def _logp(meta: dict[str, Any], ids: list[int]) -> list[float]:

@@ -18,14 +18,18 @@ ASK_S = 20.0  # time-out of each request
 
 def read_key(settings: RolloutSettings) -> str | None:
     """The servers' key from `rollout.api_key_file`, if it is set; ConfigError if the file cannot be used."""
-    if settings.api_key_file is None:
+    return read_key_file(settings.api_key_file, "rollout.api_key_file")
+
+
+def read_key_file(file: str | None, setting: str) -> str | None:
+    if file is None:
         return None
     try:
-        key = Path(settings.api_key_file).read_text().strip()
+        key = Path(file).read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"rollout.api_key_file = {settings.api_key_file!r}: cannot be read ({error})") from None
+        raise ConfigError(f"{setting} = {file!r}: cannot be read ({error})") from None
     if not key or not key.isprintable() or " " in key:
-        raise ConfigError(f"rollout.api_key_file = {settings.api_key_file!r}: must hold the key and nothing else")
+        raise ConfigError(f"{setting} = {file!r}: must hold the key and nothing else")
     return key
 
 

@@ -28,7 +28,7 @@ class SglangServer(HttpClient):
         """One dict per answer: `output_ids` and `meta_info`."""
         return await self._generate(request_body(request, sampling, seeds), timeout_s)
 
-    def read_answers(self, response: Any, request: Request, vocab: int, versions: range) -> list[Rollout]:
+    def read_answers(self, response: Any, request: Request, vocab: int, versions: range | None) -> list[Rollout]:
         return read_answers(response, request, vocab, versions)
 
     async def abort_request(self, timeout_s: float) -> None:

@@ -73,7 +73,7 @@ class SglangEngine:
     def _connect(self) -> int:
         """Rank 0: connect to all servers; the longest sequence, in tokens, that all of them take."""
         assert self.loop
-        _allow_connections(self.settings.concurrency)
+        allow_connections(self.settings.concurrency)
         urls = self.started.urls if self.started else self.settings.servers
         if isinstance(urls, int):
             urls = announced.find(self.settings, Path(self.config.run_dir))
@@ -247,7 +247,7 @@ def _result(future: Future[Any] | None) -> tuple[str, Any]:
         return "fault", error
 
 
-def _allow_connections(count: int) -> None:
+def allow_connections(count: int) -> None:
     """Raise the limit of open files: each prompt under way needs a connection, and the default is often 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = hard if hard != resource.RLIM_INFINITY else 1 << 20
