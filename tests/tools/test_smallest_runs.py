@@ -152,7 +152,8 @@ def test_sandbox(run, monkeypatch):
 
 
 @pytest.mark.ranks
-def test_our_client_on_a_server(model, tmp_path, ranks1):
+@pytest.mark.parametrize("kind", ["Ours", "OursOfEval"])
+def test_our_client_on_a_server(model, tmp_path, ranks1, kind):
     """The half of client.py that is ours, with a stand-in for the server. SGLang's own client takes half a minute of
     CPU to import, so the whole command is no part of CI."""
     from client_ranks import ours
@@ -160,7 +161,7 @@ def test_our_client_on_a_server(model, tmp_path, ranks1):
 
     server = StandIn(vocab=128, layers=3)
     try:
-        assert ranks1.run(ours, str(model), server.url, tmp_path)[0] > 0
+        assert ranks1.run(ours, str(model), server.url, tmp_path, kind)[0] > 0
         assert sum(len(body["input_ids"]) for body in server.asked("/generate")) == 4
     finally:
         server.close()

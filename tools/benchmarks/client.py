@@ -1,12 +1,13 @@
 """Tokens a second through our client against SGLang's own benchmark client, in turns, on one running server.
 
     python tools/benchmarks/client.py --model DIR --python SERVER_PYTHON [--prompts 128] [--prompt-tokens 32]
-        [--tokens 128] [--concurrency 32] [--rounds 3] [--json FILE]
+        [--tokens 128] [--concurrency 32] [--rounds 3] [--ours training|eval] [--json FILE]
 
 Both ask for the same: so many prompts of random ids, answers of exactly `--tokens` tokens with their log-probs, not
 streamed, at most `--concurrency` under way, temperature 1. `theirs` is `python -m sglang.benchmark.serving`; its clock
 starts after its imports. `ours` is the engine of training, attached to the server: from `start` to the end of
-`finish`, validation and checks of the answers included. Speeds are medians over the rounds, which begin with the other
+`finish`, validation and checks of the answers included; or what `flowrl-mega eval` sends its prompts by, each answer
+decoded and written to the disk. Speeds are medians over the rounds, which begin with the other
 each time; the ratio is the median of the rounds' ratios.
 """
 
@@ -60,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=128, help="new ones an answer")
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ours", choices=["training", "eval"], default="training", help="which of our clients")
     parser.add_argument("--server-args", type=json.loads, default={}, help="SGLang's flags, as JSON")
     parser.add_argument("--json")
     return parser
@@ -78,7 +80,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     fleet.start()
     try:
-        ours = Ours(options, fleet.urls[0], folder)
+        ours = (Ours if options.ours == "training" else OursOfEval)(options, fleet.urls[0], folder)
         work = {"theirs": lambda seed: theirs(options, fleet.urls[0], folder, seed), "ours": ours.run}
         for run in work.values():
             run(0)  # to warm up
@@ -92,6 +94,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     names = ("prompts", "prompt_tokens", "tokens", "concurrency", "rounds")
     return {
         **{name: getattr(options, name) for name in names},
+        "client": options.ours,
         **{name: statistics.median(values) for name, values in speeds.items()},
         "ratio": statistics.median(ratios),
         "samples": speeds,
@@ -161,11 +164,8 @@ class Ours:
         from flowrl_mega.model.generation import Sampling
         from flowrl_mega.rollout.engine import Request
 
-        draw, options = random.Random(seed), self.options
-        prompts = [
-            [draw.randrange(self.arch.vocab) for _ in range(options.prompt_tokens)] for _ in range(options.prompts)
-        ]
-        requests = [Request(prompt, 1, options.tokens) for prompt in prompts]
+        options = self.options
+        requests = [Request(prompt, 1, options.tokens) for prompt in random_prompts(options, self.arch.vocab, seed)]
         start = time.perf_counter()
         rollouts = self.engine.finish(self.engine.start(requests, Sampling(options.tokens), seed))
         seconds = time.perf_counter() - start
@@ -177,6 +177,48 @@ class Ours:
 
         self.engine.close()
         layouts.shutdown()
+
+
+class OursOfEval:
+    """What `flowrl-mega eval` has for servers at their URLs."""
+
+    def __init__(self, options: argparse.Namespace, url: str, folder: Path) -> None:
+        from flowrl_mega.benchmark.servers import ServersWriter
+        from flowrl_mega.config_eval import EvalConfig
+        from flowrl_mega.data.load_prompts import load_tokenizer
+        from flowrl_mega.model.architecture import read_architecture
+
+        self.options, self.folder, self.arch = options, folder, read_architecture(options.model)
+        tree = {
+            "run_dir": str(folder), "benchmarks": ["random"], "k": 1, "model": {"path": options.model},
+            "rollout": {"engine": "sglang", "servers": [url], "concurrency": options.concurrency,
+                        "max_tokens": options.tokens, "temperature": 1.0, "top_p": 1.0},
+        }  # fmt: skip
+        tokenizer = load_tokenizer(options.model)
+        self.writer = ServersWriter(EvalConfig.model_validate(tree), self.arch, tokenizer, ends=(), model=None)
+
+    def run(self, seed: int) -> float:
+        """Output tokens a second."""
+        from flowrl_mega.benchmark.answers import AnswerFile, read_answers
+        from flowrl_mega.benchmark.writer import Work
+
+        options, folder = self.options, self.folder / f"ours_{seed}"
+        prompts = random_prompts(options, self.arch.vocab, seed)
+        start = time.perf_counter()
+        file = AnswerFile(folder, 0)
+        self.writer.write(Work("random", prompts, [[0]] * len(prompts)), file.add, lambda: False)
+        file.close()
+        seconds = time.perf_counter() - start
+        assert [answer.tokens for answer in read_answers(folder).values()] == [options.tokens] * options.prompts
+        return options.prompts * options.tokens / seconds
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def random_prompts(options: argparse.Namespace, vocab: int, seed: int) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(vocab) for _ in range(options.prompt_tokens)] for _ in range(options.prompts)]
 
 
 if __name__ == "__main__":
