@@ -82,6 +82,10 @@ class EvalConfig(Settings):
     parallel: ParallelSettings = Field(ParallelSettings(), description="engine embedded: how the model is shared out")
     rollout: EvalRollout = EvalRollout()
     reward: EvalReward = EvalReward()
+    diversity: Literal["fast", "all"] = Field(
+        "fast",
+        description="all: also the Vendi score and self-BLEU (needs flowrl-mega[eval]); minutes for long answers",
+    )
     judge: JudgeSettings | None = Field(None, description="null: none; {url: ..}: a judge of diversity")
 
 

@@ -199,7 +199,7 @@ class Evaluation:
                 print(f"\n{table(found)}\n{self.run_dir}: {SCORES}, {TABLE}; the answers with their grades: {SAMPLES}")
 
     def _scores(self, problems: Problems, samples: list[Sample]) -> dict[str, Any]:
-        found = scores(samples, self.config.k)
+        found = scores(samples, self.config.k, slow=self.config.diversity == "all")
         if problems.name == codeforces.NAME:
             right = ((sample.problem, sample.right) for sample in samples)
             found |= codeforces.rating(Path(problems.source), problems.rows, right, self.config.k)

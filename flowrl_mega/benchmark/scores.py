@@ -9,12 +9,13 @@ from statistics import fmean
 from typing import Any
 
 from flowrl_mega.benchmark.samples import Sample
-from flowrl_mega.evaluation.diversity import clusters, distinct_n
+from flowrl_mega.evaluation.diversity import clusters, distinct_n, self_bleu, vendi_of_texts
 from flowrl_mega.evaluation.estimates import interval, maj, pass_at_k, powers
 
 
-def scores(samples: Sequence[Sample], k: int) -> dict[str, Any]:
-    """The scores of one benchmark's samples, sorted by problem, with `k` attempts at each; the first k count.
+def scores(samples: Sequence[Sample], k: int, slow: bool = False) -> dict[str, Any]:
+    """The scores of one benchmark's samples, sorted by problem, with `k` attempts at each; the first k count. `slow`:
+    with measures of diversity that compare each answer with the others.
 
     Intervals are of 95%, over problems. "cut_off", "no_answer", "time_out" and "failed" count answers, all of which
     count as wrong: those that ended at the limit of tokens, gave no final answer, could not be graded in time, or on
@@ -38,7 +39,7 @@ def scores(samples: Sequence[Sample], k: int) -> dict[str, Any]:
         "failed": sum(sample.kind == "error" for sample in every),
         "answers": len(every),
         "mean_tokens": _mean(sample.tokens for sample in every),
-        "diversity": diversity(by_problem),
+        "diversity": diversity(by_problem) | (slow_diversity(by_problem) if slow and k > 1 else {}),
     }
     return found
 
@@ -55,6 +56,12 @@ def diversity(by_problem: Sequence[Sequence[Sample]]) -> dict[str, float]:
     if solved := [of for of in right if of]:
         found["right_clusters"] = fmean(clusters([s.text for s in of]) for of in solved)
     return found
+
+
+def slow_diversity(by_problem: Sequence[Sequence[Sample]]) -> dict[str, float]:
+    """Of all of a problem's answers, means over the problems."""
+    texts = [[sample.text for sample in of] for of in by_problem]
+    return {"vendi": fmean(map(vendi_of_texts, texts)), "self_bleu": fmean(map(self_bleu, texts))}
 
 
 def _estimate(name: str, per_problem: list[float]) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def vendi_of_texts(texts: Sequence[str], orders: Sequence[int] = (1, 2)) -> floa
 
     Single words and pairs, as in the paper's own measure of texts. Texts that have no such run are all alike.
     """
-    return vendi(sum(_cosines(texts, n) for n in orders) / len(orders))
+    return vendi(np.mean([_cosines(texts, n) for n in orders], axis=0))
 
 
 def _cosines(texts: Sequence[str], n: int) -> np.ndarray:

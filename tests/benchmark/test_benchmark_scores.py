@@ -101,6 +101,20 @@ def test_what_was_not_graded_is_told_apart() -> None:
     assert "| 1 of 3 | 1 of 3 |" in table({"b": found})
 
 
+def test_what_compares_answers_with_each_other_is_asked_for() -> None:
+    """Two answers, the same or without a word in common, as the library and the formula have it."""
+    pytest.importorskip("sacrebleu")
+    texts = ["one two three four five", "six seven eight nine ten"]
+    pairs = [
+        [sample(i, text=text)._replace(attempt=a) for a, text in enumerate(of)]
+        for i, of in enumerate(([texts[0]] * 2, texts))
+    ]
+    found = scores([s for of in pairs for s in of], 2, slow=True)["diversity"]
+    assert found["vendi"] == pytest.approx((1 + 2) / 2)
+    assert found["self_bleu"] == pytest.approx(1 / 2, abs=0.05)
+    assert "vendi" not in scores(pairs[0], 2)["diversity"]
+
+
 def test_the_mean_over_benchmarks_is_of_benchmarks() -> None:
     """Each counts the same, however many problems it has, as in the paper's tables."""
     one, four = scores([sample(0, True, vote="x")], 1), scores([sample(i, vote="x") for i in range(4)], 1)
