@@ -20,7 +20,7 @@ class EvalModel(Settings):
         description="Hugging Face folder, or a Megatron checkpoint of any layout; of engine chat: null, the server "
         "has its own",
     )
-    dtype: Literal["fp32", "bf16"] = "bf16"
+    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, else fp32")
     name: str | None = Field(None, description="engine chat: which of the server's models; null: the first it lists")
 
 

@@ -6,7 +6,7 @@ import zlib
 from typing import Any
 
 from flowrl_mega.benchmark.answers import Place
-from flowrl_mega.benchmark.writer import Done, Stop, Work, answer_of, sampling_of
+from flowrl_mega.benchmark.writer import Done, Stop, Work, answer_of, dtype_of, sampling_of
 from flowrl_mega.checkpoint import load_model
 from flowrl_mega.config import Config, DataSettings, ModelSettings
 from flowrl_mega.config_eval import EvalConfig
@@ -65,7 +65,7 @@ def policy_config(config: EvalConfig) -> Config:
         run_dir=config.run_dir,
         steps=1,
         seed=config.seed,
-        model=ModelSettings(path=config.model.path, dtype=config.model.dtype),
+        model=ModelSettings(path=config.model.path, dtype=dtype_of(config)),
         parallel=config.parallel,
         data=DataSettings(),
         reward=config.reward,

@@ -6,7 +6,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from flowrl_mega.benchmark.writer import Done, Stop, Work, answer_of, sampling_of
+from flowrl_mega.benchmark.writer import Done, Stop, Work, answer_of, dtype_of, sampling_of
 from flowrl_mega.config_eval import EvalConfig
 from flowrl_mega.model.architecture import Architecture
 from flowrl_mega.rollout.dispatch import Dispatcher, Job
@@ -34,7 +34,7 @@ class ServersWriter:
             if isinstance(urls, int):
                 assert model is not None
                 folder = Path(config.run_dir) / "servers"
-                self.fleet = Fleet(settings, model, folder, config.model.dtype, 0, load_format="auto")
+                self.fleet = Fleet(settings, model, folder, dtype_of(config), 0, load_format="auto")
                 self.fleet.start()
                 key, urls = settings.server_args.get("api_key", key), self.fleet.urls
             allow_connections(settings.concurrency)

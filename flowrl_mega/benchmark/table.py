@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,7 +110,7 @@ def _load(name: str, data: str | None, first: int | None, seed: int) -> Problems
         return _own(Path(name).stem, read_jsonl(name), name, first)
     benchmark = BENCHMARKS[name]
     file = _file(name, data) if data else None
-    problems = _published(benchmark, str(file or benchmark.dataset))
+    problems = _published(benchmark, str(file)) if file else _of_hub(name, benchmark)
     found, known = digest(problems), benchmark.sum
     if file and (benchmark.rows not in (None, len(problems)) or known not in (None, found)):
         raise ConfigError(
@@ -127,11 +128,25 @@ def _own(name: str, rows: list[Row], source: str, first: int | None) -> Problems
     return Problems(name, name, rows[:first], source, found, False)
 
 
+def _of_hub(name: str, benchmark: Benchmark) -> list[Problem]:
+    try:
+        return _published(benchmark, benchmark.dataset)
+    except ConfigError as error:
+        why = re.search(r"cannot be loaded \((.*?)\); check", str(error))
+        reason = (
+            f"{benchmark.dataset}: cannot be loaded from the hub ({why[1]})"
+            if why
+            else str(error).removeprefix("--input ")
+        )
+        raise ConfigError(f"{reason}; give data, a folder with {name}.jsonl in it") from None
+
+
 def _file(name: str, folder: str) -> Path:
-    """NAME.jsonl, or as data sets with several splits are named NAME_test.jsonl."""
-    for file in (Path(folder, f"{name}.jsonl"), Path(folder, f"{name}_test.jsonl")):
-        if file.is_file():
-            return file
+    """NAME.jsonl or .parquet, or as data sets with several splits are named NAME_test.jsonl."""
+    for stem in (name, f"{name}_test"):
+        for file in (Path(folder, f"{stem}.jsonl"), Path(folder, f"{stem}.parquet")):
+            if file.is_file():
+                return file
     raise ConfigError(
         f"data = {folder!r} has no {name}.jsonl for benchmark {name}; put the published records there, one a line, or "
         "leave data out where the hub can be reached"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
 
 from flowrl_mega.benchmark.answers import Answer, Place
 from flowrl_mega.config_eval import EvalConfig
@@ -33,6 +35,11 @@ class Writer(Protocol):
 
     def close(self) -> None:
         """Stop what was started here."""
+
+
+def dtype_of(config: EvalConfig) -> Literal["fp32", "bf16"]:
+    said = config.model.dtype
+    return said if said != "auto" else "bf16" if torch.cuda.is_available() else "fp32"
 
 
 def sampling_of(config: EvalConfig, stop_ids: tuple[int, ...]) -> Sampling:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,18 @@ def test_a_task_of_reasoning_gym_and_a_file_of_ones_own(tmp_path: Path) -> None:
 def test_what_is_not_there(name: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):
         load(name, data=tmp_path)
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told in one sentence with the way without it, whether it is the network that is missing or the library."""
+    has_library = importlib.util.find_spec("datasets") is not None
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError) as refusal:
+        load("minerva")
+    said = str(refusal.value)
+    why = "cannot be loaded from the hub (" if has_library else "Parquet files and Hugging Face datasets are read by"
+    assert said.startswith(f"benchmarks: math-ai/minervamath: {why}") and "\n" not in said
+    assert said.endswith("; give data, a folder with minerva.jsonl in it")
 
 
 def test_two_of_one_name(tmp_path: Path) -> None:

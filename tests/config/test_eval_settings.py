@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flowrl_mega.benchmark.table import BENCHMARKS
 from flowrl_mega.config import ConfigError
 from flowrl_mega.config_file import load_eval_config
 
@@ -24,6 +25,14 @@ def test_the_defaults_are_the_papers(tmp_path: Path) -> None:
     rollout = config.rollout
     assert (config.k, rollout.temperature, rollout.top_p, rollout.max_tokens) == (16, 0.6, 0.95, 8192)
     assert config.reward.function == "flowrl_mega.rewards.by_kind:score"
+
+
+def test_the_example_takes_a_model_and_a_folder() -> None:
+    example = Path(__file__).parents[2] / "examples" / "eval.yaml"
+    config = load_eval_config(example, ["--model.path=model", "--data=folder"])
+    assert set(config.benchmarks) <= BENCHMARKS.keys() and len(config.benchmarks) == 6
+    with pytest.raises(ConfigError, match=r"model.path: missing"):
+        load_eval_config(example)
 
 
 def test_flags_win_and_texts_stay_texts(tmp_path: Path) -> None:
