@@ -44,7 +44,7 @@ def _pieces(text: str) -> Iterator[tuple[bool, str]]:
 def _is_closed(text: str, start: int, end: int) -> bool:
     """Whether the $ at `end` closes one before `start`, and is no second sum of money as in "$5 * 3 = $15"."""
     inner = text[start:end]
-    return bool(inner.strip()) and inner[0].isspace() == inner[-1].isspace() and not text[end + 1 : end + 2].isdigit()
+    return inner[:1].isspace() == inner[-1:].isspace() and not text[end + 1 : end + 2].isdigit()
 
 
 # What parts statements in LaTeX, beside commas and semicolons that no bracket encloses.
@@ -94,7 +94,7 @@ def _in_plain_text(text: str) -> list[str]:
     for token in PLAIN.finditer(BOLD.sub(" ", BULLET.sub("", text))):
         kind = str(token.lastgroup)
         if kind == "space":
-            spaced = spaced or "$" not in token[0]
+            spaced = True
             continue
         before = run[-1][0] if run else ""
         if kind == "word" and len(token["word"]) > 1:

@@ -62,6 +62,7 @@ def test_fewer_than_two_attempts_cannot_differ(attempts):
         ("3\n\nMost attempts use coordinates.", 3),
         ("Two ways: 14 use algebra, 2 geometry.\n\nRating: 1", 1),
         ("2\n\nTherefore:\n2", 2),
+        ("4\nof kinds:\n3\nas listed.", 4),
         ("<think>maybe 4?\n4</think>\n\n2", 2),
         ("", None),
         ("0", None),
