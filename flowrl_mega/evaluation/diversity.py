@@ -115,16 +115,18 @@ def vendi(similarity: np.ndarray) -> float:
     return exp(-float(values @ np.log(values)))
 
 
-def vendi_of_texts(texts: Sequence[str], orders: Sequence[int] = (1, 2)) -> float:
+def vendi_of_texts(texts: Sequence[str], orders: Sequence[int] = (1, 2, 3, 4)) -> float:
     """The Vendi score by words: similarity is the cosine of counts of runs of n words, its mean over n in `orders`.
 
-    Single words and pairs, as in the paper's own measure of texts. Texts that have no such run are all alike.
+    These orders are those of the authors' ngram_vendi_score, whose words are nltk's; here they are what spaces part. A
+    text of fewer than n words is one run of its own, so that short texts are alike only where they are equal.
     """
     return vendi(np.mean([_cosines(texts, n) for n in orders], axis=0))
 
 
 def _cosines(texts: Sequence[str], n: int) -> np.ndarray:
-    counts = [_grams(text.split(), n) or Counter({(): 1}) for text in texts]
+    words = [text.split() for text in texts]
+    counts = [_grams(of_text, n) or Counter({tuple(of_text): 1}) for of_text in words]
     columns = {gram: at for at, gram in enumerate(dict.fromkeys(gram for of_text in counts for gram in of_text))}
     vectors = np.zeros((len(texts), len(columns)))
     for row, of_text in zip(vectors, counts, strict=True):

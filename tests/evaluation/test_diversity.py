@@ -245,7 +245,9 @@ def test_vendi_refuses_what_is_no_similarity(k, said):
 @pytest.mark.parametrize(
     "texts, orders, expected",
     [
-        (["a b c"] * 4, (1, 2), 1.0),
+        (["a b c"] * 4, (1, 2, 3, 4), 1.0),
+        (["42", "43", "44 45"], (1, 2, 3, 4), 3.0),  # of fewer than n words, and no two equal
+        (["42", "42"], (1, 2, 3, 4), 1.0),
         (["a b", "c d", "e f"], (1, 2), 3.0),
         (["", ""], (1, 2), 1.0),
         (["", "a b"], (1,), 2.0),
@@ -259,10 +261,11 @@ def test_vendi_of_texts(texts, orders, expected):
 
 def test_vendi_of_texts_by_hand():
     """Counts (1, 1, 0) and (1, 0, 1), and (2, 1, 0): cosines 1/2, 3/sqrt(10) and 2/sqrt(10); pairs have none in common
-    but the first and the last."""
+    but the first and the last; longer runs, none."""
     a, b, c = 1 / 2, 3 / math.sqrt(10), 2 / math.sqrt(10)
     words = np.array([[1, a, b], [a, 1, c], [b, c, 1]])
     pairs = np.array([[1, 0, 1 / math.sqrt(2)], [0, 1, 0], [1 / math.sqrt(2), 0, 1]])
     texts = ["x y", "x z", "x y x"]
     assert vendi_of_texts(texts, (1,)) == pytest.approx(vendi(words))
-    assert vendi_of_texts(texts) == pytest.approx(vendi((words + pairs) / 2))
+    assert vendi_of_texts(texts, (1, 2)) == pytest.approx(vendi((words + pairs) / 2))
+    assert vendi_of_texts(texts) == pytest.approx(vendi((words + pairs + 2 * np.eye(3)) / 4))
