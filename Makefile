@@ -2,7 +2,7 @@
 PYTHON =#  the interpreter that .venv is made with: Python 3.11 or 3.12
 TORCH =#   auto (CUDA build where there is an NVIDIA GPU, else CPU), cpu, cuda, or system: the torch that PYTHON has
 SEEDS =#   quickstart, exact-table: how many seeds
-DATA =#    test*: folder with the benchmark data, for the tests that read it
+DATA =#    test*, reproduce-smoke: folder with the benchmark data
 ARGS =#    test*: more arguments for pytest
 
 PY := .venv/bin/python
@@ -19,7 +19,7 @@ echo 'setup: no Python 3.11 or 3.12 found (tried: $(CANDIDATES)).' >&2; \
 echo 'Install one, or name it: make setup PYTHON=/path/to/python3.12' >&2; exit 1
 endef
 
-.PHONY: help setup setup-example setup-integration setup-tests setup-sglang setup-slurm setup-te setup-te-emulation build build-cuda-check quickstart compare example-smollm2
+.PHONY: help setup setup-example setup-reproduce setup-integration setup-tests setup-sglang setup-slurm setup-te setup-te-emulation build build-cuda-check quickstart compare example-smollm2 reproduce-smoke
 .PHONY: rehearse-gpu test test-fast test-tools test-integration verify-exact exact-table lint format
 
 help:  ## this list
@@ -68,6 +68,13 @@ compare: setup  ## the fair comparison: equal tuning trials for each method, thr
 
 exact-table: setup  ## docs/exact.md: every objective where the right end is known exactly (SEEDS=3: the spread)
 	@$(PY) -m examples.exact.run $(if $(SEEDS),--seeds $(SEEDS))
+
+setup-reproduce: EXTRA := --extra example --extra data
+setup-reproduce:
+	$(SETUP)
+
+reproduce-smoke: setup-reproduce  ## a study from its base model to its report, small: SmolLM2-135M, two methods (DATA=DIR)
+	@$(PY) -m flowrl_mega.cli reproduce examples/studies/smoke.yaml $(if $(DATA),--data $(DATA))
 
 example-smollm2: setup-example  ## train a real pretrained model, SmolLM2-135M-Instruct, on reasoning-gym tasks
 	@$(PY) -m examples.smollm2.run

@@ -1,4 +1,4 @@
-"""The command line: `flowrl-mega train | eval | ablate | serve CONFIG.yaml [--section.field=value ...]`.
+"""The command line: `flowrl-mega train | eval | ablate | reproduce | serve CONFIG.yaml [--section.field=value ...]`.
 
 Exit codes:
 
@@ -28,6 +28,7 @@ from flowrl_mega.hangup import outlive_the_terminal, stop_signals
 from flowrl_mega.launched import speaks, started_by_launcher
 
 BAD_INPUT, CANNOT_GO_ON, INTERRUPTED = 2, 70, 130
+STAGES = ("fetch", "data", "train", "evaluate", "report")  # of a study
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,6 +78,14 @@ def _ablate(options: argparse.Namespace, stop: StopRequest) -> int:
     return ablate(options.config, options.overrides, options.vary, options.seeds, options.dry_run, stop)
 
 
+def _reproduce(options: argparse.Namespace, stop: StopRequest) -> int:
+    if options.overrides:
+        raise ConfigError(f"{options.overrides[0]}: a study is changed in its file; reproduce takes no settings")
+    from flowrl_mega.reproduce.run import reproduce
+
+    return reproduce(options.config, options.stage, options.data, options.dry_run, options.submit, stop)
+
+
 def _serve(options: argparse.Namespace, stop: StopRequest) -> int:
     config = load_config(options.config, options.overrides)
     from flowrl_mega import job
@@ -103,10 +112,17 @@ def _parser() -> argparse.ArgumentParser:
         "one after the other; run again, it goes on. Writes RUN_DIR/ablation.md, ablation.json and ablation.png.",
         allow_abbrev=False,
     )
+    again = commands.add_parser(
+        "reproduce",
+        help="a published table made again: fetch, data, train, evaluate, report",
+        description="Runs the stages of a study (examples/studies/) that are not done yet. Run again, it goes on.",
+        allow_abbrev=False,
+    )
     serve = commands.add_parser("serve", help="start the servers of rollout.* alone, on this node", allow_abbrev=False)
-    for command, run in ((train, _train), (evaluate, _eval), (ablate, _ablate), (serve, _serve)):
+    for command, run in ((train, _train), (evaluate, _eval), (ablate, _ablate), (again, _reproduce), (serve, _serve)):
         command.set_defaults(run=run)
         words = "YAML file of settings; --section.field=value changes one of them"
+        words = "YAML file of a study" if command is again else words
         command.add_argument("config", type=os.path.expanduser, help=words)
     ablate.add_argument(
         "--vary",
@@ -132,7 +148,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--regrade", action="store_true", help="grade the stored answers again, without a model, and score them"
     )
-    for command in (train, evaluate, ablate):
+    again.add_argument("--stage", nargs="+", choices=STAGES, help="only these (all)")
+    again.add_argument("--data", help="folder with NAME.jsonl of the benchmarks; else they are fetched from the hub")
+    again.add_argument("--submit", action="store_true", help="hand the stages to SLURM as a chain of jobs, and return")
+    for command in (train, evaluate, ablate, again):
         command.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and stop")
     for command in (train, evaluate):
         command.add_argument("--checked", action="store_true", help=argparse.SUPPRESS)  # given to ranks that we start

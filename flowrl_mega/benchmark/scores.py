@@ -54,7 +54,7 @@ def diversity(by_problem: Sequence[Sequence[Sample]]) -> dict[str, float]:
         "distinct_2": fmean(distinct_n([s.text for s in of], 2) for of in by_problem),
     }
     if solved := [of for of in right if of]:
-        found["right_clusters"] = fmean(clusters([s.text for s in of]) for of in solved)
+        found["right_clusters"] = fmean(clusters([s.text for s in of], [s.vote for s in of]) for of in solved)
     return found
 
 

@@ -38,6 +38,7 @@ PATHS: dict[str, tuple[tuple[str, ...], str]] = {
     "reward.function": ((), ".py:score"),
     "reward": ((), ".py:score"),
     "reward.code.python": (CODE, ""),
+    "evaluation.benchmarks.data": (("evaluation.every=1", "evaluation.benchmarks.names=[amc23]"), ""),
     "objective.name": ((), ".py:Own"),
 }
 TEXTS = {"monitor.wandb_project", "reward.code.url"}  # and no paths
