@@ -18,7 +18,7 @@ from flowrl_mega.settings import ConfigError as ConfigError
 from flowrl_mega.settings import PathText, Settings, path
 from flowrl_mega.settings import RunError as RunError
 
-LogZKind = Literal["mlp", "mlp-detached", "zero", "constant", "group", "random"]
+LogZKind = Literal["mlp", "mlp-detached", "zero", "constant", "group", "random", "frozen"]
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise"]
 
 
@@ -32,7 +32,7 @@ class LogZ(Settings):
     @property
     def learned(self) -> bool:
         """Whether the model has parameters for it."""
-        return self.kind not in ("zero", "group", "random")
+        return self.kind in ("mlp", "mlp-detached", "constant")
 
 
 class ModelSettings(Settings):

@@ -31,13 +31,16 @@ class Experience:
     rollouts: list[Rollout]
     scores: list[Score]
     uniform_groups: float = 0.0  # share of prompts whose answers all have the same reward
+    log_z: list[float] | None = None  # of each answer's prompt, where it is frozen
 
     @classmethod
-    def of(cls, groups: list[Group]) -> Experience:
+    def of(cls, groups: list[Group], log_z: Mapping[int, float] | None = None) -> Experience:
+        """`log_z`: where it is frozen, each prompt's, by its index in the data set."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         scores = [score for group in groups for score in group.scores]
         uniform = sum(group.is_uniform for group in groups) / len(groups)
-        return cls(as_sequences([group.prompt for group in groups], rollouts), rollouts, scores, uniform)
+        frozen = None if log_z is None else [log_z[group.index] for group in groups for _ in group.rollouts]
+        return cls(as_sequences([group.prompt for group in groups], rollouts), rollouts, scores, uniform, frozen)
 
     @property
     def has_rollout_logp(self) -> bool:
@@ -78,6 +81,8 @@ class MicroBatch:
     packed: PackedBatch
     credit: Tensor  # [B] float64, what `Objective.credit` made of the rewards
     group: Tensor  # [B] int64, each answer's prompt by its number in the step
+    groups: int = 0  # prompts in the step; 0 where the groups are not known
+    log_z: Tensor | None = None  # [B] float64, where it is frozen
     rollout_logp: Tensor | None = None  # [R] log-probs that the engine reported; None where it reports none
     old_logp: Tensor | None = None  # [R] log pi_old(y_t); None where the first update's own forward gives it
     ref_logp: Tensor | None = None  # [R] log pi_ref(y_t); None where the objective needs no reference
@@ -101,12 +106,13 @@ class MicroBatch:
             old_logp=old_logp,
             trainer_logp=trainer if self.by_behaviour else None,
             ref_logp=self.ref_logp,
-            log_z=output.log_z if output else None,
+            log_z=output.log_z if output and self.log_z is None else self.log_z,
             cu_seqlens=self.packed.response_cu_seqlens,
             offsets=self.packed.response_offsets,
             credit=self.credit,
             rollout_logp=self.rollout_logp,
             group=self.group,
+            groups=self.groups,
             value=self.value,
             prepared=self.prepared,
         )
@@ -157,6 +163,10 @@ def credited(
     rewards = torch.tensor([score.reward for score in experience.scores], dtype=torch.float64)
     group = torch.arange(len(rewards)) // config.rollout.group_size
     credit, group = objective.credit(rewards, group).to(device), group.to(device)
+    groups = len(rewards) // config.rollout.group_size
+    log_z = None
+    if experience.log_z is not None:
+        log_z = torch.tensor(experience.log_z, dtype=torch.float64, device=device)
 
     def rollout_logp(batch: PackedBatch) -> Tensor | None:
         if not experience.has_rollout_logp:
@@ -164,7 +174,15 @@ def credited(
         return torch.tensor([x for i in batch.index.tolist() for x in experience.rollouts[i].logp], device=device)
 
     return [
-        MicroBatch(batch, credit[batch.index], group[batch.index], rollout_logp(batch), by_behaviour=by_behaviour)
+        MicroBatch(
+            batch,
+            credit[batch.index],
+            group[batch.index],
+            groups,
+            log_z=None if log_z is None else log_z[batch.index],
+            rollout_logp=rollout_logp(batch),
+            by_behaviour=by_behaviour,
+        )
         for batch in packed
     ]
 

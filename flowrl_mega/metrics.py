@@ -1,6 +1,6 @@
 """Metrics that say how they reduce.
 
-Whoever makes a metric wraps its values in one of three types, which say what becomes of them over an update (all its
+Whoever makes a metric wraps its values in one of these types, which say what becomes of them over an update (all its
 micro-batches, on all data-parallel ranks) and over the updates of a step. monitor/step_metrics.py does the reducing.
 """
 
@@ -51,7 +51,20 @@ class FromMeans:
         self.means: Final = means
 
 
-Metric = Mean | Max | FromMeans
+class GroupGap:
+    """The mean over an update's prompts of |the mean over the prompt's answers|; over a step's updates, the mean of
+    theirs. What is noise from answer to answer averages out, what the answers to a prompt share stays.
+
+    values: [B], one for each sequence of a micro-batch.  group: [B], its prompt's number among the step's `groups`.
+    """
+
+    def __init__(self, values: Tensor, group: Tensor, groups: int) -> None:
+        parts = torch.stack([values.detach().double(), torch.ones_like(values, dtype=torch.float64)])
+        self.values: Final = parts[0]
+        self.sums: Final = parts.new_zeros(2, groups).index_add_(1, group, parts)  # of the values, and of ones
+
+
+Metric = Mean | Max | FromMeans | GroupGap
 Report = Mapping[str, Metric]  # of one micro-batch
 Update = Mapping[str, Mean | Max]  # of one update, each metric a single number
 

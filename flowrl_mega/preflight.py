@@ -19,7 +19,7 @@ from flowrl_mega.checkpoint import (
     is_megatron,
     saved_in_shares,
 )
-from flowrl_mega.config import Config, ConfigError, ModelSettings, OptimizerSettings
+from flowrl_mega.config import Config, ConfigError, ModelSettings, OptimizerSettings, RolloutSettings
 from flowrl_mega.data.digest import digest
 from flowrl_mega.data.fit import check_positions, check_prompts, check_vocabulary
 from flowrl_mega.data.load_prompts import PromptData, kinds_of, load_prompts, modules_of
@@ -110,6 +110,7 @@ def check(inputs: Inputs, world: int, resume: str, checkpoint: Path | None, one_
     """
     config, objective = inputs.config, inputs.objective
     check_critic(inputs)
+    check_frozen(objective, config.rollout)
     check_ops(config.ops.backend)
     layouts.check_world(config.parallel, world)
     arch = inputs.arch
@@ -200,6 +201,14 @@ def check_critic(inputs: Inputs) -> None:
         check_pipeline(arch, config.parallel.pp, config.parallel.vpp)
         check_megatron(config, arch)
         check_model(critic.path, arch)
+
+
+def check_frozen(objective: Objective, rollout: RolloutSettings) -> None:
+    if objective.reference_answers and (rollout.top_p < 1 or rollout.top_k):
+        raise ConfigError(
+            f"objective.z = frozen: log Z is a mean over the reference's whole distribution, which rollout.top_p = "
+            f"{rollout.top_p} and rollout.top_k = {rollout.top_k} cut; use 1.0 and 0, or another objective.z"
+        )
 
 
 def check_ops(backend: Literal["auto", "native", "torch", "liger"]) -> str:
@@ -295,7 +304,6 @@ def describe(inputs: Inputs, world: int, checkpoint: Path | None) -> str:
     ranks += f", {parallel.vpp} virtual stages each" if parallel.vpp > 1 else ""
     ranks += ", sequence parallel" if parallel.sequence_parallel else ""
     reference = "frozen copy of model.path" + (", in CPU memory between uses" if config.model.reference_offload else "")
-    rate = config.optimizer.log_z_lr or config.optimizer.lr
     settings = ", ".join(f"{name}={value}" for name, value in objective.model_dump().items() if name != "name")
     size = f"{arch.layers} layers of {arch.hidden}, vocabulary {arch.vocab}"
     kind = "Megatron checkpoint" if is_megatron(config.model.path) else "Hugging Face folder"
@@ -309,9 +317,7 @@ def describe(inputs: Inputs, world: int, checkpoint: Path | None) -> str:
         "engine": check_engine(inputs, world),
         "objective": f"{config.objective['name']} ({settings})",
         "ratios": f"against {describe_old(objective, rollout.writes_ahead)}",
-        "log Z": (objective.log_z.kind + (f", lr {rate:g}" if objective.log_z.learned else ""))
-        if objective.log_z
-        else "none",
+        "log Z": describe_log_z(objective, config, len(prompts), checkpoint),
         "critic": describe_critic(config),
         "reference": reference if objective.needs_reference else "not needed",
         "prompts": f"{len(prompts)} to train on, {len(held_out) if held_out else 0} held out",
@@ -343,6 +349,23 @@ def describe_old(objective: Objective, stale: bool) -> str:
         return "the policy that wrote each token (behaviour), by the engine's log-probs"
     tis = f"; weighed by {objective.tis} to the engine's log-probs (decoupled)" if objective.tis != "none" else ""
     return f"the policy before the step's first update, scored by the trainer{tis}"
+
+
+def describe_log_z(objective: Objective, config: Config, prompts: int, checkpoint: Path | None) -> str:
+    """Where log Z comes from, and what its estimate costs, in words."""
+    answers = objective.reference_answers
+    if objective.log_z is None:
+        return "none"
+    if objective.log_z.learned:
+        return f"{objective.log_z.kind}, lr {config.optimizer.log_z_lr or config.optimizer.lr:g}"
+    if not answers:
+        return objective.log_z.kind
+    if checkpoint:
+        return f"{objective.log_z.kind}, as estimated before the first step"
+    return (
+        f"{objective.log_z.kind}, estimated before the first step from {answers} answers of the reference to each of "
+        f"{prompts} prompts: as many as {answers * prompts / config.sequences_per_step:.3g} steps generate"
+    )
 
 
 def logits_kept(model: ModelSettings) -> str:

@@ -15,6 +15,7 @@ from flowrl_mega.data.prompts import Prompts
 from flowrl_mega.settings import changed, flat
 
 RUN = "run"  # the checkpoint's part that `record` makes
+REFERENCE = "reference_answers"  # and what a frozen log Z is estimated from
 UNSET = "unset"
 SAID = 60  # characters of a value
 # Settings, and sections, of which a line would be no news; `distributed` goes on as it was, or is refused.
@@ -24,9 +25,12 @@ MEANING = {
     "model.path": "the policy goes on as it is; tokenizer and reference are the new folder's",
     "seed": "prompts come in another order: of this epoch some come twice and others not at all",
     "data.held_out": "prompts that the run has trained on may be held out now",
+    "objective.z_answers": "log Z stays as the first answers have it",
     "optimizer.decay": "the learning rate goes on where the new schedule is after so many updates",
     "optimizer.warmup_steps": "the learning rate goes on where the new schedule is after so many updates",
 }
+# What the reference's answers and their rewards depend on, beside the prompts.
+ASKED_UNDER = ("model.path", "reward", "rollout.temperature", "rollout.max_tokens", "rollout.ignore_eos")
 # Answers drawn under other values of these are no answers of this run: their prompts are asked again.
 SAMPLING = [f"rollout.{name}" for name in ("group_size", "temperature", "top_p", "top_k", "ignore_eos")]
 SAMPLING += ["rollout.max_tokens", "rollout.allow_truncated_sampling"]
@@ -61,6 +65,9 @@ def resumption(state: dict[str, Any], config: Config, prompts: Prompts, data: di
         lines = [_line(name, *values) for name, values in differences.items()]
         lines += _adapted(differences, state.get("objective", {}))
         lines += _data_line(saved["data"], data, rollout) if other_data else []
+        if REFERENCE in state:
+            _refuse_unasked(state[REFERENCE], prompts, saved["data"]["tokens"] != data["tokens"])
+            lines += _estimated_before(differences, saved["data"]["rows"] != data["rows"])
     _refuse_reader(rollout, other_data, differences)
     rounds, replayed = rollout.get("rounds", []), rollout.get("kept", [])
     every = [*rollout["groups"], *(group for saved in rounds for group in saved["groups"]), *replayed]
@@ -110,6 +117,24 @@ def _data_line(then: dict[str, Any], now: dict[str, Any], rollout: dict[str, Any
     return [
         f"data: {then['count']} prompts then, {now['count']} others now; from prompt {place} on they are the new ones"
     ]
+
+
+def _refuse_unasked(asked: dict[str, Any], prompts: Prompts, other_data: bool) -> None:
+    """log Z is frozen for the prompts that the reference was asked, and the policy is the reference no more."""
+    unasked = len(set(_Training(prompts).indices) - set(asked["indices"].tolist()))
+    if other_data or unasked:
+        what = "the prompts are others" if other_data else f"{unasked} prompts were held out"
+        raise ConfigError(
+            f"objective.z = frozen: {what} when the reference was asked for log Z, before the first step, and no "
+            "engine holds it any more; set data as they were, or start a new run (model.path can be this checkpoint)"
+        )
+
+
+def _estimated_before(differences: dict[str, Any], other_rows: bool) -> Iterator[str]:
+    names = [n for n in differences if any(f"{n}.".startswith(f"{field}.") for field in ASKED_UNDER)]
+    names += ["the rows of the data"] if other_rows else []
+    if names:
+        yield f"log Z stays frozen as it was estimated, and {', '.join(names)} would now give another"
 
 
 def _refuse_reader(rollout: dict[str, Any], other_data: bool, differences: dict[str, Any]) -> None:

@@ -23,7 +23,8 @@ from flowrl_mega.model.generation import Sampling
 from flowrl_mega.monitor import Monitor
 from flowrl_mega.parallel.layout import Layout, raise_on_all_ranks
 from flowrl_mega.preflight import Inputs
-from flowrl_mega.resume import RUN, record, resumption
+from flowrl_mega.reference_answers import ReferenceAnswers
+from flowrl_mega.resume import REFERENCE, RUN, record, resumption
 from flowrl_mega.rollout import build_engine
 from flowrl_mega.rollout.group_queue import GroupQueue
 from flowrl_mega.rollout.mismatch import beyond_budget
@@ -46,15 +47,16 @@ class Run:
         self.side_files = read_side_files(config.model.path)
         self.engine = build_engine(config, layout, inputs.arch, self.side_files)
         stop_ids = () if rollout.ignore_eos else data.stop_ids
-        sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k, stop_ids)
+        self.sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k, stop_ids)
         self.stream = Stream(open_loader(config.data, data.prompts, config.seed, layout.dp_rank, layout.dp), layout)
         on_answer = self.grader.begin if self.grader.is_early else None
         at_once = rollout.engine == "embedded"
-        self.queue = GroupQueue(self.engine, self.stream, rollout, sampling, config.seed, on_answer, at_once)
-        self.evaluator = Evaluator(self.engine, self.grader, sampling, config.evaluation, config.seed)
+        self.queue = GroupQueue(self.engine, self.stream, rollout, self.sampling, config.seed, on_answer, at_once)
+        self.evaluator = Evaluator(self.engine, self.grader, self.sampling, config.evaluation, config.seed)
         own = (inputs.benchmarks, data.tokenizer, stop_ids)
         self.benchmarks = TrainingBenchmarks(config, layout, self.engine, *own)
         self.trainer = Trainer(config, layout, inputs.objective, self.models, self.engine, self.queue, self.grader)
+        self.reference_answers: ReferenceAnswers | None = None
         if checkpoint:
             self._resume(checkpoint)
         self.engine.sync(self.models.policy, version=self.trainer.step_done)
@@ -65,6 +67,7 @@ class Run:
         config, trainer = self.config, self.trainer
         monitor = self._monitor()
         if trainer.step_done == 0:
+            self._ask_reference()
             self._evaluate_when_due(monitor)
         for step in range(trainer.step_done + 1, config.steps + 1):
             metrics, samples = trainer.step()
@@ -96,6 +99,8 @@ class Run:
             "rollout": self.queue.state_dict(),
             "objective": {name: getattr(objective, name) for name in objective.adapts},
         }
+        if self.reference_answers:
+            state[REFERENCE] = self.reference_answers.state_dict()
         folder, trained = Path(self.config.run_dir), self.models.trained()
         save_checkpoint(folder, trained, state, config.keep_last, self.side_files, config.export_hf)
         self.saved_at = time.monotonic()
@@ -119,6 +124,27 @@ class Run:
             for line in resumed.lines:
                 print(f"flowrl-mega: resuming {checkpoint}: {line}", file=sys.stderr)
         trainer.step_done = state["step"]
+        if REFERENCE in state:
+            self.reference_answers = ReferenceAnswers(**state[REFERENCE])
+            trainer.log_z = self.reference_answers.log_z(trainer.objective)
+
+    def _ask_reference(self) -> None:
+        """Estimate what log Z is frozen at, where it is, while the policy is the reference."""
+        objective, prompts, config = self.trainer.objective, self.inputs.data.prompts, self.config
+        if not objective.reference_answers:
+            return
+        self.reference_answers = found = ReferenceAnswers.ask(
+            self.engine,
+            self.grader,
+            prompts,
+            objective.reference_answers,
+            self.sampling,
+            config.seed,
+            at_once=config.sequences_per_step,
+        )
+        self.trainer.log_z = log_z = found.log_z(objective)
+        if self.layout.rank == 0:
+            print(f"flowrl-mega: {found.describe(log_z)}", file=sys.stderr)
 
     def _monitor(self) -> Monitor | None:
         """Rank 0's; the others log nothing."""

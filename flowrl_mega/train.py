@@ -44,6 +44,7 @@ class Trainer:
         self.config, self.layout, self.objective, self.models = config, layout, objective, models
         self.engine, self.queue, self.grader = engine, queue, grader
         self.step_done = 0
+        self.log_z: dict[int, float] | None = None  # where it is frozen, by the prompt's index in the data set
         self.seconds: dict[str, float] = defaultdict(float)
 
     def step(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -51,7 +52,7 @@ class Trainer:
         step = self.step_done + 1
         self.seconds.clear()
         groups, counts = self.rollouts(step)
-        experience = Experience.of(groups)
+        experience = Experience.of(groups, self.log_z)
         with self.timed("score"):
             mini_batches = self.micro_batches(experience)
         with self.timed("update"):

@@ -19,7 +19,7 @@ LEVELS = (
     {"job"},
     {"run"},
     {"train"},
-    {"experience", "evaluate", "preflight"},
+    {"experience", "evaluate", "preflight", "reference_answers"},
     {"learner", "grading", "resume", "host_checks", "network", "benchmark"},
     {"rollout", "data", "rewards", "evaluation", "checkpoint", "monitor"},
     {"model", "objectives"},

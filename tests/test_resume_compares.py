@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flowrl_mega.config import Config, ConfigError
 from flowrl_mega.data.digest import digest
@@ -15,7 +16,7 @@ from flowrl_mega.data.loader import Subset
 from flowrl_mega.data.prompts import Prompt, Prompts, tokenized
 from flowrl_mega.data.store import MappedStore, new_store
 from flowrl_mega.data.tokenizer import char_tokenizer
-from flowrl_mega.resume import RUN, Resumption, record, resumption
+from flowrl_mega.resume import REFERENCE, RUN, Resumption, record, resumption
 from flowrl_mega.settings import validated
 
 TOKENIZER = char_tokenizer("0123456789:")
@@ -148,6 +149,50 @@ def test_what_the_run_has_adapted_goes_on() -> None:
         "objective.kl_coef: 0.1 -> 0.4",
         "objective.kl_coef: the run has adapted it, and goes on with 0.25",
     ]
+
+
+FROZEN = {"name": "flowrl", "z": "frozen", "reward_norm": "none"}
+
+
+def of_a_frozen_log_z(training: Prompts) -> dict[str, Any]:
+    """A checkpoint's state whose reference has answered these prompts."""
+    asked = {"indices": torch.tensor([prompt.index for prompt in training])}
+    saved = record(settings(objective=FROZEN), digest(training))
+    return {"step": 2, "rollout": {"stream": {"place": 9}, "groups": []}, RUN: saved, REFERENCE: asked}
+
+
+@pytest.mark.parametrize(
+    ("changes", "last"),
+    [
+        ({}, None),
+        ({"optimizer__lr": 0.5}, "optimizer.lr: 1e-06 -> 0.5"),
+        ({"reward": "mine:score"}, "and reward.function would now give another"),
+        ({"rollout__temperature": 0.5}, "and rollout.temperature would now give another"),
+        ({"model__path": "other"}, "and model.path would now give another"),
+        ({"objective": {**FROZEN, "z_answers": 4}}, "log Z stays as the first answers have it"),
+        ({"objective": {**FROZEN, "beta": 4.0}}, "objective.beta: unset -> 4.0"),
+    ],
+)
+def test_a_frozen_log_z_stays_as_it_was_estimated(changes: dict[str, Any], last: str | None) -> None:
+    """And what would change it is told; beta would not: it is no part of the answers."""
+    found = resumption(
+        of_a_frozen_log_z(PROMPTS), settings(**{"objective": FROZEN, **changes}), PROMPTS, digest(PROMPTS)
+    )
+    assert (last is None and found.lines == []) or found.lines[-1].endswith(str(last)), found.lines
+
+
+def test_a_frozen_log_z_is_of_the_prompts_that_were_asked() -> None:
+    """Corrected answers in the rows, or fewer prompts, are no hindrance; a prompt without an estimate is."""
+    saved = of_a_frozen_log_z(Subset(PROMPTS, [0, 1, 2, 3]))
+    corrected = tokenized([{**row, "answer": 0} for row in ROWS], TOKENIZER)
+    config = settings(objective=FROZEN)
+    assert resumption(saved, config, Subset(PROMPTS, [3, 0]), digest(PROMPTS)).lines == []
+    last = resumption(saved, config, Subset(corrected, [0, 1, 2, 3]), digest(corrected)).lines[-1]
+    assert last == "log Z stays frozen as it was estimated, and the rows of the data would now give another"
+    added = tokenized([*ROWS, {"prompt": "77:", "answer": 77}], TOKENIZER)
+    for other, words in ((Subset(PROMPTS, [0, 4, 5]), "2 prompts were held out"), (added, "the prompts are others")):
+        with pytest.raises(ConfigError, match=f"objective.z = frozen: {words} when .*; set data as they were, or"):
+            resumption(saved, config, other, digest(other))
 
 
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"data__held_out": 0.5}, {"data__dali": {"buffer": 3}}, {}])

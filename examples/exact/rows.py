@@ -21,6 +21,8 @@ UPDATES, STEPS_OF_UPDATES = 4, 140  # where a step has several updates
 MATCHED = 1 / BETA  # the coefficient of a KL whose optimum is the target of BETA
 
 PRINTED = 16  # answers a group where GFlowRL's Z is as printed
+ASKED, FEW = 4096, 16  # of the reference, for a frozen log Z that is nearly exact, and for one that is not
+AHEAD = 8  # steps, by which answers are older than the step that learns from them
 
 # A target's short name in the table, and what it is.
 TARGETS = {
@@ -64,6 +66,7 @@ class Row:
     steps: int = STEPS
     log_z_lr: float | None = None  # another than that of all rows
     group: int = ANSWERS  # answers a group; a step has as many in all, each prompt then several groups
+    ahead: int = 0  # steps
 
     @property
     def sections(self) -> dict[str, Any]:
@@ -72,6 +75,8 @@ class Row:
             "objective": dict(self.objective),
             "rollout": rollout(self.group, ANSWERS // self.group),
         }
+        if self.ahead:
+            sections["rollout"] |= {"ahead": self.ahead}
         if self.critic is not None:
             sections["critic"] = dict(self.critic)
         if self.log_z_lr is not None:
@@ -101,6 +106,7 @@ Z = {
     "zero": ("Z zero", {"z": "zero"}),
     "group": ("Z group", {"z": "group"}),
     "group-loo": ("Z group, leave one out", {"z": "group", "z_leave_one_out": True}),
+    "frozen": (f"Z frozen, of {ASKED} answers", {"z": "frozen", "z_answers": ASKED}),
     "tis": ("Z mlp, tis sum", {"tis": "sum"}),
 }
 WEIGHTS = ("paper", "released", "max10", "asym", "cap", "gspo", "none")
@@ -174,6 +180,9 @@ TABLES: dict[str, dict[str, Row]] = {
     "FlowRL with 1/|y|": {
         **{f"norm-{key}": Row(title, PER_TOKEN | change, _per_token_target(key)) for key, (title, change) in Z.items()},
         "norm-constant-fast": _constant(PER_TOKEN, "B1"),
+        "norm-frozen-few": Row(
+            f"Z frozen, of {FEW} answers", PER_TOKEN | {"z": "frozen", "z_answers": FEW}, "B", own=False
+        ),
         "norm-r_hat": Row("Z mlp, r_hat", PER_TOKEN | {"reward_norm": "group"}, "B", own=False),
         "paper": Row("the paper's: r_hat, beta 15", {"name": "flowrl"}, "B", own=False),
     },
@@ -188,6 +197,14 @@ TABLES: dict[str, dict[str, Row]] = {
         "norm-random": Row("FlowRL, Z drawn from N(0.5, 1)", PER_TOKEN | {"z": "random"}, "B", own=False),
         "norm-mirror": Row(
             "FlowRL, Z group, pi_old as reference", PER_TOKEN | {"z": "group", "reference": "old"}, "B", own=False
+        ),
+    },
+    f"Answers {AHEAD} steps old": {
+        "gflowrl-16-stale": Row("GFlowRL, G 16", GFLOWRL, "B", group=16, ahead=AHEAD),
+        "gflowrl-16-no-clip-stale": Row("GFlowRL, G 16, no gap clip", GFLOWRL | NO_CLIP, "B", group=16, ahead=AHEAD),
+        "norm-mlp-stale": Row("FlowRL, Z mlp", PER_TOKEN, "B", ahead=AHEAD),
+        "norm-frozen-stale": Row(
+            f"FlowRL, Z frozen, of {ASKED} answers", PER_TOKEN | {"z": "frozen", "z_answers": ASKED}, "B", ahead=AHEAD
         ),
     },
     f"FlowRL's weights, {UPDATES} updates a step": {

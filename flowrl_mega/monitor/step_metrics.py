@@ -11,18 +11,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flowrl_mega.metrics import Max, Mean, Report, Update
+from flowrl_mega.metrics import GroupGap, Max, Mean, Report, Update
 
 
 def reduce_reports(reports: Sequence[Report], group: dist.ProcessGroup) -> dict[str, Mean | Max]:
     """An update's metrics from the reports of this rank's micro-batches, the same on every rank of `group`.
 
-    Every report, on every rank, has the same names with the same types. One all-reduce for maxima and one for sums.
+    Every report, on every rank, has the same names with the same types. One all-reduce for maxima, one for sums, and
+    one for each metric by prompt.
     """
     columns = {name: [report[name] for report in reports] for name in sorted(reports[0])}
     maxima = {name: column for name, column in columns.items() if isinstance(column[0], Max)}
-    means = {name: column for name, column in columns.items() if name not in maxima}
-    return {**_reduced_maxima(maxima, group), **_reduced_means(means, group)}
+    gaps = {name: column for name, column in columns.items() if isinstance(column[0], GroupGap)}
+    means = {name: column for name, column in columns.items() if name not in maxima and name not in gaps}
+    reduced_gaps = {name: _reduced_gap(column, group) for name, column in gaps.items()}
+    return {**_reduced_maxima(maxima, group), **_reduced_means(means, group), **reduced_gaps}
 
 
 def _reduced_maxima(columns: Mapping[str, Sequence[Any]], group: dist.ProcessGroup) -> dict[str, Max]:
@@ -41,6 +44,15 @@ def _reduced_means(columns: Mapping[str, Sequence[Any]], group: dist.ProcessGrou
     totals = _all_reduced([*sums, *counts], dist.ReduceOp.SUM, group)
     means = (total / count for total, count in zip(totals[: len(flat)], totals[len(flat) :], strict=True))
     return {name: Mean(columns[name][0].figure(*islice(means, len(own)))) for name, own in parts.items()}
+
+
+def _reduced_gap(column: Sequence[Any], group: dist.ProcessGroup) -> Mean:
+    """column: a metric's `GroupGap` of every micro-batch."""
+    totals = torch.stack([metric.sums for metric in column]).sum(0)
+    if group.size() > 1:
+        dist.all_reduce(totals, group=group)
+    sums, counts = totals[:, totals[1] > 0]  # an update may have some of a step's prompts only
+    return Mean(float((sums / counts).abs().mean()))
 
 
 def _joined(metrics: Sequence[Mean | Max]) -> Tensor:

@@ -78,8 +78,19 @@ class Objective(Settings):
     @property
     def log_z(self) -> LogZ | None:
         """Which partition function to build; None when the objective has none. `LossInputs.log_z` is given where it is
-        learned, and None otherwise."""
+        learned or frozen, and None otherwise."""
         return None
+
+    @property
+    def reference_answers(self) -> int:
+        """To how many of the reference's own answers to each prompt `frozen_log_z` is to be applied, before the first
+        step; 0: it is not called."""
+        return 0
+
+    def frozen_log_z(self, rewards: Tensor, lengths: Tensor) -> Tensor:
+        """[P] float64, `LossInputs.log_z` of P prompts in all of the run, from rewards [P, N] and lengths [P, N] of
+        the reference's answers."""
+        raise NotImplementedError(f"{self.name} has no frozen log Z")
 
     @property
     def needs_critic(self) -> bool:

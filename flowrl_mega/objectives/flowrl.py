@@ -15,16 +15,17 @@ The residual is a gap, which the policy that wrote the answer leaves, and what p
 
 from __future__ import annotations
 
+import math
 import random
 from abc import abstractmethod
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from flowrl_mega.config import LogZ, LogZKind
-from flowrl_mega.metrics import FromMeans, Max, Mean, Metric
+from flowrl_mega.metrics import FromMeans, GroupGap, Max, Mean, Metric
 from flowrl_mega.objectives.base import (
     LossOutput,
     Objective,
@@ -120,6 +121,21 @@ def random_log_z(key: Tensor) -> Tensor:
     return torch.tensor(draws, dtype=torch.float64, device=key.device)
 
 
+def log_z_of_reference(rewards: Tensor, scales: Tensor, beta: float) -> Tensor:
+    """The root c of mean exp(s (beta r - c)) = 1 over the reference's answers to each prompt, [P] float64.
+
+    rewards, scales [P, N]: r and s of its answers; s = |y| with length normalisation, and 1 without, where c is
+    log mean exp(beta r). With it pi_ref e^{s (beta r - c)} has the mass 1, as those answers estimate the mass.
+    """
+    gain, count = beta * rewards.double(), math.log(rewards.shape[1])
+    low, high = gain.amin(1), gain.amax(1)  # there no term is below 1, here none above
+    for _ in range(64):
+        c = (low + high) / 2
+        is_low = (scales * (gain - c[:, None])).logsumexp(1) > count
+        low, high = torch.where(is_low, c, low), torch.where(is_low, high, c)
+    return (low + high) / 2
+
+
 class FlowBalance(Objective):
     """Base of the objectives that balance flow: settings and loss. A subclass brings `z`, `log_z` and `credit`."""
 
@@ -178,7 +194,7 @@ class FlowBalance(Objective):
         the log Z that makes their residuals 0 on average, from pi_old. With z: random a draw in its place."""
         if self.log_z_kind not in ("group", "random"):
             return super().prepare(batches, sum_over_replicas, groups)
-        estimates = [self._own_estimate(s) for s in batches]
+        estimates = [self._own_estimate(s, s.old_logp) for s in batches]
         sums = group_sums(batches, estimates, groups, sum_over_replicas)
         if self.log_z_kind == "random":
             drawn = random_log_z(sums[0])
@@ -191,14 +207,15 @@ class FlowBalance(Objective):
             prepared.append({"log_z": summed / count})
         return prepared
 
-    def _own_estimate(self, s: LossInputs) -> Tensor:
-        """[B] the log Z that makes each residual 0."""
-        log_ratio = s.sum(s.old_logp) - s.sum(self.ref_logp(s))
+    def _own_estimate(self, s: LossInputs, logp: Tensor) -> Tensor:
+        """[B] the log Z that makes each residual 0 where the policy has the log-probs `logp` [T]."""
+        log_ratio = s.sum(logp) - s.sum(self.ref_logp(s))
         return self.beta * s.credit.double() - log_ratio / (s.length if self.length_norm else 1)
 
     def _log_z_of(self, s: LossInputs) -> Tensor:
         """[B] float64."""
-        assert (s.log_z is not None) == self.log_z.learned, f"z={self.log_z_kind}, but log_z is {s.log_z}"
+        is_given = self.log_z.learned or self.log_z_kind == "frozen"
+        assert (s.log_z is not None) == is_given, f"z={self.log_z_kind}, but log_z is {s.log_z}"
         if s.log_z is not None:
             return s.log_z.double()
         fixed = torch.zeros_like(s.credit, dtype=torch.float64)
@@ -246,6 +263,10 @@ class FlowBalance(Objective):
         }
         if self.clip_gap:
             metrics["loss/gap_clipped"] = Mean(terms.gap_clipped)
+        if s.groups and self.log_z_kind not in ("group", "random"):
+            assert s.group is not None, "the prompts' groups must be known"
+            gap = log_z - self._own_estimate(s, s.logp)
+            metrics["loss/log_z_gap"] = GroupGap(gap, s.group, s.groups)
         if s.rollout_logp is not None:
             # The residual with the engine's log-probs is delta - shift: the change is (delta - shift)^2 - delta^2.
             shift = s.sum(s.mismatch()) / (s.length if self.length_norm else 1)
@@ -261,17 +282,34 @@ class FlowRL(FlowBalance):
         *FlowBalance.NEEDS,
         Needs("z_prompt z_dropout", "objective.z = mlp or mlp-detached", lambda o: o.z in ("mlp", "mlp-detached")),
         Needs("z_leave_one_out", "objective.z = group", lambda o: o.z == "group"),
+        Needs("z_answers", "objective.z = frozen", lambda o: o.z == "frozen"),
     )
 
     name: Literal["flowrl"] = "flowrl"
     z: LogZKind = Field(
         "mlp",
         description="log Z: of the prompt's hidden states (detached: without gradient into them), fixed at 0, one "
-        "learned scalar, the group's own estimate, or drawn from N(0.5, 1) for each prompt (to compare with)",
+        "learned scalar, the group's own estimate, drawn from N(0.5, 1) for each prompt (to compare with), or frozen: "
+        "estimated once, from the reference's answers",
     )
+    z_answers: int = Field(16, ge=1, description="the reference's answers to each prompt that log Z is estimated from")
     z_prompt: Literal["all", "drop-last"] = Field("all", description="prompt tokens that mlp reads; drop-last: but one")
     z_dropout: float = Field(0.0, ge=0, lt=1, description="dropout in mlp, while training")
     reward_norm: Literal["group", "none"] = Field("group", description="credit: r_hat of the group, or the raw reward")
+
+    @model_validator(mode="after")
+    def _frozen_stays_true(self) -> Self:
+        if self.z == "frozen" and self.reward_norm == "group":
+            raise ValueError(
+                "z = frozen estimates log Z of the raw reward once, and reward_norm = group (r_hat) changes with the "
+                "policy; set objective.reward_norm=none"
+            )
+        if self.z == "frozen" and self.reference == "old":
+            raise ValueError(
+                "z = frozen is log Z of the reference that the run starts from, and reference = old changes it each "
+                "step; set objective.reference=frozen, or objective.z=group"
+            )
+        return self
 
     @property
     def log_z_kind(self) -> LogZKind:
@@ -280,6 +318,13 @@ class FlowRL(FlowBalance):
     @property
     def log_z(self) -> LogZ:
         return LogZ(kind=self.z, prompt=self.z_prompt, dropout=self.z_dropout)
+
+    @property
+    def reference_answers(self) -> int:
+        return self.z_answers if self.z == "frozen" else 0
+
+    def frozen_log_z(self, rewards: Tensor, lengths: Tensor) -> Tensor:
+        return log_z_of_reference(rewards, lengths if self.length_norm else torch.ones_like(lengths), self.beta)
 
     def credit(self, rewards: Tensor, group: Tensor) -> Tensor:
         """r_hat [N], or the raw reward: only the raw one has a target that stays put while the policy moves."""

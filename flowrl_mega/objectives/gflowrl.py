@@ -43,7 +43,7 @@ class GFlowRL(FlowBalance):
         """The raw reward [N]: r_hat would move the target."""
         return rewards.double()
 
-    def _own_estimate(self, s: LossInputs) -> Tensor:
+    def _own_estimate(self, s: LossInputs, logp: Tensor) -> Tensor:
         if not self.z_as_printed:
-            return super()._own_estimate(s)
-        return self.beta * s.credit.double() - (s.sum(s.old_logp) - s.sum(self.ref_logp(s)))
+            return super()._own_estimate(s, logp)
+        return self.beta * s.credit.double() - (s.sum(logp) - s.sum(self.ref_logp(s)))

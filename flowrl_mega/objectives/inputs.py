@@ -25,12 +25,13 @@ class LossInputs:
     logp: Tensor  # [T] log pi_theta(y_t), with gradient
     old_logp: Tensor  # [T] log pi_old(y_t), of the policy that ratios are against (Objective.old)
     ref_logp: Tensor | None  # [T] log pi_ref(y_t); None when the objective needs no reference
-    log_z: Tensor | None  # [B] log Z_phi(x), with gradient; None when there is no partition function or log Z = 0
+    log_z: Tensor | None  # [B] log Z(x): learned, with gradient, or frozen; None where the objective has neither
     cu_seqlens: Tensor  # [B + 1] int64, starts at 0 and ends at T
     credit: Tensor  # [B] what `Objective.credit` gave these responses
     rollout_logp: Tensor | None = None  # [T] log-probs of the sampled tokens that the engine reported
     trainer_logp: Tensor | None = None  # [T] log-probs before the step's first update, where old_logp is not them
     group: Tensor | None = None  # [B] int64, each response's prompt, by its number in the step
+    groups: int = 0  # prompts in the step; 0 where the groups are not known
     value: Tensor | None = None  # [T] the critic's V(x, y_<t), before the step's first update
     offsets: list[int] | None = None  # cu_seqlens on the host; without it they are read, for which a GPU is waited for
     prepared: Mapping[str, Tensor] = field(default_factory=dict)  # what `Objective.prepare` gave for this micro-batch

@@ -200,12 +200,16 @@ class Optimizer:
         if found_inf or not loss_is_finite or not math.isfinite(norm):
             self.skipped += 1
             self.in_a_row += 1
-            return {"grad_norm": Mean(norm), "skipped_updates": Max(self.skipped)}
+            return self._report(norm)
         if self.settings.clip_grad > 0:
             clip_grad_by_total_norm_fp32(self.inner.get_parameters(), self.settings.clip_grad, norm)
         self.schedule.step(increment=1)
         self.inner.step_with_ready_grads()
         self.updates += 1
         self.in_a_row = 0
-        rate = self.inner.param_groups[0]["lr"]
-        return {"grad_norm": Mean(norm), "lr": Mean(rate), "skipped_updates": Max(self.skipped)}
+        return {**self._report(norm), "lr": Mean(self.inner.param_groups[0]["lr"])}
+
+    def _report(self, norm: float) -> dict[str, Mean | Max]:
+        """What is told of each update, `norm` being that of its gradient before it is clipped."""
+        largest = math.inf if math.isnan(norm) else norm  # so that it is larger than any other
+        return {"grad_norm": Mean(norm), "max_grad_norm": Max(largest), "skipped_updates": Max(self.skipped)}

@@ -197,6 +197,11 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
         ["megatron.recompute_granularty", "did you mean 'recompute_granularity'?"],
     ),
     "FP8's, not Megatron's": (["--megatron.fp8=hybrid"], ["megatron.fp8 = 'hybrid'", "from model.spec and model.fp8"]),
+    "frozen log Z of a cut distribution": (
+        ["--objective={name: flowrl, z: frozen, reward_norm: none}", "--rollout.top_p=0.9"]
+        + ["--rollout.allow_truncated_sampling=true"],
+        ["objective.z = frozen", "rollout.top_p = 0.9", "rollout.top_k = 0", "use 1.0 and 0"],
+    ),
     "ppo without critic": (
         ["--objective={name: ppo}"],
         ["critic = None", "objective ppo", "critic={}", "critic={trunk: shared}", "reinforce_pp"],

@@ -78,21 +78,25 @@ def test_killed_and_resumed(
 
 
 def test_killed_with_answers_kept_for_later_steps(model: Path, tmp_path: Path) -> None:
-    """Four batches are written ahead, by weights that no longer exist when the run goes on, and a quarter of each step
-    is a group of earlier ones: all are in the checkpoint, and the records are those of an undisturbed run, to the
-    bit."""
+    """Four batches are written ahead, by weights that no longer exist when the run goes on, a quarter of each step is a
+    group of earlier ones, and log Z is frozen as the reference's answers had it: all are in the checkpoint, and the
+    records are those of an undisturbed run, to the bit."""
     ahead = {"prompts_per_step": 4, "group_size": 4, "max_tokens": 8, "ahead": 4, "max_staleness": 5}
     ahead["replay"] = {"size": 8, "share": 0.25}
+    objective = {"name": "flowrl", "beta": 2.0, "z": "frozen", "z_answers": 6, "reward_norm": "none"}
+    (tmp_path / "rewards.py").write_text("def score(row, response):\n    return len(response) % 5 / 4\n")
+    sections = {"rollout": ahead, "objective": objective, "reward": f"{tmp_path}/rewards.py:score"}
     runs = []
     for name, crash in (("whole", ""), ("killed", "crashes:between_updates")):
         (tmp_path / name).mkdir()
-        config = write_config(tmp_path / name, model, rollout=ahead)
+        config = write_config(tmp_path / name, model, **sections)
         job = Job(["train", str(config)], tmp_path / name / "log", before=crash)
         if crash:
             assert -signal.SIGKILL in job.wait()
-            Job(["train", str(config)], tmp_path / name / "log").run()
+            said = Job(["train", str(config)], tmp_path / name / "log").run()
         else:
-            job.run()
+            said = job.run()
+        assert said.count("log Z of 17 prompts, estimated from 6 answers of the reference to each: ") == 1
         runs.append(tmp_path / name / "run")
     assert_same_records(runs[1], runs[0])
     rows = records(runs[0], "metrics")
@@ -101,6 +105,7 @@ def test_killed_with_answers_kept_for_later_steps(model: Path, tmp_path: Path) -
         "all of them by the first weights"
     )
     assert 4 < rows[5]["mismatch/staleness"] < 5 and rows[5]["mismatch/max_staleness"] == 5
+    assert len({row["loss/log_z"] for row in rows}) == 6 and all(row["loss/log_z_gap"] > 0 for row in rows)
     assert rows[0]["policy/max_abs_log_ratio"] < rows[5]["policy/max_abs_log_ratio"], (
         "ratios are against who wrote them"
     )
@@ -174,6 +179,9 @@ def test_dry_run_says_what_would_run_and_writes_nothing(
     ):
         assert part in said
     assert not (tmp_path / "run").exists()
+    assert main(["train", str(config), "--dry-run", "--objective={name: flowrl, z: frozen, reward_norm: none}"]) == 0
+    cost = "from 16 answers of the reference to each of 17 prompts: as many as 17 steps generate"
+    assert f"log Z       frozen, estimated before the first step {cost}" in capsys.readouterr().out
     assert main(["train", str(finished / "config.yaml"), "--dry-run", "--steps=9", "--parallel.tp=1"]) == 0
     said = capsys.readouterr().out
     assert "1 = tp 1 x dp 1" in said and "resuming" in said and "step_6" in said

@@ -36,6 +36,15 @@ def test_w_is_1_on_the_first_mini_batch(layout, tiny_model, ranks1, ranks2):
 
 
 @pytest.mark.ranks
+def test_of_a_single_prompt_the_gap_is_the_mean_residual(tiny_model, ranks2):
+    """Its answers lie in several micro-batches of two replicas: log Z less what all of them estimate together."""
+    sections = SECTIONS | {"rollout": SECTIONS["rollout"] | {"prompts_per_step": 1, "group_size": 16}}
+    batch, model = {"tokens_per_microbatch": 40}, tiny_model("llama", vocab=14)
+    for (update,) in ranks2.run(step_by_updates, model, parallel={"dp": 2}, batch=batch, **sections):
+        assert update["loss/log_z_gap"] == pytest.approx(abs(update["loss/residual"]), rel=1e-9)
+
+
+@pytest.mark.ranks
 def test_one_update_a_step_is_on_policy_at_every_step(tiny_model, ranks1):
     """Then pi_old is the update's own forward, and no scoring pass is paid for it."""
     (updates,) = ranks1.run(step_by_updates, tiny_model("llama", vocab=14), steps=3, **SECTIONS)

@@ -11,7 +11,7 @@ import torch
 from rank_pool import RankPool
 
 from flowrl_mega.config import ParallelSettings
-from flowrl_mega.metrics import FromMeans, Max, Mean, Report
+from flowrl_mega.metrics import FromMeans, GroupGap, Max, Mean, Report
 from flowrl_mega.monitor.step_metrics import merge_updates, reduce_reports
 from flowrl_mega.objectives.base import effective_sample_size
 from flowrl_mega.objectives.ppo import explained_variance
@@ -86,6 +86,25 @@ def test_explained_variance_and_a_loss_by_token_are_of_all_ranks(ranks2: RankPoo
             "explained": ("Mean", pytest.approx(1 - (returns - values).var() / returns.var())),
             "loss": ("Mean", pytest.approx(10.0)),
         }
+
+
+# (prompt, value) of answers; prompt 2 has none in this update, and 1 and 3 have theirs on both ranks.
+BY_PROMPT = [[[(1, 2.0), (0, -0.5)], [(3, -4.0)]], [[(1, -1.0), (3, 1.0), (3, 0.5)], [(0, -2.5), (1, 5.0)]]]
+
+
+def gaps(pairs: list[tuple[int, float]]) -> Report:
+    prompts, values = zip(*pairs, strict=True)
+    return {"gap": GroupGap(torch.tensor(values), torch.tensor(prompts), 5), "mean": Mean(torch.tensor(values))}
+
+
+@pytest.mark.ranks
+def test_a_gap_is_of_whole_groups(ranks2: RankPool) -> None:
+    """Of each prompt's answers on all ranks together: by micro-batch or by rank their noise would not average out."""
+    answers = [pair for rank in BY_PROMPT for batch in rank for pair in batch]
+    means = [np.mean([value for prompt, value in answers if prompt == own]) for own in (0, 1, 3)]
+    for found in ranks2.run(reduced, gaps, BY_PROMPT):
+        assert found["gap"] == ("Mean", pytest.approx(np.abs(means).mean(), rel=1e-12))
+        assert found["mean"] == ("Mean", pytest.approx(np.mean([value for _, value in answers]), rel=1e-6))
 
 
 @pytest.mark.ranks

@@ -53,6 +53,16 @@ class Strings:
         table = torch.zeros(self.shape, dtype=torch.float64)
         return table.index_put((self.node[free], self.token[free]), mass, accumulate=True).log()
 
+    def target(self, ref: Tensor, reward: Tensor, beta: float) -> Tensor:
+        """The logits of pi_ref e^{|y| (beta r - c)}, with gradient; c by bisection, such that its mass is 1."""
+        length = self.length.double()
+        low, high = torch.tensor([-50.0, 50.0], dtype=torch.float64)
+        for _ in range(200):
+            c = (low + high) / 2
+            mass = (self.logp(ref) + length * (beta * reward - c)).exp().sum()
+            low, high = (c, high) if mass > 1 else (low, c)
+        return self.logits_of((self.logp(ref) + length * (beta * reward - c)).exp()).requires_grad_()
+
     def sequences(self, logits: Tensor, credit: Tensor, ref: Tensor, log_z: Tensor | None = None) -> LossInputs:
         """Every string once, on-policy."""
         logp = self.token_logp(logits)

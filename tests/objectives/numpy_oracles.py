@@ -16,6 +16,43 @@ def split(s, values):
     return [values.detach().double().numpy()[a:b] for a, b in pairwise(s.cu_seqlens.tolist())]
 
 
+def flowrl_numpy(s, o):
+    """Loss, d loss / d logp [T] and d loss / d log_z [B] of FlowRL (Eq. 6-7, and the weights of the authors' releases),
+    and its metrics."""
+    loss, d_logp, d_z, metrics = 0.0, [], [], []
+    log_z = torch.zeros(len(s.credit)) if s.log_z is None else s.log_z
+    columns = split(s, s.logp), split(s, s.old_logp), split(s, s.ref_logp), log_z.tolist(), s.credit.tolist()
+    for logp, old, ref, z, credit in zip(*columns, strict=True):
+        n = len(logp) if o.length_norm else 1
+        gap = z + old.sum() / n - o.beta * credit - ref.sum() / n
+        bounded = min(max(gap, -o.eps), o.eps_high) if o.clip_gap else gap
+        delta = bounded + (logp - old).sum() / n
+        ratio = np.exp((logp - old).mean() if o.weight == "gspo" else (logp - old).sum())
+        low, high = {
+            "paper": (1 - o.eps, 1 + o.eps),
+            "released": (0, np.inf),
+            "max10": (0, 10),
+            "asym": (1 - o.eps, 1 + o.eps_high),
+            "cap": (0, 1 + o.eps_high),
+            "gspo": (1 - o.eps, 1 + o.eps_high),
+            "none": (1, 1),
+        }[o.weight]
+        w = min(max(ratio, low), high)
+        clipped = float(w != ratio) if o.weight != "none" else 0.0
+        loss += w * delta**2
+        d_logp += [2 * w * delta / n] * len(logp)
+        d_z.append(2 * w * delta * (bounded == gap))
+        drift = abs((logp - old).sum())
+        metrics.append((delta, delta**2, w, clipped, z, logp.mean(), (logp - ref).mean(), drift, bounded != gap))
+    names = ["loss/residual", "loss/residual_sq", "loss/flow_weight", "policy/clip_fraction", "loss/log_z"]
+    names += ["policy/mean_logp", "policy/mean_log_ratio_to_ref", "policy/max_abs_log_ratio"]
+    named = dict(zip([*names, "loss/gap_clipped"], np.array(metrics).T, strict=True))
+    named["policy/weight_sample_size"] = np.array([named["loss/flow_weight"], named["loss/flow_weight"] ** 2])
+    if not o.clip_gap:
+        del named["loss/gap_clipped"]
+    return loss, np.array(d_logp), np.array(d_z), named
+
+
 def surrogate(logp, old, a, low, high):
     """-min(rho A, clip(rho, 1 - low, 1 + high) A) from two log-probs, its slope in the first, and whether the clip is
     what the min chose. Source: arXiv 1707.06347, Eq. 7."""

@@ -42,6 +42,7 @@ CHANGES: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
         "z": ({}, {"z": "zero"}),
         "z_prompt": ({}, {"z_prompt": "drop-last"}),
         "z_dropout": ({}, {"z_dropout": 0.1}),
+        "z_answers": ({"z": "frozen", "reward_norm": "none"}, {"z_answers": 5}),
         "reward_norm": ({}, {"reward_norm": "none"}),
     },
     "gflowrl": {
@@ -85,7 +86,7 @@ CASES = [(name, field) for name, fields in CHANGES.items() for field in fields]
 def what_it_does(section: dict[str, Any], s: LossInputs) -> list[Any]:
     """With one micro-batch: credit, losses, and what it asks of the trainer."""
     objective, group = build(section), torch.tensor([0, 0, 1, 1, 1])
-    if not (objective.log_z and objective.log_z.learned):
+    if not (objective.log_z and objective.log_z.learned) and not objective.reference_answers:
         s = replace(s, log_z=None)
     credit = objective.credit(s.credit, group)
     noise = torch.linspace(-0.2, 0.2, s.logp.numel(), dtype=torch.float64)
@@ -95,7 +96,8 @@ def what_it_does(section: dict[str, Any], s: LossInputs) -> list[Any]:
     losses = [objective.loss(s)] + ([objective.value_loss(noise + 0.1, s)] if objective.needs_critic else [])
     sums = [(float(out.loss_sum), out.count) for out in losses]
     adapted = objective.adapted({"policy/kl_to_ref": 1.0}, 5)
-    asked = (objective.needs_reference, objective.log_z, objective.adapts, objective.is_old_behaviour(stale=False))
+    asked = [objective.needs_reference, objective.log_z, objective.reference_answers, objective.adapts]
+    asked.append(objective.is_old_behaviour(stale=False))
     return [credit.tolist(), sums, asked, [getattr(adapted, name) for name in objective.adapts]]
 
 

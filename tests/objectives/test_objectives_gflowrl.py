@@ -76,22 +76,11 @@ def test_vargrad_pairwise_and_the_groups_z_are_one_gradient(packed):
         torch.testing.assert_close(pairwise[tokens] / (2 * size), slope[tokens], rtol=1e-10, atol=1e-13)
 
 
-def target_of(strings, ref, reward, beta):
-    """The logits of pi_ref e^{|y| (beta r - c)}, with gradient; c by bisection, such that its mass is 1."""
-    length = strings.length.double()
-    low, high = torch.tensor([-50.0, 50.0], dtype=torch.float64)
-    for _ in range(200):
-        c = (low + high) / 2
-        mass = (strings.logp(ref) + length * (beta * reward - c)).exp().sum()
-        low, high = (c, high) if mass > 1 else (low, c)
-    return strings.logits_of((strings.logp(ref) + length * (beta * reward - c)).exp()).requires_grad_()
-
-
 @pytest.mark.parametrize("groups", [1, 7])
 @pytest.mark.parametrize("objective", [GFlowRL(beta=0.4), GFlowRL(beta=0.4, clip_gap=False, weight="none")])
 def test_flowrls_target_is_where_it_rests(strings, ref, reward, objective, groups):
     """With 1/|y| in Z every gap is 0 there, in groups of any size: nothing is clipped, nothing moves."""
-    target = target_of(strings, ref, reward, 0.4)
+    target = strings.target(ref, reward, 0.4)
     s = replace(strings.sequences(target, reward, ref), group=torch.arange(len(strings)) % groups)
     out = objective.loss(prepared(objective, s, groups))
     np.testing.assert_allclose(values_of(out.metrics["loss/residual"]), 0, atol=1e-10)
@@ -100,7 +89,7 @@ def test_flowrls_target_is_where_it_rests(strings, ref, reward, objective, group
 
 def test_stale_answers_leave_one_residual_a_group(strings, ref, reward, logits):
     """The group's Z is that of who wrote them: what is left at the target is the same for all answers of a group."""
-    target = target_of(strings, ref, reward, 0.4)
+    target = strings.target(ref, reward, 0.4)
     s = replace(strings.sequences(target, reward, ref), group=torch.arange(len(strings)) % 7)
     s = replace(s, old_logp=strings.token_logp(logits).detach())
     objective = GFlowRL(beta=0.4, clip_gap=False)

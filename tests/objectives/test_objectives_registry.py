@@ -71,6 +71,19 @@ def test_every_objective_does_what_the_trainer_asks(name, packed, rng):
             ["objective.z_prompt = 'drop-last'", "objective.z = mlp"],
         ),
         ({"name": "flowrl", "z_leave_one_out": True}, ["objective.z_leave_one_out = True", "objective.z = group"]),
+        ({"name": "flowrl", "z_answers": 4}, ["objective.z_answers = 4", "objective.z = frozen"]),
+        (
+            {"name": "flowrl", "z": "frozen"},
+            ["z = frozen", "reward_norm = group (r_hat)", "objective.reward_norm=none"],
+        ),
+        (
+            {"name": "flowrl", "z": "frozen", "reward_norm": "none", "reference": "old"},
+            ["z = frozen", "reference = old", "set objective.reference=frozen, or objective.z=group"],
+        ),
+        (
+            {"name": "flowrl", "z": "frozen", "reward_norm": "none", "z_answers": 0},
+            ["objective.z_answers = 0", "greater than or equal to 1"],
+        ),
         ({"name": "flowrl", "tis_cap": 3}, ["objective.tis_cap = 3.0", "is read with objective.tis only"]),
         ({"name": "flowrl", "weight": "max10", "eps": 0.1}, ["objective.eps = 0.1", "objective.weight = paper, asym"]),
         ({"name": "flowrl", "eps_high": 0.1}, ["objective.eps_high = 0.1", "objective.weight = asym, cap or gspo"]),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowrl_mega.config import OptimizerSettings
+from flowrl_mega.metrics import Max
 from flowrl_mega.parallel.optimizer import Optimizer, wrap
 
 STEPS, TOTAL = 6, 8  # updates made, and those after which a decay has ended
@@ -114,7 +115,8 @@ def test_trajectory_equals_adamw(settings, tiny_model, ranks1):
     clipped = [norm > 1 for norm in norms]
     assert any(clipped) and not all(clipped), "the recorded gradients must try both"
     for step, (report, found, right) in enumerate(zip(reports, weights[1:], wanted, strict=True)):
-        assert float(report["grad_norm"].values) == pytest.approx(norms[step], rel=1e-5)
+        assert float(report["grad_norm"].values) == pytest.approx(norms[step], rel=1e-5), "before it is clipped"
+        assert isinstance(report["max_grad_norm"], Max) and report["max_grad_norm"].values == report["grad_norm"].values
         assert report["skipped_updates"].values == 0
         assert float(report["lr"].values) == pytest.approx(1e-3 * rate(checked, step))
         for name, tensor in right.items():
@@ -179,3 +181,5 @@ def test_non_finite_updates_leave_no_trace(bad, tiny_model, ranks2):
         assert found["like_never"]
         assert (found["updates"], found["skipped"]) == (2, 1)
         assert found["report"]["skipped_updates"].values == 1
+        if loss_is_finite:
+            assert found["report"]["max_grad_norm"].values == math.inf, "of a NaN, too"
