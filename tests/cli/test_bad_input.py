@@ -202,6 +202,11 @@ TABLE: dict[str, tuple[list[str], list[str]]] = {
         + ["--rollout.allow_truncated_sampling=true"],
         ["objective.z = frozen", "rollout.top_p = 0.9", "rollout.top_k = 0", "use 1.0 and 0"],
     ),
+    "frozen log Z of the likeliest tokens": (
+        ["--objective={name: flowrl, z: frozen, reward_norm: none}", "--rollout.top_k=5"]
+        + ["--rollout.allow_truncated_sampling=true"],
+        ["objective.z = frozen", "rollout.top_k = 5"],
+    ),
     "ppo without critic": (
         ["--objective={name: ppo}"],
         ["critic = None", "objective ppo", "critic={}", "critic={trunk: shared}", "reinforce_pp"],

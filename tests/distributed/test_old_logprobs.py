@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import on_ranks
@@ -51,6 +53,35 @@ def test_one_update_a_step_is_on_policy_at_every_step(tiny_model, ranks1):
     assert len(updates) == 3
     assert all(u["policy/max_abs_log_ratio"] == 0.0 and u["loss/flow_weight"] == 1.0 for u in updates)
     assert abs(updates[2]["policy/mean_log_ratio_to_ref"]) > 1e-3, "while the policy leaves the reference"
+
+
+def by_prompt(row: dict[str, Any], response: str) -> float:
+    """The same for every answer to a prompt."""
+    return row["total"] / 100
+
+
+def first_step(path: Any, folder: Path, **sections: Any) -> list[dict[str, Any]]:
+    """The metrics of a whole run of one step."""
+    on_ranks.start(path, run_dir=str(folder), **sections).run()
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.ranks
+def test_a_frozen_log_z_is_that_of_the_answers_own_prompt(tiny_model, tmp_path, ranks2):
+    """Of equal rewards r it is beta r, and pi_theta = pi_ref before the first update: every residual is exactly 0, if
+    each answer in every micro-batch of both replicas has got its own prompt's, some of which are held out."""
+    objective = {"name": "flowrl", "beta": 2.0, "z": "frozen", "z_answers": 3, "reward_norm": "none"}
+    sections = SECTIONS | {
+        "objective": objective,
+        "reward": f"{__name__}:by_prompt",
+        "data": {"task": "sums", "task_args": {"lo": 60}, "held_out": 0.25},
+        "batch": {"tokens_per_microbatch": 40},
+        "monitor": {"progress": False},
+    }
+    model = tiny_model("llama", vocab=14)
+    rows, _ = ranks2.run(first_step, model, tmp_path, parallel={"dp": 2}, **sections)
+    assert len(rows) == 1 and rows[0]["loss/residual_sq"] == rows[0]["loss/log_z_gap"] == 0.0
+    assert rows[0]["loss/log_z"] == pytest.approx(2.0 * rows[0]["reward/mean"]) and rows[0]["loss/log_z"] > 1
 
 
 LAG = 0.03  # nats a token
