@@ -152,7 +152,7 @@ class OptimizerSettings(Settings):
     distributed: bool | Literal["auto"] = Field(
         "auto",
         description="each rank that has the same weights keeps a share of the moments (needs Transformer Engine's "
-        "FusedAdam); auto: where that is there, and a resumed run as its checkpoint",
+        "FusedAdam); auto: where that is there and ranks have the same",
     )
     offload: bool = Field(False, description="moments and fp32 weights lie in CPU memory between updates")
 

@@ -98,27 +98,22 @@ class Models:
         return found
 
 
-def build_models(
-    arch: Architecture, objective: Objective, config: Config, layout: Layout, saved: dict[str, bool] | None = None
-) -> Models:
-    """The models that the settings and the objective ask for, with the weights of model.path. Collective.
-
-    `saved`: of the checkpoint to go on from, see `checkpoint.saved_in_shares`.
-    """
+def build_models(arch: Architecture, objective: Objective, config: Config, layout: Layout) -> Models:
+    """The models that the settings and the objective ask for, with the weights of model.path. Collective."""
     critic, bf16 = config.critic, config.model.dtype == "bf16"
     total_updates = config.steps * config.updates_per_step
     shares_trunk = critic is not None and critic.trunk == "shared"
     policy = _loaded(Policy(arch, config, layout, objective.log_z, with_value=shares_trunk), config.model.path)
     # The head of a critic that shares the trunk has the critic's own learning rate.
     rates = {"*value_head.*": critic.optimizer.lr} if critic else None
-    copies, saved, overlap = layout.dp * layout.cp, saved or {}, config.parallel.overlap_grad_reduce
-    settings = decided(config.optimizer, copies, saved.get("policy"), config.model.fp8_params)
+    copies, overlap = layout.dp * layout.cp, config.parallel.overlap_grad_reduce
+    settings = decided(config.optimizer, copies, config.model.fp8_params)
     learner = Learner(policy, settings, bf16, total_updates, rates, overlap=overlap)
     own_critic = critic_learner = reference = offload = None
     if critic and not shares_trunk:
         path = critic.path or config.model.path
         own_critic = _loaded(Critic(read_architecture(path), config, layout), path)
-        settings = decided(critic.optimizer, copies, saved.get("critic"))
+        settings = decided(critic.optimizer, copies)
         critic_learner = Learner(own_critic, settings, bf16, total_updates, name="critic", overlap=overlap)
     if objective.needs_reference:
         reference = _loaded(build_reference(arch, config, layout), config.model.path)

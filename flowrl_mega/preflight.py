@@ -11,14 +11,7 @@ import torch
 
 from flowrl_mega import objectives, ops
 from flowrl_mega.benchmark.in_training import Asked, asked_by, describe_graders
-from flowrl_mega.checkpoint import (
-    check_checkpoint,
-    check_model,
-    critic_in_checkpoint,
-    find_checkpoint,
-    is_megatron,
-    saved_in_shares,
-)
+from flowrl_mega.checkpoint import check_checkpoint, check_model, critic_in_checkpoint, find_checkpoint, is_megatron
 from flowrl_mega.config import Config, ConfigError, ModelSettings, OptimizerSettings, RolloutSettings
 from flowrl_mega.data.digest import digest
 from flowrl_mega.data.fit import check_positions, check_prompts, check_vocabulary
@@ -119,7 +112,8 @@ def check(inputs: Inputs, world: int, resume: str, checkpoint: Path | None, one_
     check_head(config.ops.backend, arch, config.parallel.tp)
     check_layers(config.model, arch, config.parallel.tp, config.parallel.cp)
     check_megatron(config, arch)
-    check_optimizers(config, world, checkpoint)
+    for section, settings in optimizers(config, world).items():
+        check_optimizer(settings, section)
     check_model(config.model.path, arch)
     _ = inputs.reward_description
     check_prompts(inputs.data, config, arch.vocab, arch.max_positions)
@@ -149,25 +143,13 @@ def check_benchmarks(inputs: Inputs) -> None:
             check_positions(f"benchmark {problems.name}", prompts, arch.max_positions, most)
 
 
-def optimizers(config: Config, world: int, checkpoint: Path | None) -> dict[str, tuple[OptimizerSettings, bool | None]]:
-    """Each model's by their section, decided for so many ranks and the checkpoint; and what the checkpoint has."""
-    saved = saved_in_shares(checkpoint) if checkpoint else {}
+def optimizers(config: Config, world: int) -> dict[str, OptimizerSettings]:
+    """Each model's by their section, decided for so many ranks."""
     copies = world // (config.parallel.tp * config.parallel.pp)
-    policy, own = saved.get("policy"), saved.get("critic")
-    found = {"optimizer": (decided(config.optimizer, copies, policy, config.model.fp8_params), policy)}
+    found = {"optimizer": decided(config.optimizer, copies, config.model.fp8_params)}
     if config.critic and config.critic.trunk == "own":
-        found["critic.optimizer"] = (decided(config.critic.optimizer, copies, own), own)
+        found["critic.optimizer"] = decided(config.critic.optimizer, copies)
     return found
-
-
-def check_optimizers(config: Config, world: int, checkpoint: Path | None) -> None:
-    for section, (settings, saved) in optimizers(config, world, checkpoint).items():
-        check_optimizer(settings, section, saved, checkpoint)
-        if section == "optimizer" and config.model.fp8_params and not settings.shares:
-            raise ConfigError(
-                f"model.fp8_params = True: needs the distributed optimizer, and {checkpoint} was saved without; leave "
-                f"this out, or begin a new run with its weights (--model.path={checkpoint})"
-            )
 
 
 def check_critic(inputs: Inputs) -> None:
@@ -312,7 +294,7 @@ def describe(inputs: Inputs, world: int, checkpoint: Path | None) -> str:
         "ranks": f"{world} = {ranks}, on {device}; a collective may take {parallel.timeout_s} s",
         "layers": describe_layers(config.model),
         "FP8": describe_fp8(config.model),
-        "optimizer": describe_optimizers(config, world, checkpoint),
+        "optimizer": describe_optimizers(config, world),
         "log-probs": f"{check_ops(config.ops.backend)}; {logits_kept(config.model)}",
         "engine": check_engine(inputs, world),
         "objective": f"{config.objective['name']} ({settings})",
@@ -374,8 +356,8 @@ def logits_kept(model: ModelSettings) -> str:
     return f"{model.first_logits_budget_mb} MB of logits kept{later}"
 
 
-def describe_optimizers(config: Config, world: int, checkpoint: Path | None) -> str:
-    kept = [section for section, (settings, _) in optimizers(config, world, checkpoint).items() if settings.shares]
+def describe_optimizers(config: Config, world: int) -> str:
+    kept = [section for section, settings in optimizers(config, world).items() if settings.shares]
     copies = world // (config.parallel.tp * config.parallel.pp)
     shares = f"; {' and '.join(kept)}: moments in {copies} shares" if kept else ""
     early = config.parallel.overlap_grad_reduce and copies > 1

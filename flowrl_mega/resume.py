@@ -18,7 +18,7 @@ RUN = "run"  # the checkpoint's part that `record` makes
 REFERENCE = "reference_answers"  # and what a frozen log Z is estimated from
 UNSET = "unset"
 SAID = 60  # characters of a value
-# Settings, and sections, of which a line would be no news; `distributed` goes on as it was, or is refused.
+# Settings, and sections, of which a line would be no news; where moments lie (`distributed`) changes none.
 QUIET = ("run_dir", "steps", "monitor", "optimizer.distributed", "critic.optimizer.distributed")
 # What a difference means, where it is not simply: the new value counts from here on.
 MEANING = {

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from flowrl_mega.benchmark.in_training import TrainingBenchmarks
-from flowrl_mega.checkpoint import load_checkpoint, read_side_files, save_checkpoint, saved_in_shares
+from flowrl_mega.checkpoint import load_checkpoint, read_side_files, save_checkpoint
 from flowrl_mega.checkpoint.folder import remove_unfinished
 from flowrl_mega.config import RunError
 from flowrl_mega.data.loaders import open_loader
@@ -42,8 +42,7 @@ class Run:
         self.inputs, self.config, self.layout = inputs, config, layout
         data = inputs.data
         self.grader = Grader(config, layout, inputs.reward, data.prompts, data.tokenizer)
-        saved = saved_in_shares(checkpoint) if checkpoint else None
-        self.models = build_models(inputs.arch, inputs.objective, config, layout, saved)
+        self.models = build_models(inputs.arch, inputs.objective, config, layout)
         self.side_files = read_side_files(config.model.path)
         self.engine = build_engine(config, layout, inputs.arch, self.side_files)
         stop_ids = () if rollout.ignore_eos else data.stop_ids

@@ -10,11 +10,10 @@ from flowrl_mega.checkpoint.state import (
     load_checkpoint,
     load_model,
     save_checkpoint,
-    saved_in_shares,
 )
 
 __all__ = [
     "check_checkpoint", "check_model", "critic_in_checkpoint", "find_checkpoint", "hf_to_megatron", "is_megatron",
     "load_checkpoint", "load_model", "megatron_to_hf", "read_side_files", "remove_unfinished", "save_checkpoint",
-    "saved_in_shares", "step_of",
+    "step_of",
 ]  # fmt: skip

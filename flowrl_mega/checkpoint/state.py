@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import pickle
 import queue
 import random
 import warnings
@@ -49,8 +48,6 @@ UNFIT = (CheckpointingException, CheckpointException, KeyError, RuntimeError)
 # saves; we save in the rank itself, where a plain queue does.
 filesystem_async._results_queue = queue.Queue()
 
-
-SHARES = "shares"  # of a model's part: whether its moments are saved as the distributed optimizer keeps them
 
 # What a run trains, by name: each with its optimizer. "policy" is always there; another one's tensors carry its name.
 TrainedModels = Mapping[str, tuple[Model, Optimizer]]
@@ -97,24 +94,6 @@ def check_checkpoint(path: Path, arch: Architecture, log_z: LogZ | None, critic:
     """
     verify_checkpoint(path)
     return _check_fits(path, arch, log_z, critic)["trainer"]
-
-
-def saved_in_shares(path: Path) -> dict[str, bool]:
-    """Of each model that the checkpoint has trained, whether `optimizer.distributed` was on; {} where that cannot be
-    read, which the load then explains. Needs no ranks."""
-    try:
-        with _quietly():
-            common = dist_checkpointing.load_common_state_dict(str(path))
-        then = common["trainer"].get("run", {}).get("settings", {})  # all there was before it was part of the state
-        parts = {"policy": (common, then)}
-        if "critic" in common:
-            parts["critic"] = (common["critic"], then.get("critic") or {})
-        return {
-            name: part.get(SHARES, settings.get("optimizer", {}).get("distributed") is True)
-            for name, (part, settings) in parts.items()
-        }
-    except (*UNFIT, OSError, EOFError, pickle.UnpicklingError):
-        return {}
 
 
 def load_checkpoint(path: Path, trained: TrainedModels) -> dict[str, Any]:
@@ -171,7 +150,7 @@ def _fill(model: Model, optimizer: Optimizer, state: dict[str, Any], path: Path)
         model.load_state_dict(state["model"])
     adam = state["optimizer"].get("optimizer", state["optimizer"])  # one level down where bf16 weights have masters
     _keep_rates(adam["param_groups"], optimizer, path)
-    optimizer.adapt(adam)
+    optimizer.adapt(state["optimizer"])
     optimizer.inner.load_state_dict(state["optimizer"])
     optimizer.schedule.num_steps = 0
     optimizer.schedule.step(increment=state["schedule_steps"])
@@ -308,7 +287,6 @@ def _state_of(model: Model, optimizer: Optimizer, prefix: str, is_loading: bool)
         "model": sharded,
         "optimizer": optimizer.sharded_state_dict(sharded, is_loading),
         "schedule_steps": optimizer.schedule.num_steps,
-        SHARES: optimizer.settings.shares,
     }
 
 

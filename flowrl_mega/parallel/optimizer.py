@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -22,42 +22,30 @@ from flowrl_mega.metrics import Max, Mean
 from flowrl_mega.parallel import backends
 from flowrl_mega.parallel.offload import Offload
 
+# Of Megatron's layouts of shared moments, that in which each tensor has name and shape of a whole one.
+RESHARDABLE = "fully_reshardable"
 
-def decided(
-    settings: OptimizerSettings, copies: int, saved: bool | None = None, fp8_params: bool = False
-) -> OptimizerSettings:
-    """With yes or no for `distributed: auto`.
 
-    That is what the checkpoint to go on from was `saved` with. Without one (None): whether it is possible and `copies`
-    of the weights, on so many ranks, have moments to share; FP8 weights alone need it always.
-    """
+def decided(settings: OptimizerSettings, copies: int, fp8_params: bool = False) -> OptimizerSettings:
+    """With yes or no for `distributed: auto`: whether it is possible and `copies` of the weights, on so many ranks,
+    have moments to share; FP8 weights alone need it always."""
     if settings.distributed != "auto":
         return settings
-    if saved is None:
-        saved = fp8_params or (copies > 1 and not settings.offload and backends.transformer_engine().usable)
-    return settings.model_copy(update={"distributed": saved})
+    shares = fp8_params or (copies > 1 and not settings.offload and backends.transformer_engine().usable)
+    return settings.model_copy(update={"distributed": shares})
 
 
-def check_optimizer(
-    settings: OptimizerSettings, section: str = "optimizer", saved: bool | None = None, path: Path | None = None
-) -> None:
-    """Refuse what the machine's Adam cannot do, before any rank starts, and what cannot go on from the checkpoint at
-    `path`, `saved` with `distributed` or without.
+def check_optimizer(settings: OptimizerSettings, section: str = "optimizer") -> None:
+    """Refuse what the machine's Adam cannot do, before any rank starts.
 
     Megatron's distributed optimizer keeps one `step` for all the parameters that share a buffer, as FusedAdam does.
     torch's AdamW counts by parameter: there a resumed run goes wrong without a word.
     """
-    engine, anew = backends.transformer_engine(), f"begin a new run with its weights (--model.path={path})"
-    if saved is not None and settings.shares != saved:
-        raise ConfigError(
-            f"{section}.distributed = {settings.distributed}: {path} was saved with {saved}, and neither can load the "
-            f"other's moments; leave the setting out (auto goes on as it was), or {anew}"
-        )
+    engine = backends.transformer_engine()
     if settings.shares and not engine.usable:
-        fix = f"{path} was saved with it; install that, or {anew}" if saved else f"Set {section}.distributed=false"
         raise ConfigError(
             f"{section}.distributed = True: needs Transformer Engine's FusedAdam ({engine.why}); with torch's AdamW a "
-            f"resumed run would be silently wrong. {fix}"
+            f"resumed run would be silently wrong. Set {section}.distributed=false"
         )
     if settings.shares and settings.offload:
         raise ConfigError(
@@ -115,7 +103,7 @@ class Optimizer:
         total_updates: int,
         rates: dict[str, float] | None = None,
     ) -> None:
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.bf16 = model, settings, bf16
         lowest = 1.0 if settings.decay == "constant" else 0.0  # of each rate
         config = OptimizerConfig(
             optimizer="adam",
@@ -164,22 +152,37 @@ class Optimizer:
                 yield from (value for value in moments.values() if torch.is_tensor(value) and value.dim() > 0)
 
     def sharded_state_dict(self, model: dict[str, Any], is_loading: bool) -> dict[str, Any]:
-        """For a checkpoint that any layout can load. Collective."""
-        metadata = {"distrib_optim_sharding_type": "fully_reshardable"} if self.settings.shares else None
-        return self.inner.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+        """For a checkpoint that any layout can load, and that is the same with shared moments and with whole ones.
+        Collective."""
+        if not self.settings.shares:
+            return self.inner.sharded_state_dict(model, is_loading=is_loading)
+        metadata = {"distrib_optim_sharding_type": RESHARDABLE}
+        state = self.inner.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+        (inner,) = self.inner.chained_optimizers
+        parameters = [parameter for buffer in inner.buffers for parameter in buffer.param_index_map]
+        for parameter, tensors in zip(parameters, state["param_state"].values(), strict=True):
+            if self.bf16:  # the masters, which have another name in Megatron's other optimizer
+                tensors["param"].key = tensors["param"].key.replace(".state.param.", ".state.fp32_param.", 1)
+            else:  # the weights are their own masters, and saved already
+                tensors["param"] = LocalNonpersistentObject(parameter)
+        if not self.bf16:  # there, too, it has no level for what is beside the masters
+            state |= state.pop("optimizer")
+        return state
 
     def adapt(self, saved: dict[str, Any]) -> None:
-        """Make an Adam's state, as a checkpoint holds it, one of this Adam's: torch's AdamW keeps the count of updates
-        beside the moments, Transformer Engine's and Apex's in the parameter groups, each among settings of its own."""
-        if self.settings.shares:
-            return  # always Transformer Engine's
-        groups = saved["param_groups"]
-        counts = [saved["state"].pop("common_step", None), *(group.pop("step", None) for group in groups)]
+        """Make an optimizer's state, as a checkpoint holds it, one of this optimizer's: torch's AdamW keeps the count
+        of updates beside the moments, Transformer Engine's and Apex's in the parameter groups, each among settings of
+        its own. Shared moments lie beside the groups, whole ones beneath them, which the load has seen to."""
+        adam = saved.get("optimizer", saved)  # one level down where bf16 weights have masters
+        groups, beside = adam["param_groups"], adam.setdefault("state", {})
+        counts = [beside.pop("common_step", None), *(group.pop("step", None) for group in groups)]
         count = max((int(count) for count in counts if count is not None), default=0)  # all are equal
         for group, own in zip(groups, self.inner.param_groups, strict=True):
             group.update({name: own[name] for name in own.keys() - group.keys()})
+        if self.settings.shares:
+            saved.update(optimizer={"param_groups": groups}, param_state_sharding_type=RESHARDABLE)
         if isinstance(self.inner.chained_optimizers[0].optimizer, torch.optim.Adam):
-            saved["state"]["common_step"] = torch.tensor(float(count))
+            beside["common_step"] = torch.tensor(float(count))
         else:
             for group in groups:
                 group["step"] = count

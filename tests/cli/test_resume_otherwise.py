@@ -62,11 +62,11 @@ RESUMED: dict[str, tuple[list[str], list[str]]] = {
     "none": (["--objective={name: grpo}"], ["its critic is 'own'", "None", "another run_dir"]),
     "moments in shares": (
         [PPO, "--critic={}", "--optimizer.distributed=true"],
-        ["optimizer.distributed = True: ", "was saved with False", "(auto goes on as it was)", "--model.path="],
+        ["optimizer.distributed = True: needs Transformer Engine's FusedAdam", "Set optimizer.distributed=false"],
     ),
     "the critic's in shares": (
         [PPO, "--critic={}", "--critic.optimizer.distributed=true"],
-        ["critic.optimizer.distributed = True: ", "was saved with False"],
+        ["critic.optimizer.distributed = True: needs Transformer Engine's FusedAdam"],
     ),
     "moments whole, as they were": ([PPO, "--critic={}", "--optimizer.distributed=false"], []),
     "log Z instead": ([], ["its log_z is None", "'mlp'"]),

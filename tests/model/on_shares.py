@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from on_ranks import config_for, start
+import torch
+from on_ranks import start
 
-from flowrl_mega.config import ConfigError
+# isort: split
+from megatron.core import dist_checkpointing
+
 from flowrl_mega.experience import Experience
 from flowrl_mega.monitor.step_metrics import merge_updates
-from flowrl_mega.preflight import check_optimizers
 from flowrl_mega.run import Run
 
 
@@ -34,6 +36,22 @@ def gone_on(path: Path, step: Experience, sections: dict[str, Any], checkpoint: 
     return _result(start(path, checkpoint, **sections), step)
 
 
+def saved_again(path: Path, sections: dict[str, Any], checkpoint: Path) -> bool:
+    """Load the checkpoint and save it under the run folder of these settings; whether the moments are in shares."""
+    job = start(path, checkpoint, **sections)
+    job.save()
+    job.close()
+    return job.models.learner.optimizer.settings.shares
+
+
+def contents(checkpoint: Path) -> tuple[dict[str, torch.Tensor], set[int]]:
+    """All tensors under the names that the files have for them, and the Adams' counts of updates."""
+    adam = dist_checkpointing.load_common_state_dict(str(checkpoint))["optimizer"]
+    groups = adam.get("optimizer", adam)["param_groups"]
+    loaded = dist_checkpointing.load_plain_tensors(str(checkpoint))
+    return {name: part for name, part in loaded.items() if torch.is_tensor(part)}, {group["step"] for group in groups}
+
+
 def _result(job: Run, step: Experience) -> Trained:
     (stage,) = job.models.learner.stages
     shares, overlap = stage.ddp_config.use_distributed_optimizer, stage.ddp_config.overlap_grad_reduce
@@ -44,12 +62,3 @@ def _result(job: Run, step: Experience) -> Trained:
 
 def _train(job: Run, step: Experience) -> list[dict[str, float]]:
     return [merge_updates([job.trainer.update(batch)]) for batch in job.trainer.micro_batches(step)]
-
-
-def refused(path: Path, sections: dict[str, Any], world: int, checkpoint: Path) -> str:
-    """What is said to these settings with the checkpoint; nothing where they can go on."""
-    try:
-        check_optimizers(config_for(path, **sections), world, checkpoint)
-    except ConfigError as error:
-        return str(error)
-    return ""

@@ -1,4 +1,4 @@
-"""`optimizer.distributed: auto`: on where Transformer Engine is there, and a resumed run as its checkpoint."""
+"""`optimizer.distributed: auto`: on where Transformer Engine is there, with checkpoints that are the same without."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from on_shares import Trained, gone_on, refused, saved
-from on_te import SIZES, TE
+import torch
+from on_shares import Trained, contents, gone_on, saved, saved_again
+from on_te import SIZES, TE, TE32
 from test_te_ranks import COMMON, STEP
 from tiny_models import make
 
@@ -49,30 +50,37 @@ def test_ranks_with_the_same_weights_share_the_moments(run, folder, tmp_path, te
 
 
 @pytest.mark.parametrize("dp", [2, 1])
-def test_a_resumed_run_goes_on_as_it_was(dp, run, folder, tmp_path, te_ranks1, te_ranks2) -> None:
-    """One rank alone would not share, but its checkpoint has."""
+def test_a_resumed_run_goes_on(dp, run, folder, tmp_path, te_ranks1, te_ranks2) -> None:
+    """On one rank alone with whole moments."""
     checkpoint, ranks = run
     pool = te_ranks2 if dp == 2 else te_ranks1
     found, *_ = pool.run(gone_on, folder, STEP, sections(folder, tmp_path, dp), checkpoint, timeout=240)
-    assert found.shares
+    assert found.shares == (dp == 2)
     assert found.metrics == ranks[0].metrics if dp == 2 else close(found.metrics, ranks[0].metrics)
 
 
-# settings of the optimizer -> what is said where Transformer Engine is there, and where it is not
-CASES: dict[str, tuple[dict[str, Any], str, str]] = {
-    "auto": ({}, "", "was saved with it; install that, or begin a new run with its weights (--model.path="),
-    "on": ({"distributed": True}, "", "was saved with it; install that"),
-    "off": ({"distributed": False}, *["optimizer.distributed = False: CHECKPOINT was saved with True"] * 2),
-    "in CPU memory": ({"offload": True}, "optimizer.offload = True", "was saved with it"),
-}
+@pytest.mark.parametrize(
+    "model",
+    [TE, TE32, pytest.param(TE | {"fp8": "tensorwise", "fp8_params": True}, id="fp8_params")],
+    ids=lambda model: model["dtype"],
+)
+def test_shared_and_whole_moments_are_saved_alike(model, folder, tmp_path, te_ranks1, te_ranks2) -> None:
+    """From shares to whole moments, on fewer ranks, and back: every tensor stays as it is, to the bit, and the count of
+    updates. FP8 weights are quantised anew, from what bf16 has of them; the next update makes them of their masters."""
+    model = model | {"path": str(folder), "fp8_budget": 1e9}
+    whole = model | {"fp8_params": False}
+    first, second, third = (tmp_path / name / "checkpoints" / "step_1" for name in ("first", "second", "third"))
 
+    def at(path: Path, model: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return sections(folder, path.parents[1], **more) | {"model": model}
 
-@pytest.mark.parametrize("case", CASES)
-def test_what_cannot_go_on_is_refused(case, run, folder, tmp_path, te_ranks1, ranks1) -> None:
-    """Before a rank starts."""
-    checkpoint, _ = run
-    settings, *wanted = CASES[case]
-    for pool, part in zip((te_ranks1, ranks1), wanted, strict=True):
-        (said,) = pool.run(refused, folder, sections(folder, tmp_path, 1, **settings), 1, checkpoint)
-        assert part.replace("CHECKPOINT", str(checkpoint)) in said if part else not said
-        assert "\n" not in said
+    te_ranks2.run(saved, folder, STEP, at(first, model, dp=2), timeout=240)
+    assert te_ranks1.run(saved_again, folder, at(second, whole, dp=1), first, timeout=240) == [False]
+    assert te_ranks2.run(saved_again, folder, at(third, model, dp=2), second, timeout=240) == [True, True]
+    (wanted, updates), *others = (te_ranks1.run(contents, path)[0] for path in (first, second, third))
+    kinds = {"exp_avg", "exp_avg_sq", *(["fp32_param"] if model["dtype"] == "bf16" else [])}
+    assert updates == {2} and {name.split(".")[2] for name in wanted if name.startswith("optimizer.")} == kinds
+    for found, counted in others:
+        assert counted == updates and found.keys() == wanted.keys()
+        kept = [name for name in wanted if name.startswith("optimizer.") or "fp8_params" not in model]
+        assert [name for name in kept if not torch.equal(found[name], wanted[name])] == []
