@@ -132,6 +132,9 @@ class Run:
         objective, prompts, config = self.trainer.objective, self.inputs.data.prompts, self.config
         if not objective.reference_answers:
             return
+        if self.layout.rank == 0:
+            what = f"{objective.reference_answers} answers to each of {len(prompts)} prompts"
+            print(f"flowrl-mega: asking the reference for {what}, to estimate log Z", file=sys.stderr)
         self.reference_answers = found = ReferenceAnswers.ask(
             self.engine,
             self.grader,
