@@ -72,7 +72,7 @@ def _cell(figures: Sequence[Mapping[str, float]], name: str, digits: int) -> str
     if not values:
         return ""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    return f"{statistics.mean(values):z.{digits}f}{spread}"  # z: no minus before a 0
 
 
 def _plain(words: str) -> str:

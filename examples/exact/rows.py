@@ -193,7 +193,7 @@ TABLES: dict[str, dict[str, Row]] = {
             f"G {PRINTED}, no gap clip, Z as printed", GFLOWRL | NO_CLIP | {"z_as_printed": True}, "P", group=PRINTED
         ),
         "gflowrl-16-updates": Row(f"G 16, {UPDATES} updates a step", GFLOWRL, "B", group=16, **SEVERAL),
-        "norm-clip": Row("FlowRL, Z mlp, gap clip", PER_TOKEN | {"clip_gap": True}, "B"),
+        "norm-clip": Row("FlowRL, Z mlp, gap clip", PER_TOKEN | {"clip_gap": True}, "B", own=False),
         "norm-random": Row("FlowRL, Z drawn from N(0.5, 1)", PER_TOKEN | {"z": "random"}, "B", own=False),
         "norm-mirror": Row(
             "FlowRL, Z group, pi_old as reference", PER_TOKEN | {"z": "group", "reference": "old"}, "B", own=False
