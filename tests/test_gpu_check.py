@@ -270,6 +270,24 @@ def test_libraries_that_can_be_built_here_are_taken_along(monkeypatch, tmp_path)
     assert {file.name: file.read_text() for file in folder.iterdir()} == names
 
 
+def test_a_torch_part_that_was_compiled_here_is_taken_along(monkeypatch, tmp_path):
+    """Where it fits the GPU machine's Python and PyTorch."""
+    monkeypatch.syspath_prepend(str(REPO / "tools"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    import gpu_wheels
+
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+
+    def compiled(torch, python):
+        (made := tmp_path / "flowrl-mega" / f"te-{torch}-0123").mkdir(parents=True)
+        (made / f"transformer_engine_torch-{gpu_wheels.TE_VERSION}-{python}-linux_x86_64.whl").touch()
+        return gpu_wheels.compiled_te_torch(folder)
+
+    assert not compiled("2.13.0+cu130", "cp312-cp312") and not compiled("2.11.1+cu130", "cp311-cp311")
+    assert compiled("2.11.0+cu130", "cp312-cp312") and gpu_wheels.present(folder, gpu_wheels.TE_TORCH)
+
+
 def test_the_engine_is_put_there_whole_or_not_at_all(check, tmp_path):
     """Its wheels have one folder in common, and pip replaces a folder that is there: the torch part, which is compiled
     here, must not take the place of the rest."""

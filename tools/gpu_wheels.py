@@ -15,12 +15,13 @@ import tempfile
 from pathlib import Path
 
 import te_slim
+from user_cache import cache
 
 REPO = Path(__file__).resolve().parent.parent
 LIMIT_MIB = 60
 TAGS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")  # older ones run there as well
 PLATFORM = ["--python-version=312", "--only-binary=:all:", *(f"--platform={tag}" for tag in TAGS)]
-ARCH = 90  # Hopper
+ARCH, TORCH = 90, "2.11."  # Hopper, and the PyTorch for which alone compiled code is taken along
 TE_VERSION = "2.20.2"
 # Imported by the package and by its tests; of those that such a machine has, gpu_check.py leaves the machine's own.
 PINNED = (
@@ -50,7 +51,7 @@ def main() -> None:
     for requirement in [f"{name}=={pins[name]}" for name in PINNED] + TE_WHEELS + HEADERS:
         if not present(folder, requirement):
             download(requirement, folder, PLATFORM)
-    if not present(folder, TE_TORCH):
+    if not compiled_te_torch(folder) and not present(folder, TE_TORCH):
         source_of_te_torch(folder)
     if not present(folder, TE_CORE):
         slimmed_core(folder)
@@ -111,8 +112,16 @@ def download(requirement: str, folder: Path, options: list[str], environment: di
         sys.exit(f"gpu_wheels: pip could not download {requirement} (its message is above)")
 
 
+def compiled_te_torch(folder: Path) -> bool:
+    """Whether Transformer Engine's torch part is there, or `make setup-te` has compiled it here for such a machine."""
+    name = f"{TE_TORCH.replace('-', '_').replace('==', '-')}-cp312-cp312-linux_x86_64.whl"
+    for wheel in cache().glob(f"te-{TORCH}*/{name}"):
+        shutil.copy(wheel, folder)
+    return (folder / name).is_file()
+
+
 def source_of_te_torch(folder: Path) -> None:
-    """The source of Transformer Engine's torch part, which is compiled against the GPU machine's torch.
+    """The source of Transformer Engine's torch part, to be compiled against the GPU machine's torch: minutes there.
 
     pip runs its setup.py to learn its name, so that needs setuptools and wheel beside the stand-in for torch.
     """

@@ -58,7 +58,7 @@ def set_up(fetch: bool = False) -> None:
     if not missing:
         print("Transformer Engine is up to date in .venv")
         return
-    folder = cache() / f"te-{key(wanted[COMPILED], torch, python, sys.platform)}"
+    folder = cache() / f"te-{torch}-{key(wanted[COMPILED], torch, python, sys.platform)}"
     with locked(folder.with_suffix(".lock"), "Transformer Engine"):
         folder.mkdir(exist_ok=True)
         others = [f"{name}=={version}" for name, version in missing.items() if name != COMPILED]
