@@ -259,6 +259,16 @@ def test_a_job_is_told_once_to_stop(tmp_path: Path) -> None:
 
 
 CLI = [sys.executable, "-m", "flowrl_mega.cli", "ablate"]
+# Time to be stopped in, until all that are to be have been.
+SLOW = """
+import time
+from pathlib import Path
+
+def score(row, response):
+    if not Path(__file__).with_name("hurry").exists():
+        time.sleep(0.05)
+    return response.count("1") / 8
+"""
 
 
 @pytest.mark.integration
@@ -268,10 +278,12 @@ def test_a_real_grid_stopped_killed_and_gone_on_with(model: Path, tmp_path: Path
     """Two cells, two seeds: SIGTERM in the second run, SIGKILL in the third. In the end all have the records, to the
     bit, of a plain `train` with these settings that nothing disturbed."""
     slow = tmp_path / "slow.py"
-    slow.write_text(
-        "import time\ndef score(row, response):\n    time.sleep(0.05)\n    return response.count('1') / 8\n"
-    )
-    small = {"parallel": {"tp": 1}, "checkpoint": {"every": 0, "at_end": False}, "evaluation": {"every": 4}}
+    slow.write_text(SLOW)
+    small = {
+        "parallel": {"tp": 1},
+        "checkpoint": {"every": 0, "at_end": False},
+        "evaluation": {"every": 4, "samples": 1},
+    }
     path = str(write_config(tmp_path, model, reward=f"{slow}:score", steps=4, **small))
     command = [*CLI, path, "--vary", "objective=[{name: grpo}, {name: flowrl, beta: 2}]", "--seeds=2"]
     names, run_dir = ["objective=grpo", "objective=flowrl-beta=2"], tmp_path / "run"
@@ -289,6 +301,7 @@ def test_a_real_grid_stopped_killed_and_gone_on_with(model: Path, tmp_path: Path
     saved = len(records(second, "metrics"))
     assert 1 <= saved < 4 and (second / "checkpoints" / f"step_{saved}").is_dir() and not third.exists()
     assert interrupt(third, signal.SIGKILL) == -signal.SIGKILL
+    (tmp_path / "hurry").touch()
     assert len(records(second, "metrics")) == 4 and not (run_dir / names[1] / "seed_1").exists()
     done = (run_dir / names[0] / "seed_0" / "metrics.jsonl").stat().st_mtime_ns
     assert subprocess.run(command, timeout=600, env=os.environ | {"PYTHONPATH": os.getcwd()}).returncode == 0

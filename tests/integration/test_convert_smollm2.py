@@ -19,7 +19,7 @@ from rank_pool import RankPool
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples.smollm2.run import CONFIG, RUN, prepare
+from examples.smollm2.run import CONFIG
 from flowrl_mega.checkpoint import load_model
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.model.generation import Sampling
@@ -73,12 +73,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def hf() -> Path:
-    """The example's model folder, made with its data where they are missing."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        prepare()
-    return ROOT / RUN / "model"
+def hf(smollm2: Path) -> Path:
+    return smollm2
 
 
 @pytest.fixture(scope="module")

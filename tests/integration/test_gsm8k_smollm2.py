@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from tools.fetch_smollm2 import fetch
-
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.integration
 
@@ -25,7 +23,7 @@ OWN = [
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+def run(smollm2: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """Model, prompts and two steps, by the commands at the top of examples/gsm8k.yaml."""
     folder, data = tmp_path_factory.mktemp("gsm8k"), request.config.getoption("--data")
     rows = folder / "train.jsonl"
@@ -33,13 +31,12 @@ def run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
         rows.write_text("".join((Path(data) / "gsm8k_train.jsonl").open().readlines()[:200]))
     else:
         rows.write_text("\n".join(map(json.dumps, OWN)))
-    model = fetch(folder / "model")
     command(
-        "tools/prepare_data.py", "--recipe", "gsm8k", "--input", rows, "--model", model, "--chat-template",
+        "tools/prepare_data.py", "--recipe", "gsm8k", "--input", rows, "--model", smollm2, "--chat-template",
         "--max-prompt-tokens", "512", "--out", folder / "prompts",
     )  # fmt: skip
     settings = {
-        "model.path": model, "data.path": folder / "prompts", "run_dir": folder / "run", "steps": 2,
+        "model.path": smollm2, "data.path": folder / "prompts", "run_dir": folder / "run", "steps": 2,
         "rollout.prompts_per_step": 2, "rollout.group_size": 4, "rollout.max_tokens": 48, "data.held_out": "null",
         "checkpoint.at_end": "false",
     }  # fmt: skip
