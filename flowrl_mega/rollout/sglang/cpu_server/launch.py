@@ -1,7 +1,7 @@
 """SGLang's server on a machine without GPU: PYTHON launch.py FLAGS, where PYTHON is one that has sglang.
 
-Supplies what its imports ask for and a CPU does not have. The server's own children import this file too, as
-multiprocessing's spawn does with a main module, so all that they need happens on import.
+Supplies what its imports ask for and a CPU does not have. The server's other processes are forks of it here: SGLang has
+them spawned, since CUDA cannot be used in a fork, and each would import everything again, for ten seconds of a core.
 """
 
 import importlib
@@ -27,6 +27,11 @@ except (ImportError, RuntimeError, OSError):
 
 
 if __name__ == "__main__":
+    import multiprocessing
+
+    multiprocessing.set_start_method("fork")
+    multiprocessing.set_start_method = lambda *_, **__: None
+
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
 
