@@ -1,4 +1,4 @@
-"""train.sbatch's decisions, with stand-ins for srun and scontrol; tests/integration/test_slurm.py has the real ones."""
+"""train.sbatch's decisions, with stand-ins for SLURM's commands; tests/integration/test_slurm.py has the real ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ exit "$CODE"
 @pytest.fixture
 def run(tmp_path: Path):
     """Runs the script in tmp_path; gives its exit code, its messages, and what srun and scontrol were asked for."""
-    for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
+    for name, text in (("scontrol", SCONTROL), ("srun", SRUN), ("scancel", SCANCEL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
 
@@ -63,11 +63,17 @@ def test_what_goes_back_into_the_queue(run, code: int, restarts: str, requeued: 
 
 NODES = {**JOB, "SLURM_JOB_NUM_NODES": "4", "SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_ON_NODE": "48"}
 # The servers' step lasts until it is told to end; with TROUBLE it ends at once, with that exit code, and the trainer's
-# is told. Either takes a while to end.
+# is told. Either takes a while to end. It is the step that is to be told: at SIGTERM srun itself kills it.
+SCANCEL = """#!/bin/bash
+[ "$*" = "--signal=TERM 7" ] && kill -USR1 "$(cat waiting)"
+"""
 SRUN_OF_TWO = """#!/bin/bash
 exec > /dev/null 2>&1
 echo "$*" >> said
-until_told() { trap "sleep 0.3; echo ended $1 >> said; exit 0" TERM; echo "$1 waits" >> said; sleep 20 & wait; }
+until_told() {
+    trap "sleep 0.3; echo ended $1 >> said; exit 0" USR1
+    echo $$ > waiting; echo "$1 waits" >> said; sleep 20 & wait
+}
 case "$*" in
     *" serve "*) if [ "$TROUBLE" ]; then until grep -q "trainer waits" said; do sleep 0.01; done; exit "$TROUBLE"; fi
         until_told servers ;;
