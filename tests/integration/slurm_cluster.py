@@ -38,7 +38,7 @@ SlurmdPidFile={root}/slurmd-%n.pid
 SlurmctldLogFile={root}/log/slurmctld.log
 SlurmdLogFile={root}/log/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/{task_plugin}
 JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -47,7 +47,6 @@ SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1
 SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
-KillWait=10
 MinJobAge=300
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -69,10 +68,11 @@ def missing() -> str | None:
 class Cluster:
     """Up when made, or a RuntimeError with its logs; `close` ends it and all of its jobs.
 
-    A job that is never ready is the test's failure, not its hang: every wait has its end.
+    A job that is never ready is the test's failure, not its hang: every wait has its end. `task_plugin` affinity: each
+    task on CPUs of its own, of which a node must not have more than the host.
     """
 
-    def __init__(self, root: Path, cpus_per_node: int = 4) -> None:
+    def __init__(self, root: Path, cpus_per_node: int = 4, task_plugin: str = "none") -> None:
         self.root = root
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
         self.environment["SLURM_CONF"] = str(root / "slurm.conf")
@@ -84,7 +84,9 @@ class Cluster:
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={at} CPUs={cpus_per_node} RealMemory=1000"
             for node, at in zip(NODES, ports, strict=True)
         )
-        (root / "slurm.conf").write_text(CONF.format(host=host, port=port, root=root, nodes=nodes))
+        (root / "slurm.conf").write_text(
+            CONF.format(host=host, port=port, root=root, nodes=nodes, task_plugin=task_plugin)
+        )
         try:
             self._start()
         except BaseException:
@@ -106,7 +108,7 @@ class Cluster:
                 raise RuntimeError(f"the nodes did not become idle\n{self.logs()}")
             time.sleep(0.1)
 
-    def call(self, *words: str, cwd: Path | None = None, **environment: str) -> str:
+    def call(self, *words: str, cwd: Path | None = None, timeout: float = 60, **environment: str) -> str:
         """What a command of SLURM says; RuntimeError where it fails."""
         # No pipe for stderr: a daemon would keep it open, and nobody would ever see its end.
         with (self.root / "log" / "errors").open("w+") as errors:
@@ -118,7 +120,7 @@ class Cluster:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                timeout=30,
+                timeout=timeout,
             )
             errors.seek(0)
             if done.returncode:

@@ -24,7 +24,7 @@ def submit(
     return cluster.call("sbatch", "--parsable", *options, str(script), *arguments, cwd=work, **one_host)
 
 
-def until(condition: Callable[[], Any], work: Path, timeout: float = 120) -> None:
+def until(condition: Callable[[], Any], work: Path, timeout: float = 240) -> None:
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, f"nothing happened\n{log(work)}"
@@ -37,4 +37,4 @@ def log(work: Path) -> str:
 
 def ended(cluster: Cluster, number: str, work: Path) -> dict[str, str]:
     """JobState, ExitCode, Restarts and so on of the job at its end, and its log."""
-    return cluster.wait(number, 150) | {"log": log(work)}
+    return cluster.wait(number, 300) | {"log": log(work)}

@@ -30,7 +30,7 @@ from flowrl_mega.rollout.sglang.attached import check_attached
 from flowrl_mega.rollout.sglang.engine import SglangEngine
 from flowrl_mega.rollout.sglang.fleet import Fleet
 
-pytestmark = [pytest.mark.integration, pytest.mark.ranks, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(600)]
 
 PROMPTS = [[2 + place, 7, 3 * place + 1] for place in range(12)]
 SAMPLING = Sampling(40, temperature=0.7, stop_ids=(1, 17, 40))

@@ -17,7 +17,7 @@ import flowrl_mega.rollout.sglang.cpu_server as cpu_server
 from flowrl_mega.rollout.sglang.checksums import word_hash
 from flowrl_mega.rollout.sglang.quantize import quantize
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.servers, pytest.mark.timeout(600)]
 
 # Triton's interpreter runs the kernel on CPU tensors; only the two assertions that these are on CUDA are changed.
 HASHES = """

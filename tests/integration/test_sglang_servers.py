@@ -24,7 +24,7 @@ from flowrl_mega.rollout.processes import family
 from flowrl_mega.rollout.sglang.flags import check_servers
 from flowrl_mega.rollout.sglang.fleet import Fleet
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.servers, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

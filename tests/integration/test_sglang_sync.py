@@ -23,7 +23,7 @@ from flowrl_mega.model.names import hf_shapes
 from flowrl_mega.rollout.sglang.checksums import Expected
 from flowrl_mega.rollout.sglang.fleet import Fleet
 
-pytestmark = [pytest.mark.integration, pytest.mark.ranks, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.servers, pytest.mark.ranks, pytest.mark.timeout(900)]
 # Three buckets of 1 MiB. The server pads vocabulary and feed-forward size, Megatron at tp = 2 the vocabulary.
 SIZE = {"hidden_size": 128, "intermediate_size": 240, "num_hidden_layers": 4}
 TOKENS = [(7 * place + place**2) % 101 for place in range(40)]

@@ -20,7 +20,7 @@ from tiny_models import make
 
 from flowrl_mega.rollout.sglang.endpoints import is_up
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.servers, pytest.mark.timeout(600)]
 
 SERVER_ARGS = {**SMALL, "max_total_tokens": 4096}
 

@@ -5,6 +5,7 @@ Settings of the site are given as the script says, to sbatch; .venv is a link to
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from jobs import Job, records, write_config
 from slurm_cluster import NODES, Cluster, missing
-from slurm_jobs import SCRIPT, ended, log, submit, until
+from slurm_jobs import ROOT, SCRIPT, ended, log, submit, until
 from tiny_models import make
 
 from flowrl_mega.checkpoint.folder import checkpoints
@@ -39,6 +40,7 @@ for _ in $(seq 1000); do sleep 0.2 & wait; done  # which SIGTERM interrupts
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.servers,
     pytest.mark.timeout(300),
     pytest.mark.skipif(missing() is not None, reason=f"no SLURM here: {missing()}"),
 ]
@@ -154,6 +156,36 @@ def test_pre_empted_it_goes_on(cluster: Cluster, work: Path) -> None:
     other = cluster.call("sbatch", "--parsable", *high, cwd=work)
     assert cluster.wait(other, 60)["JobState"] == "COMPLETED"
     assert_went_on(ended(cluster, number, work), work)
+
+
+# In a task: its own CPUs, and those of what it starts as the rollout's servers are started.
+MASKS = """
+import os, subprocess, sys
+from flowrl_mega.rollout.processes import popen
+
+show = "import os; print(*sorted(os.sched_getaffinity(0)))"
+subprocess.run([sys.executable, "-c", show])
+popen([sys.executable, "-c", show], dict(os.environ), sys.stdout).wait()
+"""
+
+
+def test_servers_are_not_bound_to_the_cpus_of_their_rank(tmp_path: Path) -> None:
+    """srun gives each task CPUs of its own, which what it starts inherits; a server may use all that the job has."""
+    cpus = sorted(os.sched_getaffinity(0))
+    cluster = Cluster(tmp_path, cpus_per_node=len(cpus), task_plugin="affinity")
+    try:
+        step = ("srun", "--nodes=1", f"--ntasks={len(cpus)}", "--cpus-per-task=1", "--label")
+        said = cluster.call(*step, sys.executable, "-c", MASKS, timeout=200, PYTHONPATH=str(ROOT))
+    finally:
+        cluster.close()
+    found: dict[str, list[str]] = {}
+    for line in said.splitlines():
+        task, _, mask = line.partition(": ")
+        found.setdefault(task, []).append(mask)
+    whole = " ".join(map(str, cpus))
+    assert sorted(bound for bound, _ in found.values()) == [str(cpu) for cpu in cpus], "each task is on one CPU"
+    assert all(free == whole for _, free in found.values())
+    assert len(cpus) > 1, "a machine of one core shows nothing"
 
 
 def assert_went_on(job: dict[str, str], folder: Path) -> None:

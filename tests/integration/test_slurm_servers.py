@@ -24,7 +24,8 @@ from flowrl_mega.rollout.sglang.endpoints import is_up
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.timeout(500),
+    pytest.mark.servers,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(missing() is not None, reason=f"no SLURM here: {missing()}"),
 ]
 STEPS = 6
@@ -37,13 +38,18 @@ def score(row, response):
     while os.path.exists("wait"):
         time.sleep(0.1)
     with open("scored", "a") as file:
-        print(response, file=file)
+        print(repr(response), file=file)  # a line, whatever the model writes
     return sums.score(row, response)
 """
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """stories260k, a real model, where it lies beside the data (make test-integration DATA=DIR); else a random one."""
+    if data := request.config.getoption("--data"):
+        real = Path(data).resolve().parent / "models" / "stories260k"
+        if real.is_dir():
+            return real
     return make("llama", tmp_path_factory.mktemp("model"), vocab=15)
 
 
@@ -64,9 +70,11 @@ def config(folder: Path, model: Path, dp: int, **rollout: Any) -> list[str]:
     }  # fmt: skip
     parallel = {"tp": 1, "dp": dp, "timeout_s": 120}
     path = write_config(
-        folder, model, steps=STEPS, parallel=parallel, rollout=rollout, checkpoint={"every": 0}, evaluation={"every": 0}
-    )
-    return [str(path), f"--reward={folder}/slow.py:score"]
+        folder, model, steps=STEPS, parallel=parallel, rollout=rollout,
+        reward={"function": f"{folder}/slow.py:score", "timeout_s": 600},
+        checkpoint={"every": 0}, evaluation={"every": 0},
+    )  # fmt: skip
+    return [str(path)]
 
 
 def url_of(server_log: Path) -> str:

@@ -168,6 +168,7 @@ def test_our_client_on_a_server(model, tmp_path, ranks1, kind):
 
 
 @pytest.mark.integration
+@pytest.mark.servers
 @pytest.mark.timeout(900)
 def test_sync_with_a_real_server(tmp_path):
     """In a process of its own, which becomes a job of one rank."""
