@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from flowrl_mega.benchmark.answers import read_answers
 from flowrl_mega.data.task import task_rows
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.servers, pytest.mark.timeout(400)]
 K, PROBLEMS = 2, 9
 TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # the characters of a prompt, as they are

@@ -18,6 +18,7 @@ from flowrl_mega.data.task import task_rows
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.servers,
     pytest.mark.timeout(500),
     pytest.mark.skipif(missing() is not None, reason=f"no SLURM here: {missing()}"),
 ]
