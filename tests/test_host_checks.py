@@ -124,7 +124,7 @@ def test_fp32_and_flash_attention(dtype: str, more: dict[str, Any], is_refused: 
         monkeypatch.setattr(module, name, lambda *_: "looked at")
     sections = {"model": {"path": "nowhere", "dtype": dtype}, "rollout": {"engine": "sglang", **more}}
     inputs: Any = SimpleNamespace(config=on_ranks.config_for("nowhere", **sections), arch=None)
-    inputs.data = SimpleNamespace(prompts=[SimpleNamespace(token_ids=[1])], held_out=None)
+    inputs.data, inputs.benchmarks = SimpleNamespace(prompts=[SimpleNamespace(token_ids=[1])], held_out=None), []
     if is_refused:
         with pytest.raises(ConfigError, match="model.dtype = fp32: .*attention_backend=torch_native"):
             check_engine(inputs, 1)

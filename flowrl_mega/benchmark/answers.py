@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from flowrl_mega.benchmark.table import Problems
+from flowrl_mega.benchmark.problems import Problems
 from flowrl_mega.config import ConfigError, RunError
 from flowrl_mega.config_eval import EvalConfig
 

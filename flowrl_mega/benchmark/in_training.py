@@ -6,9 +6,9 @@ import zlib
 from typing import Any, NamedTuple
 
 from flowrl_mega.benchmark.answers import Answer, Place
+from flowrl_mega.benchmark.problems import Problems
 from flowrl_mega.benchmark.samples import grade
 from flowrl_mega.benchmark.scores import scores
-from flowrl_mega.benchmark.table import Problems, load
 from flowrl_mega.benchmark.writer import answer_of
 from flowrl_mega.config import Config, RewardSettings
 from flowrl_mega.data.modules import modules_of_tests
@@ -29,6 +29,10 @@ class Asked(NamedTuple):
 def asked_by(config: Config, tokenizer: Any) -> list[Asked]:
     """The problems of evaluation.benchmarks, as the run's own prompts are made. ConfigError as of `table.load`."""
     settings, data = config.evaluation.benchmarks, config.data
+    if not settings.names:
+        return []
+    from flowrl_mega.benchmark.table import load  # which brings the recipes of data sets along
+
     every = load(settings.names, settings.data, settings.problems, config.seed, "evaluation.benchmarks")
     return [
         Asked(of, tokenized(of.rows, tokenizer, data.chat_template, data.max_prompt_tokens, data.template_date))

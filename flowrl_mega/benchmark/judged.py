@@ -12,8 +12,8 @@ from statistics import fmean
 from typing import Any
 
 from flowrl_mega.benchmark.chat import model_of
+from flowrl_mega.benchmark.problems import Problems
 from flowrl_mega.benchmark.samples import Sample
-from flowrl_mega.benchmark.table import Problems
 from flowrl_mega.config_eval import JudgeSettings
 from flowrl_mega.evaluation.judge import judge_messages, read_verdict
 from flowrl_mega.rollout.chat import Ask, ChatAnswer, ChatServer, ask_all

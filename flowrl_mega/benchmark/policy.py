@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from flowrl_mega.benchmark.chat import ChatWriter
 from flowrl_mega.benchmark.embedded import EmbeddedWriter
+from flowrl_mega.benchmark.problems import Problems
 from flowrl_mega.benchmark.servers import ServersWriter
-from flowrl_mega.benchmark.table import Problems
 from flowrl_mega.benchmark.writer import Work, Writer
 from flowrl_mega.checkpoint import check_model, is_megatron, megatron_to_hf
 from flowrl_mega.config_eval import EvalConfig

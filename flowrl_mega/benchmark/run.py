@@ -19,9 +19,10 @@ from flowrl_mega.benchmark import codeforces
 from flowrl_mega.benchmark.answers import ABOUT, Answer, AnswerFile, Place, about, check_about, read_answers
 from flowrl_mega.benchmark.judged import Judge
 from flowrl_mega.benchmark.policy import Evaluated, build_writer, prepare, work_of
+from flowrl_mega.benchmark.problems import Problems
 from flowrl_mega.benchmark.samples import SAMPLES, Sample, grade, write_samples
 from flowrl_mega.benchmark.scores import scores, table
-from flowrl_mega.benchmark.table import Problems, load
+from flowrl_mega.benchmark.table import load
 from flowrl_mega.checkpoint.progress import Progress
 from flowrl_mega.config import ConfigError, ParallelSettings
 from flowrl_mega.config_eval import EvalConfig, JudgeSettings

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowrl_mega.benchmark.answers import Answer, Place
-from flowrl_mega.benchmark.table import Problems
+from flowrl_mega.benchmark.problems import Problems
 from flowrl_mega.config import ConfigError
 from flowrl_mega.data.prompts import Row
 from flowrl_mega.rewards import minerva

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowrl_mega.benchmark import codeforces
+from flowrl_mega.benchmark.problems import Problems
 from flowrl_mega.config import ConfigError
 from flowrl_mega.data.prepare.problem import BROKEN, BadRow, Problem
 from flowrl_mega.data.prepare.reasoning_gym import make_rows
@@ -60,17 +61,6 @@ BENCHMARKS = {
         "LiveCodeBench v5", "livecodebench", "livecodebench/code_generation_lite:release_v5", keep=_of_v5
     ),
 }
-
-
-class Problems(NamedTuple):
-    """A benchmark's problems: `rows[i]` is problem i, with its prompt and what grades its answers."""
-
-    name: str
-    title: str
-    rows: list[Row]
-    source: str  # where they were read
-    sum: str  # of all of the source's problems, also where only the first few are taken
-    is_known: bool  # whether that is the known sum of this benchmark
 
 
 def load(

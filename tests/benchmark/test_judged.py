@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from flowrl_mega.benchmark.judged import FILE, Judge
+from flowrl_mega.benchmark.problems import Problems
 from flowrl_mega.benchmark.samples import Sample
 from flowrl_mega.benchmark.scores import scores, table
-from flowrl_mega.benchmark.table import Problems
 from flowrl_mega.config import ConfigError
 from flowrl_mega.config_eval import JudgeSettings
 

@@ -25,7 +25,9 @@ def literals(file: Path) -> set[str]:
 
 
 def test_no_path_stands_anywhere_else() -> None:
-    assert {file: found for file in ROLLOUT.rglob("*.py") if file != ENDPOINTS and (found := literals(file))} == {}
+    """Of SGLang's protocol; chat.py has that of OpenAI."""
+    others = [file for file in ROLLOUT.rglob("*.py") if file not in (ENDPOINTS, ROLLOUT / "chat.py")]
+    assert {file: found for file in others if (found := literals(file))} == {}
     assert len(literals(ENDPOINTS)) == 21
 
 
