@@ -18,9 +18,10 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from flowrl_mega.config import ConfigError, RunError
 from flowrl_mega.config_file import load_config, load_eval_config
@@ -28,6 +29,7 @@ from flowrl_mega.hangup import outlive_the_terminal, stop_signals
 from flowrl_mega.launched import speaks, started_by_launcher
 
 BAD_INPUT, CANNOT_GO_ON, INTERRUPTED = 2, 70, 130
+SETTINGS = "YAML file of settings; --section.field=value changes one of them"
 STAGES = ("fetch", "data", "train", "evaluate", "report")  # of a study
 
 
@@ -94,36 +96,60 @@ def _serve(options: argparse.Namespace, stop: StopRequest) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """One subparser per command; its `run` default is the function above that runs it."""
     parser = argparse.ArgumentParser(prog="flowrl-mega", description="FlowRL on Megatron-core.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train from a YAML file of settings", allow_abbrev=False)
-    evaluate = commands.add_parser(
+    for add in (_add_train, _add_eval, _add_ablate, _add_reproduce, _add_serve):
+        add(commands)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[..., int], about: str, more: str | None = None, file: str = SETTINGS
+) -> argparse.ArgumentParser:
+    """A command whose `run` is called with its options; `file` is the YAML file that it takes."""
+    command: argparse.ArgumentParser = commands.add_parser(name, help=about, description=more, allow_abbrev=False)
+    command.set_defaults(run=run)
+    command.add_argument("config", type=os.path.expanduser, help=file)
+    return command
+
+
+def _add_train(commands: Any) -> None:
+    train = _command(commands, "train", _train, "train from a YAML file of settings")
+    train.add_argument(
+        "--resume",
+        default="auto",
+        type=os.path.expanduser,
+        help="auto (the run folder's newest checkpoint), never, or a folder",
+    )
+    _can_be_dry(train)
+    _starts_ranks(train)
+
+
+def _add_eval(commands: Any) -> None:
+    evaluate = _command(
+        commands,
         "eval",
-        help="a model on benchmarks: every answer kept, avg@k, pass@k, maj@k",
-        description="Has a model, or a running server, answer benchmarks. Run again, it goes on with what is missing. "
-        "Writes RUN_DIR/samples.jsonl, scores.json and scores.md.",
-        allow_abbrev=False,
+        _eval,
+        "a model on benchmarks: every answer kept, avg@k, pass@k, maj@k",
+        "Has a model, or a running server, answer benchmarks. Run again, it goes on with what is missing. Writes "
+        "RUN_DIR/samples.jsonl, scores.json and scores.md.",
     )
-    ablate = commands.add_parser(
+    evaluate.add_argument(
+        "--regrade", action="store_true", help="grade the stored answers again, without a model, and score them"
+    )
+    _can_be_dry(evaluate)
+    _starts_ranks(evaluate)
+
+
+def _add_ablate(commands: Any) -> None:
+    ablate = _command(
+        commands,
         "ablate",
-        help="a grid of settings, some seeds each: one table, one plot",
-        description="Trains once for each combination of the varied settings and each seed, in RUN_DIR/CELL/seed_K, "
-        "one after the other; run again, it goes on. Writes RUN_DIR/ablation.md, ablation.json and ablation.png.",
-        allow_abbrev=False,
+        _ablate,
+        "a grid of settings, some seeds each: one table, one plot",
+        "Trains once for each combination of the varied settings and each seed, in RUN_DIR/CELL/seed_K, one after the "
+        "other; run again, it goes on. Writes RUN_DIR/ablation.md, ablation.json and ablation.png.",
     )
-    again = commands.add_parser(
-        "reproduce",
-        help="a published table made again: fetch, data, train, evaluate, report",
-        description="Runs the stages of a study (examples/studies/) that are not done yet. Run again, it goes on.",
-        allow_abbrev=False,
-    )
-    serve = commands.add_parser("serve", help="start the servers of rollout.* alone, on this node", allow_abbrev=False)
-    for command, run in ((train, _train), (evaluate, _eval), (ablate, _ablate), (again, _reproduce), (serve, _serve)):
-        command.set_defaults(run=run)
-        words = "YAML file of settings; --section.field=value changes one of them"
-        words = "YAML file of a study" if command is again else words
-        command.add_argument("config", type=os.path.expanduser, help=words)
     ablate.add_argument(
         "--vary",
         action="append",
@@ -134,28 +160,39 @@ def _parser() -> argparse.ArgumentParser:
         "'NAME+NAME=[[V, V], ...]'",
     )
     ablate.add_argument("--seeds", type=int, default=3, help="runs per combination, with seed, seed + 1, ... (3)")
+    _can_be_dry(ablate)
+
+
+def _add_reproduce(commands: Any) -> None:
+    again = _command(
+        commands,
+        "reproduce",
+        _reproduce,
+        "a published table made again: fetch, data, train, evaluate, report",
+        "Runs the stages of a study (examples/studies/) that are not done yet. Run again, it goes on.",
+        file="YAML file of a study",
+    )
+    again.add_argument("--stage", nargs="+", choices=STAGES, help="only these (all)")
+    again.add_argument("--data", help="folder with NAME.jsonl of the benchmarks; else they are fetched from the hub")
+    again.add_argument("--submit", action="store_true", help="hand the stages to SLURM as a chain of jobs, and return")
+    _can_be_dry(again)
+
+
+def _add_serve(commands: Any) -> None:
+    serve = _command(commands, "serve", _serve, "start the servers of rollout.* alone, on this node")
     serve.add_argument(
         "--host",
         help="address to listen on; 0.0.0.0 lets other hosts connect (127.0.0.1; with rollout.nodes the node's own)",
     )
     serve.add_argument("--port", type=int, help="port of the first server; the others take the ports after it")
-    train.add_argument(
-        "--resume",
-        default="auto",
-        type=os.path.expanduser,
-        help="auto (the run folder's newest checkpoint), never, or a folder",
-    )
-    evaluate.add_argument(
-        "--regrade", action="store_true", help="grade the stored answers again, without a model, and score them"
-    )
-    again.add_argument("--stage", nargs="+", choices=STAGES, help="only these (all)")
-    again.add_argument("--data", help="folder with NAME.jsonl of the benchmarks; else they are fetched from the hub")
-    again.add_argument("--submit", action="store_true", help="hand the stages to SLURM as a chain of jobs, and return")
-    for command in (train, evaluate, ablate, again):
-        command.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and stop")
-    for command in (train, evaluate):
-        command.add_argument("--checked", action="store_true", help=argparse.SUPPRESS)  # given to ranks that we start
-    return parser
+
+
+def _can_be_dry(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and stop")
+
+
+def _starts_ranks(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--checked", action="store_true", help=argparse.SUPPRESS)  # given to ranks that we start
 
 
 class StopRequest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from datetime import date
 from typing import Annotated, Any, Literal
@@ -10,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from flowrl_mega.config import ConfigError, DataSettings, ParallelSettings, RewardSettings
-from flowrl_mega.config_rollout import RolloutSettings, SyncSettings
+from flowrl_mega.config_rollout import RolloutSettings, SyncSettings, key_faults, server_faults
 from flowrl_mega.settings import Needs, PathText, Settings, refuse_unread
 
 
@@ -125,16 +124,9 @@ def _faults(config: EvalConfig) -> Iterator[str]:
         yield f"rollout.servers = {rollout.servers}: chat servers are not started here; give their URLs"
     if rollout.engine == "chat" and rollout.top_k:
         yield f"rollout.top_k = {rollout.top_k}: is not in OpenAI's protocol; leave it out"
-    if rollout.servers == []:
-        yield "rollout.servers = []: give at least one URL, or how many servers to start"
-    for url in rollout.servers if isinstance(rollout.servers, list) else []:
-        if not url.startswith(("http://", "https://")):
-            yield f"rollout.servers: {url!r} is no URL; write it as http://HOST:PORT"
-    keys = {"rollout": rollout.api_key_file, "judge": config.judge.api_key_file if config.judge else None}
-    for section, file in keys.items():
-        if file is not None and not os.path.isfile(file):
-            yield f"{section}.api_key_file = {file!r}: no such file; give one that holds the key"
+    yield from server_faults(rollout.servers, rollout.api_key_file)
     if config.judge is not None:
+        yield from key_faults(config.judge.api_key_file, "judge.api_key_file")
         if not config.judge.url.startswith(("http://", "https://")):
             yield f"judge.url = {config.judge.url!r}: is no URL; write it as http://HOST:PORT"
         if config.k < 2:

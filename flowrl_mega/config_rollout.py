@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from flowrl_mega.settings import PathText, Settings
+
+
+def server_faults(servers: int | list[str], api_key_file: str | None) -> Iterator[str]:
+    """What is wrong with where servers run, and with the file of their key."""
+    if servers == []:
+        yield "rollout.servers = []: give at least one URL, or how many servers to start"
+    for url in servers if isinstance(servers, list) else []:
+        if not url.startswith(("http://", "https://")):
+            yield f"rollout.servers: {url!r} is no URL; write it as http://HOST:PORT"
+    yield from key_faults(api_key_file, "rollout.api_key_file")
+
+
+def key_faults(file: str | None, setting: str) -> Iterator[str]:
+    if file is not None and not os.path.isfile(file):
+        yield f"{setting} = {file!r}: no such file; give one that holds the key"
 
 
 class SyncSettings(Settings):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from flowrl_mega.config import Config, ConfigError, ModelSettings, RolloutSettings
+from flowrl_mega.config_rollout import server_faults
 from flowrl_mega.settings import Needs, refuse_unread
 
 # Read by the engine of SGLang; one from outside the package may read them too.
@@ -169,12 +170,9 @@ def _servers(rollout: RolloutSettings) -> Iterator[str]:
             f"rollout.partial_tokens = {rollout.partial_tokens}: no answer is longer than rollout.max_tokens = "
             f"{rollout.max_tokens}; take fewer, or leave it out"
         )
-    if rollout.servers == []:
-        yield "rollout.servers = []: give at least one URL, or how many servers to start"
-    for url in rollout.servers if isinstance(rollout.servers, list) else []:
-        if not url.startswith(("http://", "https://")):
-            yield f"rollout.servers: {url!r} is no URL; write it as http://HOST:PORT"
-        elif rollout.sync.transfer == "tensor" and urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"):
+    yield from server_faults(rollout.servers, rollout.api_key_file)
+    for url in rollout.servers if isinstance(rollout.servers, list) and rollout.sync.transfer == "tensor" else []:
+        if urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"):
             yield f"rollout.sync.transfer = tensor: shares memory, and {url} is another host; take distributed or disk"
     if rollout.colocated and rollout.ahead:
         yield (
@@ -188,8 +186,6 @@ def _servers(rollout: RolloutSettings) -> Iterator[str]:
         yield f"rollout.nodes = {rollout.nodes}: nodes without a trainer; set rollout.colocated=false"
     if rollout.nodes and rollout.sync.transfer == "tensor":
         yield "rollout.sync.transfer = tensor: shares memory, and rollout.nodes are others; take distributed or disk"
-    if rollout.api_key_file is not None and not os.path.isfile(rollout.api_key_file):
-        yield f"rollout.api_key_file = {rollout.api_key_file!r}: no such file; give one that holds the key"
 
 
 def _sampling(rollout: RolloutSettings) -> Iterator[str]:

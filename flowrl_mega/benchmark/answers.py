@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 from flowrl_mega.benchmark.problems import Problems
 from flowrl_mega.config import ConfigError, RunError
 from flowrl_mega.config_eval import EvalConfig
+from flowrl_mega.whole_file import write_whole
 
 FOLDER, ABOUT = "answers", "eval.json"
 SAMPLED = 1 << 16  # bytes of a file of weights that are read at its start, its middle and its end
@@ -108,9 +109,7 @@ def check_about(run_dir: Path, now: dict[str, Any]) -> None:
             )
         now = before | now | {"benchmarks": benchmarks | now["benchmarks"]}
     run_dir.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(now, indent=1) + "\n")
-    part.replace(file)
+    write_whole(file, json.dumps(now, indent=1) + "\n")
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import zlib
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from flowrl_mega.benchmark.answers import Answer
-from flowrl_mega.benchmark.writer import Done, Stop, Work
+from flowrl_mega.benchmark.writer import Done, Stop, Work, seed_of
 from flowrl_mega.config import ConfigError
 from flowrl_mega.config_eval import EvalConfig
 from flowrl_mega.rollout.chat import Ask, ChatAnswer, ChatServer, ask_all
-from flowrl_mega.rollout.group_queue import derive_seed
 from flowrl_mega.rollout.http_client import ServerError
 from flowrl_mega.rollout.loop_thread import LoopThread
 from flowrl_mega.rollout.server_client import Malformed
@@ -38,11 +36,11 @@ class ChatWriter:
             raise
 
     def write(self, work: Work, done: Done, stop: Stop) -> bool:
-        rollout, places, name = self.rollout, work.places, zlib.crc32(work.benchmark.encode())
+        rollout, places = self.rollout, work.places
         asks = [
             Ask(work.prompts[place.problem], self.model, rollout.max_tokens, rollout.temperature, rollout.top_p, seed)
             for place in places
-            for seed in [derive_seed(self.seed, name, place.problem, place.attempt) >> 1]
+            for seed in [seed_of(self.seed, *place) >> 1]
         ]
 
         def on_answer(i: int, answer: ChatAnswer) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 from flowrl_mega.benchmark.answers import Place
-from flowrl_mega.benchmark.writer import Done, Stop, Work, answer_of, dtype_of, sampling_of
+from flowrl_mega.benchmark.writer import Done, Stop, Work, answer_of, dtype_of, sampling_of, seed_of
 from flowrl_mega.checkpoint import load_model
 from flowrl_mega.config import Config, DataSettings, ModelSettings
 from flowrl_mega.config_eval import EvalConfig
@@ -15,7 +14,6 @@ from flowrl_mega.model.policy import Policy
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.rollout.embedded import EmbeddedEngine
 from flowrl_mega.rollout.engine import Request, Rollout
-from flowrl_mega.rollout.group_queue import derive_seed
 
 AT_ONCE = 32  # problems whose answers are written together; their seeds depend on it
 
@@ -50,7 +48,7 @@ class EmbeddedWriter:
                     done(Place(work.benchmark, start + i, attempt), answer_of(rollout, self.tokenizer))
 
             requests = [Request(prompt, self.k, self.sampling.max_tokens) for prompt in prompts]
-            seed = derive_seed(self.seed, zlib.crc32(work.benchmark.encode()), start)
+            seed = seed_of(self.seed, work.benchmark, start)
             self.engine.finish(self.engine.start(requests, self.sampling, seed, on_answer))
         return True
 

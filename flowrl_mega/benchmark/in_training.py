@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any, NamedTuple
 
 from flowrl_mega.benchmark.answers import Answer, Place
 from flowrl_mega.benchmark.problems import Problems
-from flowrl_mega.benchmark.samples import grade
+from flowrl_mega.benchmark.samples import describe_grader, grade
 from flowrl_mega.benchmark.scores import scores
-from flowrl_mega.benchmark.writer import answer_of
+from flowrl_mega.benchmark.writer import answer_of, seed_of
 from flowrl_mega.config import Config, RewardSettings
-from flowrl_mega.data.modules import modules_of_tests
 from flowrl_mega.data.prompts import Prompt, tokenized
 from flowrl_mega.model.generation import Sampling
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.rewards.load import load_reward
 from flowrl_mega.rewards.scorer import Scorer
 from flowrl_mega.rollout import Engine, generate
-from flowrl_mega.rollout.group_queue import derive_seed
 
 
 class Asked(NamedTuple):
@@ -47,13 +44,9 @@ def grader_settings(config: Config) -> RewardSettings:
 
 
 def describe_graders(config: Config, asked: list[Asked]) -> str:
-    """What the benchmarks' graders say of themselves; they may refuse. "" without benchmarks."""
-    rows = [row for of in asked for row in of.problems.rows]
-    kinds, modules = (
-        {str(row.get("kind", "")) for row in rows},
-        {name for row in rows for name in modules_of_tests(row)},
-    )
-    return load_reward(grader_settings(config)).describe(kinds, modules) if rows else ""
+    """What the benchmarks' grader says of itself; it may refuse. "" without benchmarks."""
+    every = [of.problems for of in asked]
+    return describe_grader(load_reward(grader_settings(config)), every) if every else ""
 
 
 class TrainingBenchmarks:
@@ -80,7 +73,7 @@ class TrainingBenchmarks:
 
     def _scores(self, of: Asked, scorer: Scorer) -> list[tuple[str, float]]:
         k, name = self.config.evaluation.benchmarks.k, of.problems.name
-        seed = derive_seed(self.config.seed, zlib.crc32(name.encode()), 0)
+        seed = seed_of(self.config.seed, name, 0)
         groups = generate(self.engine, [prompt.token_ids for prompt in of.prompts], k, self.sampling, seed)
         answers: dict[Place, Answer] = {
             Place(name, i, attempt): answer_of(rollout, self.tokenizer)

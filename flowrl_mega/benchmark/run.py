@@ -20,13 +20,12 @@ from flowrl_mega.benchmark.answers import ABOUT, Answer, AnswerFile, Place, abou
 from flowrl_mega.benchmark.judged import Judge
 from flowrl_mega.benchmark.policy import Evaluated, build_writer, prepare, work_of
 from flowrl_mega.benchmark.problems import Problems
-from flowrl_mega.benchmark.samples import SAMPLES, Sample, grade, write_samples
+from flowrl_mega.benchmark.samples import SAMPLES, Sample, describe_grader, grade, write_samples
 from flowrl_mega.benchmark.scores import scores, table
 from flowrl_mega.benchmark.table import load
 from flowrl_mega.checkpoint.progress import Progress
 from flowrl_mega.config import ConfigError, ParallelSettings
 from flowrl_mega.config_eval import EvalConfig, JudgeSettings
-from flowrl_mega.data.modules import modules_of_tests
 from flowrl_mega.launched import started_by_launcher
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.launch import launch, rank_environment
@@ -34,6 +33,7 @@ from flowrl_mega.parallel.layout import raise_on_all_ranks
 from flowrl_mega.rewards.load import Reward, load_reward
 from flowrl_mega.rewards.scorer import Scorer
 from flowrl_mega.run_lock import run_lock
+from flowrl_mega.whole_file import write_whole
 
 DONE, STOPPED = 0, 75
 SCORES, TABLE = "scores.json", "scores.md"
@@ -56,7 +56,7 @@ def evaluate(
     every, reward = load(config.benchmarks, config.data, config.problems, config.seed), load_reward(config.reward)
     world = _world(config, is_rank, regrade)
     evaluated = None if regrade or config.rollout.engine == "chat" else prepare(config, every)
-    words = reward.describe(_kinds(every), {name for of in every for row in of.rows for name in modules_of_tests(row)})
+    words = describe_grader(reward, every)
     if dry_run:
         print(describe(config, every))
         return DONE
@@ -86,10 +86,6 @@ def _world(config: EvalConfig, is_rank: bool, regrade: bool) -> int:
             "process; start it alone, and for servers on other nodes give their URLs (rollout.servers)"
         )
     return 1
-
-
-def _kinds(every: list[Problems]) -> set[str]:
-    return {str(row.get("kind", "")) for problems in every for row in problems.rows}
 
 
 def describe(config: EvalConfig, every: list[Problems]) -> str:
@@ -192,7 +188,7 @@ class Evaluation:
         with raise_on_all_ranks():
             if self.layout.rank == 0:
                 write_samples(self.run_dir, [sample for of in samples.values() for sample in of])
-                found = {problems.title: self._scores(problems, samples[problems.name]) for problems in self.every}
+                found = {problems.name: self._scores(problems, samples[problems.name]) for problems in self.every}
                 self._record(found)
                 if self.config.judge:
                     self._judge(self.config.judge, samples, found)
@@ -200,7 +196,8 @@ class Evaluation:
                 print(f"\n{table(found)}\n{self.run_dir}: {SCORES}, {TABLE}; the answers with their grades: {SAMPLES}")
 
     def _scores(self, problems: Problems, samples: list[Sample]) -> dict[str, Any]:
-        found = scores(samples, self.config.k, slow=self.config.diversity == "all")
+        about_it = {name: getattr(problems, name) for name in ("title", "source", "sum", "is_known")}
+        found = about_it | scores(samples, self.config.k, slow=self.config.diversity == "all")
         if problems.name == codeforces.NAME:
             right = ((sample.problem, sample.right) for sample in samples)
             found |= codeforces.rating(Path(problems.source), problems.rows, right, self.config.k)
@@ -210,7 +207,7 @@ class Evaluation:
         judge = Judge(settings, self.run_dir)
         try:
             for problems in self.every:
-                found[problems.title]["judge"] = judge.scores(problems, samples[problems.name])
+                found[problems.name]["judge"] = judge.scores(problems, samples[problems.name])
         finally:
             judge.close()
 
@@ -226,11 +223,7 @@ class Evaluation:
 
     def _record(self, found: dict[str, Any]) -> None:
         record = {
-            "benchmarks": {
-                problems.title: {"source": problems.source, "sum": problems.sum, "as_published": problems.is_known}
-                | found[problems.title]
-                for problems in self.every
-            },
+            "benchmarks": found,
             "settings": self.config.model_dump(mode="json"),
             "answers_of": json.loads((self.run_dir / ABOUT).read_text()),
             "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
@@ -240,10 +233,8 @@ class Evaluation:
             },
             "ended": time.strftime("%F %T"),
         }
-        for name, content in ((SCORES, json.dumps(record, indent=1, ensure_ascii=False) + "\n"), (TABLE, table(found))):
-            part = self.run_dir / f".{name}.part"
-            part.write_text(content)
-            part.replace(self.run_dir / name)
+        write_whole(self.run_dir / SCORES, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write_whole(self.run_dir / TABLE, table(found))
 
 
 def _version(package: str) -> str | None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowrl_mega.benchmark.answers import Answer, Place
 from flowrl_mega.benchmark.problems import Problems
 from flowrl_mega.config import ConfigError
+from flowrl_mega.data.modules import modules_of_tests
 from flowrl_mega.data.prompts import Row
 from flowrl_mega.rewards import minerva
 from flowrl_mega.rewards.final_answer import final_answer
-from flowrl_mega.rewards.load import Score
+from flowrl_mega.rewards.load import Reward, Score
 from flowrl_mega.rewards.scorer import Scorer
+from flowrl_mega.whole_file import write_whole
 
 SAMPLES = "samples.jsonl"
 WITHOUT_ANSWER = ("no answer", "no code")
@@ -45,6 +47,13 @@ class Sample(NamedTuple):
         return self.kind in WITHOUT_ANSWER
 
 
+def describe_grader(reward: Reward, every: Iterable[Problems]) -> str:
+    """What a reward says of itself and these problems, such as the isolation that programs get; it may refuse them."""
+    rows = [row for problems in every for row in problems.rows]
+    kinds = {str(row.get("kind", "")) for row in rows}
+    return reward.describe(kinds, {name for row in rows for name in modules_of_tests(row)})
+
+
 def grade(problems: Problems, answers: dict[Place, Answer], scorer: Scorer) -> list[Sample]:
     """The samples of one benchmark, by problem and attempt. Collective."""
     places = sorted(place for place in answers if place.benchmark == problems.name)
@@ -72,11 +81,7 @@ def vote(row: Row, text: str, right: bool) -> str | None:
 
 
 def write_samples(run_dir: Path, samples: Sequence[Sample]) -> None:
-    """The whole file or nothing."""
-    part = run_dir / f".{SAMPLES}.part"
-    with part.open("w", encoding="utf-8", errors="replace") as file:
-        file.writelines(json.dumps(sample._asdict(), ensure_ascii=False) + "\n" for sample in samples)
-    part.replace(run_dir / SAMPLES)
+    write_whole(run_dir / SAMPLES, (json.dumps(sample._asdict(), ensure_ascii=False) + "\n" for sample in samples))
 
 
 def read_samples(run_dir: Path) -> Iterator[Sample]:

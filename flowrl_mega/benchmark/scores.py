@@ -74,8 +74,9 @@ def _mean(numbers: Iterable[int | None]) -> float | None:
     return fmean(known) if known else None
 
 
-def table(every: Mapping[str, Mapping[str, Any]]) -> str:
-    """The scores of benchmarks by title, as a table of Markdown."""
+def table(benchmarks: Mapping[str, Mapping[str, Any]]) -> str:
+    """The scores of benchmarks by name, as a table of Markdown with their titles, where they have one."""
+    every = {of.get("title", name): of for name, of in benchmarks.items()}
     ks = {of["k"] for of in every.values()}
     k = ks.pop()
     assert not ks, "one evaluation has one k"

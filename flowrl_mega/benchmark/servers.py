@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 from typing import Any
 
-from flowrl_mega.benchmark.writer import Done, Stop, Work, answer_of, dtype_of, sampling_of
+from flowrl_mega.benchmark.writer import Done, Stop, Work, answer_of, dtype_of, sampling_of, seed_of
 from flowrl_mega.config_eval import EvalConfig
 from flowrl_mega.model.architecture import Architecture
 from flowrl_mega.rollout.dispatch import Dispatcher, Job
 from flowrl_mega.rollout.engine import Request
-from flowrl_mega.rollout.group_queue import derive_seed
 from flowrl_mega.rollout.loop_thread import LoopThread
 from flowrl_mega.rollout.sglang.attached import check_servers, connect, context_of, read_key
 from flowrl_mega.rollout.sglang.engine import ORDER_S, allow_connections, check_request
@@ -55,8 +53,7 @@ class ServersWriter:
         requests = [Request(work.prompts[place.problem], 1, self.sampling.max_tokens) for place in places]
         for request in requests:
             check_request(request, self.arch.vocab, self.context)
-        name = zlib.crc32(work.benchmark.encode())
-        seeds = [[derive_seed(self.seed, name, place.problem, place.attempt) >> 1] for place in places]
+        seeds = [[seed_of(self.seed, *place) >> 1] for place in places]
         job = Job(requests, lambda i, _, rollout: done(places[i], answer_of(rollout, self.tokenizer)))
         self.loop.call(dispatcher.add(job, self.sampling, seeds))
         while not stop():

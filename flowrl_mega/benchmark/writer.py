@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -11,6 +12,7 @@ from flowrl_mega.benchmark.answers import Answer, Place
 from flowrl_mega.config_eval import EvalConfig
 from flowrl_mega.model.generation import Sampling
 from flowrl_mega.rollout.engine import Rollout
+from flowrl_mega.rollout.group_queue import derive_seed
 
 
 class Work(NamedTuple):
@@ -45,6 +47,12 @@ def dtype_of(config: EvalConfig) -> Literal["fp32", "bf16"]:
 def sampling_of(config: EvalConfig, stop_ids: tuple[int, ...]) -> Sampling:
     rollout = config.rollout
     return Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k, stop_ids)
+
+
+def seed_of(seed: int, benchmark: str, *place: int) -> int:
+    """A seed of its own for each benchmark and each place in it; a fixed sum, as hash() differs from process to
+    process."""
+    return derive_seed(seed, zlib.crc32(benchmark.encode()), *place)
 
 
 def answer_of(rollout: Rollout, tokenizer: Any) -> Answer:

@@ -13,6 +13,7 @@ import yaml
 
 from flowrl_mega.config import ConfigError
 from flowrl_mega.monitor.metric_names import renamed
+from flowrl_mega.whole_file import write_whole
 
 CONFIG, METRICS, EVALUATION, SAMPLES = "config.yaml", "metrics.jsonl", "evaluation.jsonl", "samples.jsonl"
 
@@ -39,7 +40,7 @@ class RunFolder:
         kept = self.path / f"config.until_step_{resume_step}.yaml"
         if resume_step and path.is_file() and path.read_text() != text and not kept.exists():
             os.replace(path, kept)
-        _replace(path, text)
+        write_whole(path, text)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._append(METRICS, [{"step": step, **metrics}])
@@ -70,7 +71,7 @@ class RunFolder:
         for name in (METRICS, EVALUATION, SAMPLES):
             kept = [record for record in self.read(name) if record["step"] <= step]
             if (self.path / name).exists():
-                _replace(self.path / name, _lines(kept))
+                write_whole(self.path / name, _lines(kept))
 
     def _append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         with open(self.path / name, "a", encoding="utf-8") as file:
@@ -106,13 +107,3 @@ def _parse(path: Path, text: str) -> list[dict[str, Any]]:
                     f"{path}, line {number}: not valid JSON; remove this line, or the whole file"
                 ) from None
     return records
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes the whole file or nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -12,6 +12,7 @@ from flowrl_mega.benchmark.table import BENCHMARKS, load
 from flowrl_mega.config import ConfigError
 from flowrl_mega.data.prepare.sources import records
 from flowrl_mega.reproduce.study import Model
+from flowrl_mega.whole_file import write_whole
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a model; not its weights in other forms
 
@@ -36,7 +37,7 @@ def fetch_model(model: Model, folder: Path, noted: Path) -> None:
 
 
 def fetch_dataset(name: str, split: str, file: Path) -> None:
-    """The records of a data set of the hub as JSON lines."""
+    """The records of a data set of the hub, or of a file, as JSON lines."""
     rows = []
     for record in records([name], split):
         if record.value is None:
@@ -51,10 +52,7 @@ def fetch_benchmark(name: str, data: str | None, file: Path) -> None:
         fetch_dataset(BENCHMARKS[name].dataset, BENCHMARKS[name].split, file)
         return
     (problems,) = load([name], data, None, 0)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    shutil.copyfile(problems.source, part)
-    part.replace(file)
+    fetch_dataset(problems.source, BENCHMARKS[name].split, file)  # also of a Parquet file JSON lines
 
 
 def fetch_contests(data: str | None, folder: Path) -> None:
@@ -69,9 +67,7 @@ def fetch_contests(data: str | None, folder: Path) -> None:
 
 def _write(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(text)
-    part.replace(file)
+    write_whole(file, text)
 
 
 def _plain(value: Any) -> Any:

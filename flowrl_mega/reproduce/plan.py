@@ -66,7 +66,9 @@ def describe(study: Study) -> str:
         config = study.train_config(name)
         memory = memory_gib(study.base.shape, config, study.hardware.gpus or 1)
         parts = ", ".join(f"{what} {size:.1f}" for what, size in memory.items())
-        lines.append(f"train {name}: {sum(memory.values()):.1f} GiB of a rank ({parts}), without servers")
+        needed, has = sum(memory.values()), study.hardware.memory_gb * GB / GIB
+        fits = f" of a GPU's {has:.1f}{'' if needed <= has else ', WHICH IS TOO LITTLE'}" if study.hardware.gpus else ""
+        lines.append(f"train {name}: {needed:.1f} GiB a rank{fits} ({parts}), without servers")
     lines += [f"{name}: {of:,.1f} GPU hours" for name, of in taken.items()]
     if taken:
         lines.append(

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from flowrl_mega.benchmark.run import SCORES
-from flowrl_mega.benchmark.table import BENCHMARKS
 from flowrl_mega.config import ConfigError
 from flowrl_mega.monitor.run_folder import METRICS, RunFolder
 from flowrl_mega.reproduce.study import Published, Study
+from flowrl_mega.whole_file import write_whole
 
 UNSCALED = ("rating", "percentile")  # the others are shares, told in percent
 
@@ -33,9 +33,9 @@ def write_report(study: Study) -> int:
         "training": {name: _training(study, name) for name in study.trained()},
         "evaluations": settings,
     }
-    _write(study.folder("report.json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_whole(study.folder("report.json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     text = markdown(study, rows, record)
-    _write(study.folder("report.md"), text)
+    write_whole(study.folder("report.md"), text)
     print(text)
     return 0
 
@@ -45,9 +45,8 @@ def row_of(name: str, scores: dict[str, Any], published: Published | None) -> di
     known = published.rows.get(name, {}) if published else {}
     asked = published.figures() if published else {}
     found: dict[str, dict[str, Any]] = {}
-    for title, of in scores["benchmarks"].items():
-        key = next((key for key, benchmark in BENCHMARKS.items() if benchmark.title == title), title)
-        for column, figure in asked.get(key.lower(), {key: f"avg@{of['k']}"}).items():
+    for name_of, of in scores["benchmarks"].items():
+        for column, figure in asked.get(name_of, {name_of: ""}).items():
             figure = figure or f"avg@{of['k']}"
             scale = 1.0 if figure in UNSCALED else 100.0
             interval = of.get(f"{figure}/interval")
@@ -106,7 +105,7 @@ def _scores(study: Study, name: str) -> dict[str, Any] | None:
 
 def _training(study: Study, name: str) -> dict[str, Any]:
     records = RunFolder(study.folder("methods", name)).read(METRICS)
-    seconds = sum(row.get("time/step", 0.0) for row in records)
+    seconds = sum(row["perf/step_seconds"] for row in records)
     return {"steps": len(records), "hours": seconds / 3600, "last": records[-1] if records else None}
 
 
@@ -121,9 +120,3 @@ def _text(cell: dict[str, Any] | None) -> str:
 
 def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _write(file: Path, text: str) -> None:
-    part = file.with_suffix(".part")
-    part.write_text(text)
-    part.replace(file)

@@ -35,7 +35,7 @@ def study(run_dir: Path, **changes: Any) -> Study:
 def evaluated(run_dir: Path, name: str, **benchmarks: tuple[float, float]) -> None:
     """The scores of one model: avg@2 and pass@2 by benchmark, the intervals half as wide as a tenth."""
     found = {
-        {"aime24": "AIME 2024", "amc23": "AMC 2023"}.get(key, key): {
+        key: {
             "k": 2, "avg@2": avg, "avg@2/interval": [avg - 0.05, avg + 0.05], "pass@2": passed, "pass@2/interval": None,
         }
         for key, (avg, passed) in benchmarks.items()
@@ -72,14 +72,24 @@ def test_every_cell(tmp_path: Path) -> None:
 
 def test_a_rating_is_no_share(tmp_path: Path) -> None:
     rows = {"base": {"codeforces/rating": 886.68}, "Ours": {"codeforces/rating": 1549.47}}
-    evaluated(tmp_path, "base", CodeForces=(0.5, 0.5))
+    evaluated(tmp_path, "base", codeforces=(0.5, 0.5))
     file = tmp_path / "evaluations" / "base" / "scores.json"
     found = json.loads(file.read_text())
-    found["benchmarks"]["CodeForces"]["rating"] = 900.0
+    found["benchmarks"]["codeforces"]["rating"] = 900.0
     file.write_text(json.dumps(found))
     evaluate = {"benchmarks": ["codeforces"], "k": 2}
     write_report(study(tmp_path, published={"source": "s", "rows": rows}, evaluate=evaluate))
     assert "| base | 900.00; 886.68; +13.32 |" in (tmp_path / "report.md").read_text()
+
+
+def test_the_hours_of_a_run_are_those_of_its_steps(tmp_path: Path) -> None:
+    """Two steps of half an hour, as the trainer logs them."""
+    evaluated(tmp_path, "base", aime24=(0.5, 0.5))
+    (tmp_path / "methods" / "Mine").mkdir(parents=True)
+    rows = [{"step": step, "perf/step_seconds": 1800.0} for step in (1, 2)]
+    (tmp_path / "methods" / "Mine" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_report(study(tmp_path, methods={"Mine": {"config": "any.yaml"}}, published=None))
+    assert "Mine: 2 steps, 1.00 hours." in (tmp_path / "report.md").read_text()
 
 
 def test_nothing_evaluated_is_no_report(tmp_path: Path) -> None:

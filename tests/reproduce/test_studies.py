@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from flowrl_mega.benchmark.table import BENCHMARKS
+from flowrl_mega.benchmark.table import BENCHMARKS, load
 from flowrl_mega.config import ConfigError
 from flowrl_mega.model.architecture import read_architecture
 from flowrl_mega.reproduce import plan
+from flowrl_mega.reproduce.fetch import fetch_benchmark
 from flowrl_mega.reproduce.stages import steps
 from flowrl_mega.reproduce.study import Shape, read_study
 
@@ -71,6 +73,23 @@ def test_parameters_against_transformers(tiny_llama: Path) -> None:
         vocab=arch.vocab, tied=True,
     )  # fmt: skip
     assert shape.parameters == AutoModelForCausalLM.from_pretrained(tiny_llama).num_parameters()
+
+
+def test_too_little_memory_is_told() -> None:
+    study = read_study(str(REPO / "examples" / "studies" / "flowrl-7b-math.yaml"))
+    assert "TOO LITTLE" not in plan.describe(study)
+    small = study.model_copy(update={"hardware": study.hardware.model_copy(update={"memory_gb": 24.0})})
+    assert "25.6 GiB a rank of a GPU's 22.4, WHICH IS TOO LITTLE" in plan.describe(small)
+
+
+def test_a_benchmark_is_taken_from_a_folder_as_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a study evaluates later has the problems of the file that was given, whatever form that had."""
+    monkeypatch.setitem(BENCHMARKS, "aime24", BENCHMARKS["aime24"]._replace(rows=2, sum=None))
+    given = [{"Problem": "1+1?", "Answer": 2.0}, {"Problem": "Is \u00b5 > 0?", "Answer": "yes"}]
+    (tmp_path / "aime24.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    fetch_benchmark("aime24", str(tmp_path), tmp_path / "run" / "aime24.jsonl")
+    (before,), (after,) = (load(["aime24"], str(folder), None, 0) for folder in (tmp_path, tmp_path / "run"))
+    assert before.rows == after.rows and before.sum == after.sum
 
 
 PLAIN = """
