@@ -1,6 +1,7 @@
 """Forks whenever it may again, each child sleeping."""
 
-# ends as: processes, crash, time-out, wrong
+# ends as: processes, crash, time-out, wrong, memory
+# memory: what the kernel has not freed yet of forks that it refused counts as the program's
 import os
 import time
 
