@@ -23,6 +23,7 @@ MATCHED = 1 / BETA  # the coefficient of a KL whose optimum is the target of BET
 PRINTED = 16  # answers a group where GFlowRL's Z is as printed
 ASKED, FEW = 4096, 16  # of the reference, for a frozen log Z that is nearly exact, and for one that is not
 AHEAD = 8  # steps, by which answers are older than the step that learns from them
+MIRROR, UPDATES_OF_MIRROR = 3, 200  # steps and updates of one, with pi_old as reference: each step comes to its end
 
 # A target's short name in the table, and what it is.
 TARGETS = {
@@ -65,7 +66,8 @@ class Row:
     critic: Mapping[str, Any] | None = None
     steps: int = STEPS
     log_z_lr: float | None = None  # another than that of all rows
-    group: int = ANSWERS  # answers a group; a step has as many in all, each prompt then several groups
+    answers: int = ANSWERS  # to a prompt in a step
+    group: int = ANSWERS  # of them in a group
     ahead: int = 0  # steps
 
     @property
@@ -73,7 +75,7 @@ class Row:
         """The row's settings, over those that all rows share."""
         sections: dict[str, Any] = {
             "objective": dict(self.objective),
-            "rollout": rollout(self.group, ANSWERS // self.group),
+            "rollout": rollout(self.group, self.answers // self.group),
         }
         if self.ahead:
             sections["rollout"] |= {"ahead": self.ahead}
@@ -82,7 +84,7 @@ class Row:
         if self.log_z_lr is not None:
             sections["optimizer"] = COMMON["optimizer"] | {"log_z_lr": self.log_z_lr}
         if self.updates > 1:
-            sections["batch"] = {"mini_batch": len(space.PROMPTS) * ANSWERS // self.updates}
+            sections["batch"] = {"mini_batch": len(space.PROMPTS) * self.answers // self.updates}
         return sections
 
     @property
@@ -114,6 +116,7 @@ GFLOWRL = {"name": "gflowrl", "beta": BETA_PER_TOKEN}
 NO_CLIP = {"clip_gap": False}
 GROUPS = (4, 8, 16)
 SEVERAL = {"updates": UPDATES, "steps": STEPS_OF_UPDATES}
+MIRRORED = PLAIN | {"z": "group", "reference": "old"}
 CRITIC = {"trunk": "own", "optimizer": {"lr": 1e-3, "weight_decay": 0.0}}
 GRPO = {"name": "grpo"}
 TOKEN = {"loss_mean": "token"}
@@ -197,6 +200,13 @@ TABLES: dict[str, dict[str, Row]] = {
         "norm-random": Row("FlowRL, Z drawn from N(0.5, 1)", PER_TOKEN | {"z": "random"}, "B", own=False),
         "norm-mirror": Row(
             "FlowRL, Z group, pi_old as reference", PER_TOKEN | {"z": "group", "reference": "old"}, "B", own=False
+        ),
+        "mirror-steps": Row(
+            f"the same, not per token: {MIRROR} steps of {UPDATES_OF_MIRROR} updates, beta {BETA / MIRROR:g}",
+            MIRRORED | {"beta": BETA / MIRROR},
+            updates=UPDATES_OF_MIRROR,
+            steps=MIRROR,
+            answers=ANSWERS * UPDATES_OF_MIRROR,
         ),
     },
     f"Answers {AHEAD} steps old": {
