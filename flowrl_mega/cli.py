@@ -30,7 +30,7 @@ from flowrl_mega.launched import speaks, started_by_launcher
 
 BAD_INPUT, CANNOT_GO_ON, INTERRUPTED = 2, 70, 130
 SETTINGS = "YAML file of settings; --section.field=value changes one of them"
-STAGES = ("fetch", "data", "train", "evaluate", "report")  # of a study
+STAGES = ("fetch", "data", "train", "convert", "evaluate", "report")  # of a study
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

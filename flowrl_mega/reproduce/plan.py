@@ -31,11 +31,12 @@ def memory_gib(shape: Shape, config: Config, gpus: int) -> dict[str, float]:
 
 
 def disk_gb(study: Study) -> float:
-    """The base, and of each run the checkpoints that are kept: weights, fp32 weights and moments."""
+    """The base, each run's end as a model, and of each run the checkpoints that are kept: weights, fp32 weights and
+    moments."""
     parameters = study.base.shape.parameters
     kept = sum(study.train_config(name).checkpoint.keep_last for name in study.trained())
     fetched = sum(method.published is not None for method in study.methods.values())
-    return parameters * (2 * (1 + fetched) + 14 * kept) / GB
+    return parameters * (2 * (1 + fetched + len(study.trained())) + 14 * kept) / GB
 
 
 def hours(study: Study) -> dict[str, float]:

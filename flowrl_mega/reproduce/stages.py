@@ -14,6 +14,7 @@ from flowrl_mega.benchmark import codeforces
 from flowrl_mega.benchmark.run import SCORES
 from flowrl_mega.benchmark.table import BENCHMARKS
 from flowrl_mega.checkpoint import find_checkpoint, step_of
+from flowrl_mega.checkpoint.convert import megatron_to_hf
 from flowrl_mega.config import ConfigError
 from flowrl_mega.parallel.launch import launch_job
 from flowrl_mega.reproduce.fetch import fetch_benchmark, fetch_contests, fetch_dataset, fetch_model
@@ -42,6 +43,7 @@ def steps(study: Study, data: str | None) -> list[Step]:
         found.append(_command("data", "prompts", command, study.data_folder.is_dir))
     for name in study.trained():
         found.append(_train(study, name))
+    found += [_convert(study, name) for name in study.trained()]
     for name in study.evaluations():
         found.append(_evaluate(study, name))
     report = study.folder("report.md")
@@ -112,6 +114,21 @@ def _train(study: Study, name: str) -> Step:
     return Step(
         "train", name, shlex.join(["flowrl-mega", *words]), is_done, lambda stop: launch_job(_ours(*words), stop)
     )
+
+
+def _convert(study: Study, name: str) -> Step:
+    """The trained policy as others can load it; training itself starts from the base as it was fetched."""
+    ckpt, out = study.last_checkpoint(name), study.model_of(name)
+
+    def run(stop: Stop) -> int:
+        if not ckpt.is_dir():
+            raise ConfigError(f"{ckpt}: is not there yet; run the stages before convert first")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        megatron_to_hf(ckpt, out)
+        return DONE
+
+    words = f"python tools/convert_ckpt.py mcore2hf --ckpt {ckpt} --out {out}"
+    return Step("convert", name, words, (out / "config.json").is_file, run)
 
 
 def _evaluate(study: Study, name: str) -> Step:

@@ -123,13 +123,15 @@ class Study(Settings):
         places += [f"data.path={self.data_folder}"] if self.data else []
         return [f"--{override}" for override in (*self.train, *self.methods[name].overrides, *places)]
 
+    def last_checkpoint(self, name: str) -> Path:
+        """Of a method's training."""
+        return self.folder("methods", name, "checkpoints", f"step_{self.train_config(name).steps}")
+
     def model_of(self, name: str) -> Path:
-        """What is evaluated under this name: the base, a fetched model, or a run's last checkpoint."""
+        """The Hugging Face folder that is evaluated under this name: the base, a fetched one, or what was trained."""
         if name == "base":
             return self.base_folder
-        if self.methods[name].published:
-            return self.folder("published", name)
-        return self.folder("methods", name, "checkpoints", f"step_{self.train_config(name).steps}")
+        return self.folder("published" if self.methods[name].published else "models", name)
 
     def train_config(self, name: str) -> Config:
         config = self.methods[name].config

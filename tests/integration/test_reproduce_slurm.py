@@ -68,14 +68,20 @@ def test_a_chain_of_jobs_ends_with_a_report(work: Path, cluster: Cluster) -> Non
     reproduce(work, cluster, "--stage", "fetch")
     lines = reproduce(work, cluster, "--submit").splitlines()
     jobs = [line.split()[2].rstrip(",") for line in lines]
-    assert [line.partition(", ")[2] for line in lines] == ["train GRPO", "train FlowRL", "evaluate", "report"]
+    assert [line.partition(", ")[2] for line in lines] == [
+        "train GRPO",
+        "train FlowRL",
+        "convert",
+        "evaluate",
+        "report",
+    ]
     last = cluster.wait(jobs[-1], 400)
     logs = "\n".join(path.read_text() for path in sorted((work / "runs/two/slurm").iterdir()))
-    assert [cluster.job(number)["JobState"] for number in jobs] == ["COMPLETED"] * 4, logs
+    assert [cluster.job(number)["JobState"] for number in jobs] == ["COMPLETED"] * 5, logs
     assert last["ExitCode"] == "0:0"
     report = (work / "runs/two/report.md").read_text()
     rows = {line.split("|")[1].strip(): line for line in report.splitlines() if line.startswith("| ")}
     assert rows.keys() >= {"base", "GRPO", "FlowRL"} and "; 50.00; " in rows["FlowRL"]
     record = json.loads((work / "runs/two/report.json").read_text())
     assert [record["training"][name]["steps"] for name in ("GRPO", "FlowRL")] == [2, 2]
-    assert reproduce(work, cluster, "--dry-run").count("done: ") == 6, "the base, two runs, three evaluations"
+    assert reproduce(work, cluster, "--dry-run").count("done: ") == 8, "base, runs, models, evaluations"

@@ -91,6 +91,8 @@ def test_stopped_between_steps(path: str) -> None:
 def test_an_evaluation_before_its_model(path: str) -> None:
     with pytest.raises(ConfigError, match="run/base: is not there yet; run the stages before evaluate first"):
         run(path, "evaluate")
+    with pytest.raises(ConfigError, match="step_2: is not there yet; run the stages before convert"):
+        run(path, "convert")
 
 
 SBATCH = """#!/bin/bash
@@ -112,12 +114,13 @@ def test_a_chain_of_jobs(path: str, slurm: None) -> None:
     """Each stage after all jobs of those before it; a job for each run, by train.sbatch, and for each other stage."""
     assert run(path, "fetch") == 0
     assert run(path, as_jobs=True) == 0
-    data, first, second, evaluate, report = Path("asked").read_text().splitlines()
+    data, first, second, convert, evaluate, report = Path("asked").read_text().splitlines()
     assert "--dependency" not in data and "--gpus=1" in data and data.endswith("reproduce study.yaml --stage data")
     for line, steps in ((first, "--steps=2"), (second, "--run_dir=run/methods/B")):
         assert "--dependency=afterok:1 " in line and "--nodes=2 examples/slurm/train.sbatch" in line and steps in line
-    assert "--dependency=afterok:1:2:3 " in evaluate and "--stage evaluate" in evaluate
-    assert "--dependency=afterok:1:2:3:4 " in report and "--stage report" in report
+    assert "--dependency=afterok:1:2:3 " in convert and "--stage convert" in convert
+    assert "--dependency=afterok:1:2:3:4 " in evaluate and "--stage evaluate" in evaluate
+    assert "--dependency=afterok:1:2:3:4:5 " in report and "--stage report" in report
 
 
 def test_what_a_compute_node_cannot_fetch_is_asked_for_before(path: str, slurm: None) -> None:

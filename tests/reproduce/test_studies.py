@@ -33,7 +33,8 @@ def test_a_dry_run_needs_nothing(path: Path) -> None:
     for name in study.evaluations():
         assert ("evaluate", name) in found
     assert [name for stage, name in found if stage == "train"] == list(study.trained())
-    order = ["fetch", "data", "train", "evaluate", "report"]
+    assert [name for stage, name in found if stage == "convert"] == list(study.trained())
+    order = ["fetch", "data", "train", "convert", "evaluate", "report"]
     stages = [stage for stage, _ in found]
     assert stages == sorted(stages, key=order.index) and stages[-1] == "report"
     said = plan.describe(study)
