@@ -26,7 +26,8 @@ class Progress:
         self._last_line = self.start
         self._bar: Any = None
         if self.stream.isatty():
-            self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=True, dynamic_ncols=True, file=self.stream)
+            scale = unit == "B"
+            self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=scale, dynamic_ncols=True, file=self.stream)
 
     def __call__(self, size: int) -> None:
         self.done += size
@@ -38,12 +39,14 @@ class Progress:
             self._last_line = now
             pace = self.done / (now - self.start)
             left = tqdm.format_interval((self.total - self.done) / pace)
-            sizes = f"{tqdm.format_sizeof(self.done)}{self.unit} of {tqdm.format_sizeof(self.total)}{self.unit}"
-            print(
-                f"{self.label}: {sizes}, {tqdm.format_sizeof(pace)}{self.unit}/s, {left} left",
-                file=self.stream,
-                flush=True,
-            )
+            sizes = f"{self._amount(self.done)} of {self._amount(self.total)}"
+            print(f"{self.label}: {sizes}, {self._amount(pace)}/s, {left} left", file=self.stream, flush=True)
+
+    def _amount(self, value: float) -> str:
+        """Bytes as 1.23MB; what is counted as it is."""
+        if self.unit == "B":
+            return f"{tqdm.format_sizeof(value)}{self.unit}"
+        return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
     def close(self) -> None:
         if self._bar is not None:
