@@ -15,6 +15,7 @@ from flowrl_mega.config_rollout import ReplaySettings as ReplaySettings
 from flowrl_mega.config_rollout import RolloutSettings as RolloutSettings
 from flowrl_mega.config_rollout import SyncSettings as SyncSettings
 from flowrl_mega.settings import ConfigError as ConfigError
+from flowrl_mega.settings import Diverged as Diverged
 from flowrl_mega.settings import PathText, Settings, path
 from flowrl_mega.settings import RunError as RunError
 

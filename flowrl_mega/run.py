@@ -13,7 +13,7 @@ import torch.distributed as dist
 from flowrl_mega.benchmark.in_training import TrainingBenchmarks
 from flowrl_mega.checkpoint import load_checkpoint, read_side_files, save_checkpoint
 from flowrl_mega.checkpoint.folder import remove_unfinished
-from flowrl_mega.config import RunError
+from flowrl_mega.config import Diverged, RunError
 from flowrl_mega.data.loaders import open_loader
 from flowrl_mega.data.stream import Stream
 from flowrl_mega.evaluate import Evaluator
@@ -82,7 +82,7 @@ class Run:
             if stop or fault or due or (last and config.checkpoint.at_end):
                 self.save()
             if fault:
-                raise RunError(fault)
+                raise Diverged(fault) if fault is stuck else RunError(fault)
             if stop:
                 break
         if monitor:

@@ -20,6 +20,10 @@ class RunError(RuntimeError):
     """A run cannot go on, and the reason is not in the code; the command line shows the message and exits with 70."""
 
 
+class Diverged(RunError):
+    """Training has come to numbers that are not finite: another learning rate or other rewards, and no repair, help."""
+
+
 class Settings(BaseModel):
     """A section of settings: unknown names are refused and values do not change after the check."""
 

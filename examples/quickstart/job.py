@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from examples.quickstart.trials import Figures, Trial
 from examples.quickstart.warm_start import warm_start
-from flowrl_mega.config import Config
+from flowrl_mega.config import Config, Diverged
 from flowrl_mega.config_file import load_config
 from flowrl_mega.evaluation.exact import exact_metrics, spread_metrics
 from flowrl_mega.experience import as_sequences
@@ -57,7 +57,11 @@ def run_trial(config: Config, layout: Layout) -> Figures:
     """Train with these settings; the figures of the trained policy."""
     began = clock(layout)
     job = Run(Inputs(config), layout)
-    job.run()
+    try:
+        job.run()
+    except Diverged as error:
+        print(f"diverged: {error}", flush=True)
+        return {"pass_rate": 0.0, "distinct": 0.0, "diverged": 1.0}
     seconds = clock(layout) - began
     reference = job.models.reference
     if reference is None:  # plain GRPO trains without one

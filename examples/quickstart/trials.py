@@ -42,12 +42,18 @@ class Trial(NamedTuple):
         return dict(json.loads(self.file.read_text())["figures"])
 
 
-def run_trials(trials: Sequence[Trial], file: Path, side_by_side: bool = False, timeout_s: float | None = 3600) -> int:
+def run_trials(
+    trials: Sequence[Trial],
+    file: Path,
+    side_by_side: bool = False,
+    timeout_s: float | None = 3600,
+    ranks: int | None = None,
+) -> int:
     """Start the ranks on these trials, written to `file`; the exit code. Two ranks, but one on a single GPU: together
     with tp = 2, or side by side, each on every other trial."""
     from flowrl_mega.parallel.launch import launch  # seconds, which --help of run.py and compare.py need not wait
 
-    ranks = 1 if gpus() == 1 else 2
+    ranks = ranks or (1 if gpus() == 1 else 2)
     for trial in trials:
         Path(trial.folder).mkdir(parents=True, exist_ok=True)
     content = {

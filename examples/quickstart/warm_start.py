@@ -28,14 +28,15 @@ OPTIMIZER = OptimizerSettings(lr=3e-3, weight_decay=0.0, warmup_steps=20)
 SEQUENCES, CHECK_EVERY, ENOUGH, MOST_STEPS = 128, 50, 0.35, 1200
 
 
-def write_random_model(folder: Path, seed: int) -> None:
+def write_random_model(folder: Path, seed: int, max_tokens: int) -> None:
     """A Hugging Face folder with random weights (about 200 thousand) and the task's own character tokenizer."""
     tokenizer = char_tokenizer(sums.ALPHABET)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=max(64, 4 + max_tokens),
+            tie_word_embeddings=True,
             bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
         )
     )  # fmt: skip
@@ -50,7 +51,7 @@ def warm_start(config: Config, layout: Layout) -> int:
     """
     folder = Path(config.model.path)
     if layout.rank == 0:
-        write_random_model(folder, config.seed)
+        write_random_model(folder, config.seed, config.rollout.max_tokens)
     dist.barrier()
     store, _, tokenizer, (stop,) = load_prompts(config)
     prompts = [prompt.token_ids for prompt in store]

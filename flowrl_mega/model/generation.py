@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowrl_mega.config import RunError
+from flowrl_mega.config import Diverged
 from flowrl_mega.model.architecture import Architecture
 from flowrl_mega.model.names import local_name
 
@@ -208,11 +208,11 @@ def generate(
 def draw(logits: Tensor, noise: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """One token a row and its log-prob under the temperature-scaled distribution (before top_p and top_k).
 
-    Raises RunError where logits are NaN or infinite: no token can be drawn.
+    Raises Diverged where logits are NaN or infinite: no token can be drawn.
     """
     logp = torch.log_softmax(logits / (sampling.temperature or 1.0), -1)
     if bool(logp[:, 0].isnan().any()):  # one such logit makes all of its row NaN
-        raise RunError(
+        raise Diverged(
             "the policy's logits are NaN or infinite, so no answer can be drawn: its weights have diverged; go on from "
             "an earlier checkpoint with a lower optimizer.lr, or with other weights in model.path if this is step 1"
         )

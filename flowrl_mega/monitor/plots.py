@@ -35,6 +35,9 @@ LABELS = {
     "gspo": "GSPO",
     "ppo": "PPO",
     "reinforce_pp": "REINFORCE++",
+    "gflowrl": "GFlowRL",
+    "rloo": "RLOO",
+    "cispo": "CISPO",
     "pass_rate": "pass rate",
     "distinct": "distinct right answers",
 }
@@ -116,6 +119,40 @@ def log_z_figure(panels: Mapping[str, Mapping[str, Any]], path: str | Path) -> N
         low, high = min(values["best"]), max(values["best"])  # what is learned comes from further away
         axes.set_ylim(low - 0.75 * (high - low), high + 0.75 * (high - low))
     _legend_above(figure, figure.axes[0], 4)
+    _save(figure, path)
+
+
+def staleness_figure(curves: Mapping[str, Mapping[int, Sequence[Mapping[str, float]]]], path: str | Path) -> None:
+    """Pass rate (left) and distinct right answers (right) against how old the answers were, a line a method.
+
+    `curves` is method -> steps old -> the figures of its seeds; bars are ± a sample standard deviation. Ages stand at
+    equal distances. A method without figures at an age has a gap there.
+    """
+    ages = sorted({age for of_method in curves.values() for age in of_method})
+    figure = _figure(9.6, 4.4)
+    for place, name in enumerate(("pass_rate", "distinct"), start=1):
+        axes = _plain(figure.add_subplot(1, 2, place), LABELS[name])
+        for number, (method, of_method) in enumerate(curves.items()):
+            shift = 0.05 * (number - (len(curves) - 1) / 2)  # so that bars do not hide each other
+            values = [[row[name] for row in of_method.get(age, [])] for age in ages]
+            axes.errorbar(
+                [at + shift for at in range(len(ages))],
+                [statistics.mean(seeds) if seeds else math.nan for seeds in values],
+                yerr=[statistics.stdev(seeds) if len(seeds) > 1 else 0.0 for seeds in values],
+                fmt=MARKERS[number % len(MARKERS)] + LINE_STYLES[number // len(PALETTE) % len(LINE_STYLES)],
+                color=PALETTE[number % len(PALETTE)],
+                label=method,
+                markersize=7,
+                markeredgecolor="white",
+                linewidth=1.6,
+                elinewidth=1.2,
+                capsize=2,
+            )
+        axes.set_xticks(range(len(ages)), [str(age) for age in ages])
+        axes.set_xlabel("steps between the weights that write an answer and those that learn from it")
+        axes.grid(axis="y", alpha=0.25)
+        axes.set_ylim(bottom=0)
+    _legend_above(figure, figure.axes[0], 3)
     _save(figure, path)
 
 

@@ -12,9 +12,13 @@ NUMBER = "(?:0|[1-9][0-9]?)"
 def score(row: dict[str, Any], response: str) -> tuple[float, str]:
     """1.0 if `response` is `row["terms"]` numbers joined by "+" whose sum is `row["total"]`, else 0.0; and why.
 
-    Numbers are 0..99 without leading zeros; anything before or after them makes the answer wrong.
+    Numbers are 0..99 without leading zeros; anything before or after them makes the answer wrong. Where `row["repeat"]`
+    is more than 1, every character must be written so many times.
     """
-    terms, total = row["terms"], row["total"]
+    terms, total, repeat = row["terms"], row["total"], row.get("repeat", 1)
+    written, response = response, response[::repeat]
+    if written != "".join(character * repeat for character in response):
+        return 0.0, f"not every character {repeat} times"
     if not re.fullmatch(rf"{NUMBER}(?:\+{NUMBER}){{{terms - 1}}}", response):
         return 0.0, f"not {terms} numbers joined by '+'"
     value = sum(map(int, response.split("+")))

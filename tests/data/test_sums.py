@@ -24,6 +24,17 @@ def test_the_scorer_accepts_exactly_the_listed_answers(n, terms, length):
     assert accepted
 
 
+def test_longer_answers_are_the_same_answers():
+    """Their number is that of the short ones: distinct answers can be compared between lengths."""
+    (row,) = Sums(3, 3, repeat=2).rows()
+    strings = ("".join(text) for k in range(7) for text in itertools.product("0123+", repeat=k))
+    assert {text for text in strings if score(row, text)[0] == 1.0} == {"00++33", "11++22", "22++11", "33++00"}
+    assert set(row["right_answers"]) == {"00++33", "11++22", "22++11", "33++00"}
+    assert score(row, "0++33") == (0.0, "not every character 2 times")
+    assert score(row, "11++33") == (0.0, "makes 4, not 3")
+    assert [a[::21] for a in right_answers(17, repeat=21)] == right_answers(17)
+
+
 @pytest.mark.parametrize(("n", "terms"), [(0, 2), (17, 2), (99, 2), (12, 3), (40, 4)])
 def test_right_answers_are_complete_and_distinct(n, terms):
     """Stars and bars gives their number independently; each is scored right for n and wrong for n + 1."""
@@ -56,6 +67,8 @@ def test_rows_and_their_limits():
             Sums(*arguments)
     with pytest.raises(ConfigError, match="terms=1"):
         Sums(0, 9, 1)
+    with pytest.raises(ConfigError, match="repeat=0"):
+        Sums(0, 9, repeat=0)
 
 
 def test_char_tokenizer_round_trips_through_a_folder(tmp_path, monkeypatch):
