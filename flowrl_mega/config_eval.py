@@ -85,6 +85,11 @@ class EvalConfig(Settings):
         "fast",
         description="all: also the Vendi score and self-BLEU (needs flowrl-mega[eval]); minutes for long answers",
     )
+    embeddings: PathText | None = Field(
+        None,
+        description="model of sentence-transformers, a folder or a name of the hub: also what differs in meaning "
+        "(needs flowrl-mega[embeddings])",
+    )
     judge: JudgeSettings | None = Field(None, description="null: none; {url: ..}: a judge of diversity")
 
 

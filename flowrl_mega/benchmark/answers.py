@@ -35,6 +35,7 @@ class Answer(NamedTuple):
     text: str
     tokens: int | None  # None: the server did not say
     finish: Literal["stop", "length"]
+    nats: float | None = None  # -log pi of the whole answer at its temperature; None: greedy, or the server did not say
 
 
 def read_answers(run_dir: Path) -> dict[Place, Answer]:
@@ -47,7 +48,7 @@ def read_answers(run_dir: Path) -> dict[Place, Answer]:
             try:
                 row = json.loads(line)
                 place = Place(row["benchmark"], row["problem"], row["attempt"])
-                found.setdefault(place, Answer(row["text"], row["tokens"], row["finish"]))
+                found.setdefault(place, Answer(row["text"], row["tokens"], row["finish"], row.get("nats")))
             except (ValueError, KeyError, TypeError):
                 raise ConfigError(f"{file}, line {number}: is no answer of an evaluation; remove the line") from None
     return found

@@ -45,7 +45,7 @@ class EmbeddedWriter:
 
             def on_answer(i: int, attempt: int, rollout: Rollout, start: int = start, missing: Any = missing) -> None:
                 if attempt in missing[i]:
-                    done(Place(work.benchmark, start + i, attempt), answer_of(rollout, self.tokenizer))
+                    done(Place(work.benchmark, start + i, attempt), answer_of(rollout, self.tokenizer, self.sampling))
 
             requests = [Request(prompt, self.k, self.sampling.max_tokens) for prompt in prompts]
             seed = seed_of(self.seed, work.benchmark, start)

@@ -76,7 +76,7 @@ class TrainingBenchmarks:
         seed = seed_of(self.config.seed, name, 0)
         groups = generate(self.engine, [prompt.token_ids for prompt in of.prompts], k, self.sampling, seed)
         answers: dict[Place, Answer] = {
-            Place(name, i, attempt): answer_of(rollout, self.tokenizer)
+            Place(name, i, attempt): answer_of(rollout, self.tokenizer, self.sampling)
             for i, group in enumerate(groups)
             for attempt, rollout in enumerate(group)
         }

@@ -21,11 +21,12 @@ from flowrl_mega.benchmark.judged import Judge
 from flowrl_mega.benchmark.policy import Evaluated, build_writer, prepare, work_of
 from flowrl_mega.benchmark.problems import Problems
 from flowrl_mega.benchmark.samples import SAMPLES, Sample, describe_grader, grade, write_samples
-from flowrl_mega.benchmark.scores import scores, table
+from flowrl_mega.benchmark.scores import diversity_of_meaning, entropy, scores, table
 from flowrl_mega.benchmark.table import load
 from flowrl_mega.checkpoint.progress import Progress
 from flowrl_mega.config import ConfigError, ParallelSettings
 from flowrl_mega.config_eval import EvalConfig, JudgeSettings
+from flowrl_mega.evaluation.embeddings import embedder
 from flowrl_mega.launched import started_by_launcher
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.launch import launch, rank_environment
@@ -126,6 +127,8 @@ class Evaluation:
             os.environ.update(rank_environment(0, 1))
         embedded = config.rollout.engine == "embedded" and evaluated is not None
         self.layout = layouts.init(config.parallel if embedded else ParallelSettings(), config.seed)
+        with raise_on_all_ranks():  # before anything is generated
+            self.embed = embedder(config.embeddings) if config.embeddings and not self.layout.rank else None
 
     def run(self, regrade: bool) -> int:
         if not regrade and not self._write():
@@ -189,6 +192,8 @@ class Evaluation:
             if self.layout.rank == 0:
                 write_samples(self.run_dir, [sample for of in samples.values() for sample in of])
                 found = {problems.name: self._scores(problems, samples[problems.name]) for problems in self.every}
+                for name, of in found.items():
+                    of["diversity"] |= entropy(answers[Place(name, s.problem, s.attempt)] for s in samples[name])
                 self._record(found)
                 if self.config.judge:
                     self._judge(self.config.judge, samples, found)
@@ -198,6 +203,8 @@ class Evaluation:
     def _scores(self, problems: Problems, samples: list[Sample]) -> dict[str, Any]:
         about_it = {name: getattr(problems, name) for name in ("title", "source", "sum", "is_known")}
         found = about_it | scores(samples, self.config.k, slow=self.config.diversity == "all")
+        if self.embed:
+            found["diversity"] |= diversity_of_meaning(samples, self.config.k, self.embed)
         if problems.name == codeforces.NAME:
             right = ((sample.problem, sample.right) for sample in samples)
             found |= codeforces.rating(Path(problems.source), problems.rows, right, self.config.k)

@@ -64,7 +64,9 @@ def grade(problems: Problems, answers: dict[Place, Answer], scorer: Scorer) -> l
 
 def _sample(place: Place, answer: Answer, row: Row, score: Score) -> Sample:
     said = vote(row, answer.text, score.right)
-    return Sample(*place, *answer, said, score.reward, score.right, score.kind, score.reason)
+    return Sample(
+        *place, answer.text, answer.tokens, answer.finish, said, score.reward, score.right, score.kind, score.reason
+    )
 
 
 def vote(row: Row, text: str, right: bool) -> str | None:

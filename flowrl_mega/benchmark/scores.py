@@ -8,8 +8,10 @@ from math import isnan
 from statistics import fmean
 from typing import Any
 
+from flowrl_mega.benchmark.answers import Answer
 from flowrl_mega.benchmark.samples import Sample
-from flowrl_mega.evaluation.diversity import clusters, distinct_n, self_bleu, vendi_of_texts
+from flowrl_mega.evaluation.diversity import clusters, distinct_n, self_bleu, vendi, vendi_of_texts
+from flowrl_mega.evaluation.embeddings import Embed, clusters_of, similarities
 from flowrl_mega.evaluation.estimates import interval, maj, pass_at_k, powers
 
 
@@ -62,6 +64,28 @@ def slow_diversity(by_problem: Sequence[Sequence[Sample]]) -> dict[str, float]:
     """Of all of a problem's answers, means over the problems."""
     texts = [[sample.text for sample in of] for of in by_problem]
     return {"vendi": fmean(map(vendi_of_texts, texts)), "self_bleu": fmean(map(self_bleu, texts))}
+
+
+def diversity_of_meaning(samples: Sequence[Sample], k: int, embed: Embed) -> dict[str, float]:
+    """By the embeddings of a problem's answers, means over the problems: the effective number of different answers, and
+    the groups of right answers that are alike, where a problem has any."""
+    every, alike = [], []
+    for _, attempts in groupby(samples, key=lambda sample: sample.problem):
+        of = list(attempts)[:k]
+        similarity = similarities(embed([sample.text for sample in of]))
+        every.append(vendi(similarity))
+        right = [at for at, sample in enumerate(of) if sample.right]
+        if right:
+            alike.append(clusters_of(similarity[right][:, right]))
+    found = {"vendi_embeddings": fmean(every)}
+    return found | ({"right_clusters_embeddings": fmean(alike)} if alike else {})
+
+
+def entropy(answers: Iterable[Answer]) -> dict[str, float]:
+    """{"entropy": nats per token}: -log pi of what was drawn, whose mean is the policy's entropy where nothing was cut
+    off its distribution (top_p = 1). Empty where no log-probs are known."""
+    known = [(answer.nats, answer.tokens) for answer in answers if answer.nats is not None and answer.tokens]
+    return {"entropy": sum(nats for nats, _ in known) / sum(tokens for _, tokens in known)} if known else {}
 
 
 def _estimate(name: str, per_problem: list[float]) -> dict[str, Any]:

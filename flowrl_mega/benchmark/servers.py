@@ -54,7 +54,7 @@ class ServersWriter:
         for request in requests:
             check_request(request, self.arch.vocab, self.context)
         seeds = [[seed_of(self.seed, *place) >> 1] for place in places]
-        job = Job(requests, lambda i, _, rollout: done(places[i], answer_of(rollout, self.tokenizer)))
+        job = Job(requests, lambda i, _, rollout: done(places[i], answer_of(rollout, self.tokenizer, self.sampling)))
         self.loop.call(dispatcher.add(job, self.sampling, seeds))
         while not stop():
             what, urls = self.loop.call(dispatcher.next(lambda: not job.left, ORDER_S))

@@ -55,6 +55,8 @@ def seed_of(seed: int, benchmark: str, *place: int) -> int:
     return derive_seed(seed, zlib.crc32(benchmark.encode()), *place)
 
 
-def answer_of(rollout: Rollout, tokenizer: Any) -> Answer:
+def answer_of(rollout: Rollout, tokenizer: Any, sampling: Sampling) -> Answer:
     text = tokenizer.decode(rollout.response, skip_special_tokens=True)
-    return Answer(text, len(rollout.response), rollout.finish_reason)
+    drawn = sampling.temperature > 0  # greedy answers are no sample of what the policy says
+    nats = -sum(rollout.logp) if drawn and rollout.logp else None
+    return Answer(text, len(rollout.response), rollout.finish_reason, None if nats is None else round(nats, 4))

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from jobs import Job, write_config
+from tiny_models import make
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from flowrl_mega.benchmark.answers import Answer, Place, read_answers
 from flowrl_mega.data.task import task_rows
@@ -38,7 +41,8 @@ def evaluate(folder: Path, settings: dict[str, Any], world: int = 1, before: str
 
 
 def answers(run_dir: Path) -> dict[Place, Answer]:
-    return dict(sorted(read_answers(run_dir).items()))
+    """Without their log-probs, whose last digits depend on what was computed together."""
+    return {place: answer._replace(nats=None) for place, answer in sorted(read_answers(run_dir).items())}
 
 
 @pytest.mark.ranks
@@ -57,6 +61,38 @@ def test_killed_and_gone_on_with_it_ends_as_if_nothing_had_been(tmp_path: Path, 
     assert len(lines) == PROBLEMS * K, "each is written once"
     assert (run_dir / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
     assert (run_dir / "scores.md").read_bytes() == (whole / "scores.md").read_bytes()
+
+
+@pytest.mark.ranks
+def test_the_entropy_is_that_of_transformers(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """-log pi of what was drawn, per token, at its temperature; and none where answers are greedy."""
+    folder = make("llama", tmp_path / "model", vocab=15)  # the characters of the task, and four tokens without text
+    settings["model"]["path"] = str(folder)
+    drawn = {"max_tokens": 4, "temperature": 0.7, "top_p": 1.0}
+    evaluate(tmp_path, settings, problems=8, rollout=drawn).run()
+    run_dir = Path(settings["run_dir"])
+    model = LlamaForCausalLM.from_pretrained(folder).double()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [json.loads(line) for line in Path(settings["benchmarks"][0]).read_text().splitlines()]
+    compared = 0
+    for place, answer in read_answers(run_dir).items():
+        prompt = tokenizer(rows[place.problem]["prompt"])["input_ids"]
+        said = tokenizer(answer.text)["input_ids"] + [tokenizer.eos_token_id] * (answer.finish == "stop")
+        if len(said) != answer.tokens:  # one of the tokens has no text
+            continue
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1]
+        logp = (logits / 0.7).log_softmax(-1)[range(len(said)), said]
+        assert answer.nats == pytest.approx(-float(logp.sum()), abs=1e-3)
+        compared += 1
+    assert compared > 5
+    found = json.loads((run_dir / "scores.json").read_text())["benchmarks"]["sums"]["diversity"]["entropy"]
+    every = read_answers(run_dir).values()
+    assert found == pytest.approx(sum(a.nats or 0 for a in every) / sum(a.tokens or 0 for a in every))
+    greedy = tmp_path / "greedy"
+    evaluate(tmp_path, settings, problems=2, run_dir=str(greedy), rollout=drawn | {"temperature": 0.0}).run()
+    found = json.loads((greedy / "scores.json").read_text())["benchmarks"]["sums"]["diversity"]
+    assert "entropy" not in found and {answer.nats for answer in read_answers(greedy).values()} == {None}
 
 
 @pytest.mark.ranks
