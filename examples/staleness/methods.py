@@ -7,12 +7,12 @@ against the policy that wrote the answers, but where a title says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from examples.quickstart.compare import BETA, CRITIC, mean_length
 
-TERMS, TOTALS = 2, {"lo": 10, "hi": 99}  # the quick start's task
+TOTALS = {"lo": 10, "hi": 99}  # the quick start's task
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,35 @@ def all_methods(kl: float) -> dict[str, Method]:
         "rloo, matched KL, decoupled": Method(
             [f"objective={{{rloo}, old: decoupled, tis: token}}"], "rloo, matched KL, PPO clip"
         ),
-        "grpo, no std, matched KL (k2)": Method(
-            [f"objective={{name: grpo, std: false, kl_coef: {kl}, kl_estimator: k2}}"]
-        ),
+        "grpo, no std, matched KL (k2)": matched_grpo(kl),
         "grpo": Method(["objective={name: grpo}"]),
         "cispo": Method(["objective={name: cispo}"]),
         "gspo": Method(["objective={name: gspo, clip_eps: 0.03, clip_eps_high: 0.04}"], "grpo"),
         "ppo, matched KL": Method([f"objective={{name: ppo, kl_coef: {kl}}}", CRITIC]),
     }
     return found
+
+
+def matched_grpo(kl: float) -> Method:
+    return Method([f"objective={{name: grpo, std: false, kl_coef: {kl}, kl_estimator: k2}}"])
+
+
+def left_out() -> dict[str, Method]:
+    """FlowRL as of the paper's weight, and with one thing of it left out or changed at a time."""
+    flowrl = f"name: flowrl, beta: {BETA}, reward_norm: none"
+    cap = f"{flowrl}, weight: cap"  # the ratio, at most 1.28: paper's without its floor
+    whole = Method([f"objective={{{flowrl}}}"])
+    return {
+        "flowrl, w paper": whole,
+        "flowrl, no floor": Method([f"objective={{{cap}}}"]),
+        "flowrl, no w": Method([f"objective={{{flowrl}, weight: none}}"]),
+        "flowrl, z group": Method([f"objective={{{flowrl}, z: group}}"]),
+        "flowrl, z group, no floor": Method([f"objective={{{cap}, z: group}}"]),
+        "flowrl, log Z 5 times as fast": Method([*whole.overrides, "optimizer.log_z_lr=0.01"]),
+        "flowrl, log Z 5 times as slow": Method([*whole.overrides, "optimizer.log_z_lr=0.0004"]),
+        "flowrl, log Z without gradient into the trunk": Method([f"objective={{{flowrl}, z: mlp-detached}}"]),
+        "grpo, no std, matched KL (k2)": matched_grpo(PARTS["updates"].kl),
+    }
 
 
 @dataclass(frozen=True)
@@ -66,7 +86,9 @@ class Part:
     ahead: tuple[int, ...]
     repeat: int = 1  # times that an answer's every character is written: the same answers, longer
     updates: int = 1  # a step
-    chosen: tuple[str, ...] = field(default=())  # methods; none named: all
+    chosen: tuple[str, ...] = ()  # methods; none named: all
+    rate: float | None = None  # of all methods; None: each has the one that suits it best
+    own: Callable[[], dict[str, Method]] | None = None  # methods of this part alone
 
     @property
     def kl(self) -> float:
@@ -79,7 +101,8 @@ class Part:
 
     @property
     def all_methods(self) -> Mapping[str, Method]:
-        return {name: m for name, m in all_methods(self.kl).items() if not self.chosen or name in self.chosen}
+        found = self.own() if self.own else all_methods(self.kl)
+        return {name: m for name, m in found.items() if not self.chosen or name in self.chosen}
 
     def methods(self, ahead: int) -> Mapping[str, Method]:
         """Those that differ from each other where answers are so old."""
@@ -107,4 +130,5 @@ PARTS = {
     "age": Part("Answers of six tokens, one update a step", (0, 8, 16, 64)),
     "length-24": Part("Answers of 24 tokens", (16,), repeat=5, chosen=BEST),
     "length-96": Part("Answers of 96 tokens", (16,), repeat=21, chosen=BEST),
+    "updates": Part("Four updates a step, all at the rate 1e-3", (0,), updates=4, rate=1e-3, own=left_out),
 }

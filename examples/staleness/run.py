@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m examples.staleness.run", description="What survives stale data, in the real trainer."
     )
-    parser.add_argument("--part", default="age", help="age, length-24 or length-96")
+    parser.add_argument("--part", default="age", help="age, length-24, length-96 or updates")
     parser.add_argument("--ahead", type=int, nargs="*", help="steps that answers are old; none named: all of the part")
     parser.add_argument("--jobs", type=int, default=2, help="trials at a time, a core each")
     parser.add_argument("--steps", type=int, help="of a run; not given: the quick start's")

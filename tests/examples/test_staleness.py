@@ -45,7 +45,7 @@ def test_methods_are_accepted_and_differ_by_their_objective_alone() -> None:
 def test_the_matched_coefficient_goes_with_the_length() -> None:
     """1 / (beta L): 5.5, 23.5 and 95.5 tokens, each character once, 5 and 21 times, and the end."""
     assert {key: round(part.length, 1) for key, part in PARTS.items()} == {
-        "age": 5.5, "length-24": 23.5, "length-96": 95.5,
+        "age": 5.5, "length-24": 23.5, "length-96": 95.5, "updates": 5.5,
     }  # fmt: skip
     for part in PARTS.values():
         assert part.kl == pytest.approx(1 / (2 * part.length), abs=5e-5)
@@ -80,6 +80,24 @@ def test_a_grid_is_widened_where_its_best_lies_at_an_edge() -> None:
     assert beyond(grid, 5e-4) == beyond(grid, 2e-4) == set()
     assert beyond(grid, 1e-3) == {2e-3} and beyond(grid, 1e-4) == {5e-5}
     assert beyond(grid | {2e-3, 4e-3}, 4e-3) == set() and beyond(grid | {5e-5, 2.5e-5}, 2.5e-5) == set()
+
+
+def test_one_thing_is_left_out_at_a_time() -> None:
+    """Four updates of 64 answers each, at one rate; every run differs from the first by one setting, but the last two."""
+    part = PARTS["updates"]
+    configs = {
+        name: load_config(compare.CONFIG, [*m.overrides, *part.overrides(0), *compare.COMMON])
+        for name, m in part.methods(0).items()
+    }
+    assert {config.updates_per_step for config in configs.values()} == {4}
+    first = configs["flowrl, w paper"]
+    for name, config in configs.items():
+        mine, its = ({**c.objective, "log_z_lr": c.optimizer.log_z_lr} for c in (first, config))
+        differ = {key for key in mine | its if mine.get(key) != its.get(key)}
+        if name not in ("flowrl, w paper", "flowrl, z group, no floor", "grpo, no std, matched KL (k2)"):
+            assert len(differ) == 1, name
+    study_of = Study("updates", 0, Path("x"), Results(Path("x.json")))
+    assert study_of.trial("flowrl, no w", 1e-3, 3).overrides[0] == "optimizer.lr=0.001"
 
 
 @pytest.fixture
