@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -368,3 +369,15 @@ def test_a_source_distribution_holds_csrc(checkout: Path, tmp_path: Path):
     subprocess.run(command, cwd=checkout, check=True, capture_output=True)
     listing = subprocess.run(["tar", "tf", *tmp_path.glob("*.tar.gz")], capture_output=True, text=True).stdout
     assert "/csrc/cpu/kernels.h\n" in listing and "/csrc/cpu/binding.cpp\n" in listing
+
+
+def test_the_sources_keep_to_the_oldest_torch():
+    """What a name is not known by, torch 2.11's own headers tell a user on a GPU machine alone: CI has newer ones. Names
+    that came later, and of what 2.11 has, the header that it is in."""
+    later = ("STABLE_TORCH_ERROR_CODE_CHECK",)  # 2.13; TORCH_ERROR_CODE_CHECK is the same there
+    where = {"STD_CUDA_CHECK": "torch/csrc/stable/macros.h", "DeviceGuard": "torch/csrc/stable/accelerator.h"}
+    for file in sorted((REPO / "csrc").rglob("*.cpp")):
+        text = file.read_text()
+        assert not [name for name in later if re.search(rf"\b{name}\b", text)], file
+        for name, header in where.items():
+            assert name not in text or f"#include <{header}>" in text, f"{file} uses {name}"
