@@ -284,6 +284,12 @@ class MonitorSettings(Settings):
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "flowrl-mega"
     samples_per_step: int = Field(4, ge=0, description="answers written to samples.jsonl each step")
+    distributions_every: int = Field(
+        10,
+        ge=0,
+        description="steps between records of distributions.jsonl; 0: none, nor the metrics target/*, diversity/*, "
+        "kind/* and loss/residual_p*",
+    )
     progress: bool = True
 
     @field_validator("wandb", mode="before")

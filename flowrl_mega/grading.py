@@ -7,7 +7,9 @@ from typing import Any
 from flowrl_mega.config import Config
 from flowrl_mega.data.loader import whole
 from flowrl_mega.data.prompts import Prompts
+from flowrl_mega.monitor.distributions import Watched
 from flowrl_mega.parallel.layout import Layout
+from flowrl_mega.rewards.final_answer import final_answer
 from flowrl_mega.rewards.load import Reward, Score
 from flowrl_mega.rewards.scorer import Scorer, with_overlong_penalty
 from flowrl_mega.rollout import Rollout
@@ -57,6 +59,19 @@ class Grader:
             for text, score in zip(group.texts, group.scores, strict=True)
         ]
         return rows[: self.config.monitor.samples_per_step]
+
+    def watched(self, groups: list[Group]) -> list[Watched]:
+        """Graded groups as the monitors read them: answers are the same where their final answers are, or where they
+        have none, their texts."""
+        found = []
+        for group in groups:
+            row = self.row(group)
+            said = [answer if (answer := final_answer(text)) is not None else text.strip() for text in group.texts]
+            rewards, right = zip(*((score.reward, score.right) for score in group.scores), strict=True)
+            lengths = [len(rollout.response) for rollout in group.rollouts]
+            prompt, kind, exact = str(row["prompt"]), row.get("kind"), row.get("log_z")
+            found.append(Watched(prompt, said, list(rewards), list(right), lengths, kind, exact))
+        return found
 
     def row(self, group: Group) -> dict[str, Any]:
         """What the data set says of the group's prompt."""

@@ -20,7 +20,7 @@ from flowrl_mega.evaluate import Evaluator
 from flowrl_mega.grading import Grader
 from flowrl_mega.learner import build_models
 from flowrl_mega.model.generation import Sampling
-from flowrl_mega.monitor import Monitor
+from flowrl_mega.monitor import Monitor, distributions, machine
 from flowrl_mega.parallel.layout import Layout, raise_on_all_ranks
 from flowrl_mega.preflight import Inputs
 from flowrl_mega.reference_answers import ReferenceAnswers
@@ -71,7 +71,7 @@ class Run:
         for step in range(trainer.step_done + 1, config.steps + 1):
             metrics, samples = trainer.step()
             if monitor:
-                monitor.log(step, metrics)
+                self._log(monitor, step, metrics)
                 monitor.samples(step, samples)
             self._evaluate_when_due(monitor)
             last = step == config.steps
@@ -157,7 +157,19 @@ class Run:
                 remove_unfinished(run_dir)
                 values = (config.dump(), config.steps, self.trainer.step_done, m.wandb, m.wandb_project, m.progress)
                 monitor = Monitor(run_dir, *values)
+                monitor.folder.started(machine.start(self.trainer.step_done, self.layout.world))
         return monitor
+
+    def _log(self, monitor: Monitor, step: int, metrics: dict[str, float]) -> None:
+        """On rank 0, which alone says what the step's answers look like."""
+        every = self.config.monitor.distributions_every
+        if self.trainer.seen:
+            groups, residuals = self.trainer.seen
+            watched = self.grader.watched(groups)
+            metrics |= distributions.metrics(watched, residuals)
+            if step % every == 0 or step in (1, self.config.steps):
+                monitor.distributions(step, distributions.record(watched, residuals))
+        monitor.log(step, metrics)
 
     def _evaluate_when_due(self, monitor: Monitor | None) -> None:
         every, step, held_out = self.config.evaluation.every, self.trainer.step_done, self.inputs.data.held_out

@@ -6,10 +6,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from functools import cached_property
 from operator import truediv
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
 from flowrl_mega.config import Config
 from flowrl_mega.experience import Experience, MicroBatch, micro_batches, packing_efficiency
@@ -17,7 +21,8 @@ from flowrl_mega.grading import Grader
 from flowrl_mega.learner import Models
 from flowrl_mega.metrics import FromMeans, Max, Mean, Report, Update
 from flowrl_mega.model.policy import PolicyOutput
-from flowrl_mega.monitor.step_metrics import cost_metrics, merge_updates
+from flowrl_mega.monitor.distributions import Residuals
+from flowrl_mega.monitor.step_metrics import cost_metrics, merge_updates, utilisation
 from flowrl_mega.objectives import Objective
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.rollout import Engine
@@ -46,6 +51,8 @@ class Trainer:
         self.step_done = 0
         self.log_z: dict[int, float] | None = None  # where it is frozen, by the prompt's index in the data set
         self.seconds: dict[str, float] = defaultdict(float)
+        self.watched: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] | None = None  # of a step's first update
+        self.seen: tuple[list[Group], Residuals | None] | None = None  # the last step's answers, where they are watched
 
     def step(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Train on one batch of prompts; returns the step's metrics and some readable samples."""
@@ -56,7 +63,12 @@ class Trainer:
         with self.timed("score"):
             mini_batches = self.micro_batches(experience)
         with self.timed("update"):
-            updates: list[Update] = [self.update(mini_batch) for mini_batch in mini_batches]
+            self.watched = [] if self.config.monitor.distributions_every else None
+            updates: list[Update] = [self.update(mini_batches[0])]
+            watched, self.watched = self.watched, None
+            updates += [self.update(mini_batch) for mini_batch in mini_batches[1:]]
+            if watched is not None:
+                self.seen = groups, residuals_of(watched, len(experience.sequences), self.layout)
             if "loss/policy" in updates[0]:  # the policy has learnt, not the critic alone
                 self.objective = self.objective.adapted(merge_updates(updates), len(experience.sequences))
             counts |= self.models.gate.after_step(step, mini_batches[0][0].packed, self.config.rollout.temperature)
@@ -104,6 +116,8 @@ class Trainer:
         """The objective on one micro-batch: a sum of losses, the count to divide it by, and what to report."""
         inputs = batch.loss_inputs(output)
         result = self.objective.loss(inputs)
+        if self.watched is not None and result.answers:
+            self.watched.append((batch.packed.index, dict(result.answers)))
         loss_sum, report = result.loss_sum, {**result.metrics, "policy/entropy": Mean(inputs.mean(output.entropy))}
         if output.value is not None:
             assert self.config.critic is not None
@@ -124,8 +138,24 @@ class Trainer:
             **experience.metrics(),
             **merge_updates(updates),
             "perf/packing_efficiency": packing_efficiency(experience, self.config, self.layout),
-            **cost_metrics(self.seconds, experience.tokens, experience.generated_tokens),
+            **cost_metrics(self.seconds, experience.tokens, experience.generated_tokens, self.layout),
+            **self.utilisation(experience.tokens),
         }
+
+    def utilisation(self, tokens: int) -> dict[str, float]:
+        """Of the update phase, on GPUs."""
+        if self.layout.device.type != "cuda":
+            return {}
+        name = torch.cuda.get_device_name(self.layout.device)
+        return utilisation(self.parameters, tokens, self.seconds["update"], self.layout.world, name)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Of the whole policy, counted once. Collective."""
+        mine = sum(p.numel() for stage in self.models.policy.stages for p in stage.parameters())
+        total = torch.tensor(float(mine), device=self.layout.device, dtype=torch.float64)
+        dist.all_reduce(total)
+        return int(total) // (self.layout.dp * self.layout.cp)  # what all tp ranks have is counted tp times: little
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -135,6 +165,24 @@ class Trainer:
         if self.layout.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds[phase] += time.perf_counter() - start
+
+
+def residuals_of(
+    watched: list[tuple[torch.Tensor, dict[str, torch.Tensor]]], answers: int, layout: Layout
+) -> Residuals | None:
+    """What the losses of an update said of each of the step's answers; None where they say nothing. Collective."""
+    found: np.ndarray | None = None
+    if layout.is_last_stage and watched:
+        names = [field.name for field in fields(Residuals)]
+        table = torch.zeros(len(names) + 1, answers, dtype=torch.float64, device=layout.device)
+        for index, of in watched:
+            rows = torch.stack([*(of[name].double() for name in names), torch.ones_like(of[names[0]])])
+            table.index_add_(1, index.to(layout.device), rows.double())
+        layout.dp_sum(table)  # each answer is on one replica
+        values = table.cpu().numpy()
+        found = np.where(values[-1] > 0, values[:-1], np.nan)
+    found = layout.from_last_stage(found)
+    return None if found is None else Residuals(*found)
 
 
 def mean_loss(loss_sum: torch.Tensor, count: int, batch: MicroBatch) -> FromMeans:

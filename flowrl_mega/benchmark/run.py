@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from flowrl_mega.config import ConfigError, ParallelSettings
 from flowrl_mega.config_eval import EvalConfig, JudgeSettings
 from flowrl_mega.evaluation.embeddings import embedder
 from flowrl_mega.launched import started_by_launcher
+from flowrl_mega.monitor.machine import machine, versions
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.launch import launch, rank_environment
 from flowrl_mega.parallel.layout import raise_on_all_ranks
@@ -38,7 +37,6 @@ from flowrl_mega.whole_file import write_whole
 
 DONE, STOPPED = 0, 75
 SCORES, TABLE = "scores.json", "scores.md"
-PACKAGES = ("flowrl-mega", "torch", "transformers", "megatron-core", "math-verify")
 
 
 def evaluate(
@@ -233,19 +231,9 @@ class Evaluation:
             "benchmarks": found,
             "settings": self.config.model_dump(mode="json"),
             "answers_of": json.loads((self.run_dir / ABOUT).read_text()),
-            "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
-            "machine": {
-                "cpus": os.cpu_count(),
-                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            },
+            "versions": versions(),
+            "machine": machine(),
             "ended": time.strftime("%F %T"),
         }
         write_whole(self.run_dir / SCORES, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         write_whole(self.run_dir / TABLE, table(found))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

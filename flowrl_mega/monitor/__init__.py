@@ -58,6 +58,10 @@ class Monitor:
         """Some of the step's prompts, responses and rewards, for people to read."""
         self.folder.samples(step, rows)
 
+    def distributions(self, step: int, record: Mapping[str, Any]) -> None:
+        """What monitor/distributions.py says of a step."""
+        self.folder.distributions(step, record)
+
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """The metrics of an evaluation after `step` steps (0: before the first)."""
         for sink in self._sinks:

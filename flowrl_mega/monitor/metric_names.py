@@ -5,6 +5,8 @@ The part before the slash is the group, by which wandb arranges its panels:
     policy/, critic/    the model that learns, and its optimizer
     reward/, verdict/   scores of the step's answers, and their number by kind
     rollout/            how answers were generated
+    target/             the step's answers against the distribution that is matched
+    diversity/, kind/   how the answers to a prompt differ; reward and length by the kind of task
     mismatch/, fp8/     engine against trainer, and FP8 against bf16
     perf/               seconds, rates, memory and traffic
 """
@@ -75,4 +77,4 @@ def renamed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_measured(name: str) -> bool:
     """Whether a metric (by its new name) measures the machine, so that it differs between two equal runs."""
-    return name.startswith("perf/") and name.endswith(("_seconds", "_per_second", "memory_gb"))
+    return name.startswith("perf/") and name.endswith(("_seconds", "_per_second", "memory_gb", "mfu"))

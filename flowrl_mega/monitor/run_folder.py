@@ -1,7 +1,9 @@
-"""The run folder: config.yaml, metrics.jsonl and evaluation.jsonl (one object a step), samples.jsonl (one a sample)."""
+"""The run folder: config.yaml, metrics.jsonl, evaluation.jsonl and distributions.jsonl (one object a step),
+samples.jsonl (one a sample), run.json (one a start)."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,6 +18,7 @@ from flowrl_mega.monitor.metric_names import renamed
 from flowrl_mega.whole_file import write_whole
 
 CONFIG, METRICS, EVALUATION, SAMPLES = "config.yaml", "metrics.jsonl", "evaluation.jsonl", "samples.jsonl"
+DISTRIBUTIONS, STARTS = "distributions.jsonl", "run.json"
 
 
 class RunFolder:
@@ -51,6 +54,17 @@ class RunFolder:
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         self._append(SAMPLES, [{"step": step, **row} for row in rows])
 
+    def distributions(self, step: int, record: Mapping[str, Any]) -> None:
+        self._append(DISTRIBUTIONS, [{"step": step, **record}])
+
+    def started(self, start: Mapping[str, Any]) -> None:
+        """Adds to run.json what this start runs on and with; one that cannot be read begins anew."""
+        path, starts = self.path / STARTS, []
+        if path.is_file():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                starts = [*json.loads(path.read_text())["starts"]]
+        write_whole(path, json.dumps({"starts": [*starts, dict(start)]}, indent=1) + "\n")
+
     def close(self) -> None:
         """Nothing is held open between steps."""
 
@@ -68,7 +82,7 @@ class RunFolder:
 
         Old names of metrics are replaced, so that in a run that goes on each metric has one name.
         """
-        for name in (METRICS, EVALUATION, SAMPLES):
+        for name in (METRICS, EVALUATION, SAMPLES, DISTRIBUTIONS):
             kept = [record for record in self.read(name) if record["step"] <= step]
             if (self.path / name).exists():
                 write_whole(self.path / name, _lines(kept))

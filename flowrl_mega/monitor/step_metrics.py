@@ -12,6 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flowrl_mega.metrics import GroupGap, Max, Mean, Report, Update
+from flowrl_mega.parallel.layout import Layout
+
+# Dense bf16, by NVIDIA's data sheets (SXM).
+PEAK_TFLOPS = {"GB200": 2500, "B200": 2250, "H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312}
 
 
 def reduce_reports(reports: Sequence[Report], group: dist.ProcessGroup) -> dict[str, Mean | Max]:
@@ -78,20 +82,35 @@ def merge_updates(updates: Sequence[Update]) -> dict[str, float]:
     return merged
 
 
-def cost_metrics(seconds: Mapping[str, float], tokens: int, generated: int) -> dict[str, float]:
+def cost_metrics(seconds: Mapping[str, float], tokens: int, generated: int, layout: Layout) -> dict[str, float]:
     """The time and memory that a step took: the only metrics that differ between two runs of the same settings.
+    Collective.
 
     seconds: by phase; they must add up to the step. tokens: prompt and response tokens trained on. generated: response
     tokens; a step that takes groups left by earlier ones generates nothing, and has no rate of it. Memory is this
-    rank's, in GB: the peak on a GPU, else what the process holds now.
+    rank's and the largest of all ranks', in GB: the peak on a GPU, else what the process holds now.
     """
     total, generating = sum(seconds.values()), seconds.get("generate", 0.0)
     on_gpu = torch.cuda.is_available()
     memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+    most = torch.tensor(float(memory), device=layout.device, dtype=torch.float64)
+    if layout.world > 1:
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return {
         **{f"perf/{phase}_seconds": value for phase, value in seconds.items()},
         "perf/step_seconds": total,
         "perf/tokens_per_second": tokens / total,
         **({"perf/generated_tokens_per_second": generated / generating} if generating else {}),
         "perf/memory_gb": memory / 1e9,
+        "perf/max_memory_gb": float(most) / 1e9,
     }
+
+
+def utilisation(parameters: int, tokens: int, seconds: float, gpus: int, name: str) -> dict[str, float]:
+    """{"perf/mfu": the share of the GPUs' dense bf16 peak that an update reaches}: 6 floating-point operations for each
+    parameter and token trained on (arXiv 2204.02311, B; without its term for attention). Empty for a GPU whose peak is
+    not known here."""
+    peak = next((tflops for of, tflops in PEAK_TFLOPS.items() if of in name), None)
+    if peak is None or not seconds:
+        return {}
+    return {"perf/mfu": 6 * parameters * tokens / (seconds * gpus * peak * 1e12)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -34,6 +34,7 @@ class LossOutput:
     metrics: (
         Report  # by name, group first ("policy/mean_logp"): Mean(values [B]) or another type of flowrl_mega.metrics
     )
+    answers: Mapping[str, Tensor] = field(default_factory=dict)  # [B] each: the fields of monitor's Residuals, or none
 
 
 class Objective(Settings):
@@ -169,8 +170,9 @@ def mismatch_metrics(s: LossInputs) -> Report:
     """How far the engine's log-probs are from the trainer's; empty if the engine reported none.
 
     abs_logp_diff: |old - rollout| in nats, the token mean of each answer; a short answer counts as much as a long one.
-    max_abs_logp_diff: its largest token.  kl: KL(engine || trainer) per token, estimated (k3).  effective_sample_size:
-    of the answers' untruncated importance weights pi_old(y|x) / pi_rollout(y|x).
+    max_abs_logp_diff: its largest token.  abs_sum_logp_diff: |the sum of old - rollout| of an answer, in nats.
+    kl: KL(engine || trainer) per token, estimated (k3).  effective_sample_size: of the answers' untruncated importance
+    weights pi_old(y|x) / pi_rollout(y|x).
     """
     if s.rollout_logp is None:
         return {}
@@ -179,6 +181,7 @@ def mismatch_metrics(s: LossInputs) -> Report:
     return {
         "mismatch/abs_logp_diff": Mean(s.mean(mismatch.abs())),
         "mismatch/max_abs_logp_diff": Max(s.max(mismatch.abs())),
+        "mismatch/abs_sum_logp_diff": Mean(s.sum(mismatch).abs()),
         "mismatch/kl": Mean(s.mean(k3(mismatch))),
         "mismatch/effective_sample_size": FromMeans(
             effective_sample_size, Mean(log_weight.exp()), Mean((2 * log_weight).exp())

@@ -245,6 +245,8 @@ class FlowBalance(Objective):
             length_norm=self.length_norm,
             clip_gap=self.clip_gap,
         )
+        scale = s.length.double() if self.length_norm else torch.ones_like(log_z)
+        own_log_z = self.beta * s.credit.double() - ((sum_logp - sum_ref_logp) / scale).detach()
         tis_weight, tis_metrics = self.tis_weight(s)
         metrics: dict[str, Metric] = {
             "loss/residual": Mean(terms.delta),
@@ -271,8 +273,9 @@ class FlowBalance(Objective):
             # The residual with the engine's log-probs is delta - shift: the change is (delta - shift)^2 - delta^2.
             shift = s.sum(s.mismatch()) / (s.length if self.length_norm else 1)
             metrics["mismatch/residual_sq_change"] = Mean(shift * (shift - 2 * terms.delta))
+        answers = {"residual": log_z.detach() - own_log_z, "log_z": log_z.detach(), "scale": scale}
         loss = tis_weight * terms.loss
-        return LossOutput(loss.sum(), len(s.credit), metrics)
+        return LossOutput(loss.sum(), len(s.credit), metrics, answers)
 
 
 class FlowRL(FlowBalance):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from pathlib import Path
 from typing import Any
 
 from flowrl_mega.benchmark.run import SCORES
 from flowrl_mega.config import ConfigError
-from flowrl_mega.monitor.run_folder import METRICS, RunFolder
+from flowrl_mega.monitor.machine import commit
+from flowrl_mega.monitor.run_folder import METRICS, STARTS, RunFolder
 from flowrl_mega.reproduce.study import Published, Study
 from flowrl_mega.whole_file import write_whole
 
@@ -84,18 +83,13 @@ def markdown(study: Study, rows: dict[str, dict[str, Any]], record: dict[str, An
     lines += [_line([name, *(_text(row.get(column)) for column in columns)]) for name, row in rows.items()]
     lines += ["", f"Commit {record['commit'] or 'unknown'}."]
     for name, of in record["training"].items():
-        lines.append(f"{name}: {of['steps']} steps, {of['hours']:.2f} hours.")
+        taken = f", {of['gpu_hours']:.1f} GPU hours" if of["gpu_hours"] else ""
+        on = f" on {of['starts'][-1]['ranks']} ranks, {of['starts'][-1]['device']}" if of["starts"] else ""
+        lines.append(f"{name}: {of['steps']} steps, {of['hours']:.2f} hours{taken}{on}.")
     for name, of in record["evaluations"].items():
         versions = ", ".join(f"{package} {version}" for package, version in of["versions"].items() if version)
         lines.append(f"{name}: evaluated {of['ended']}; {versions}; {of['machine']['gpu'] or 'no GPU'}.")
     return "\n".join(lines) + "\n"
-
-
-def commit() -> str | None:
-    """Of the sources that run, with a mark where they were changed since; None outside a clone."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or None
 
 
 def _scores(study: Study, name: str) -> dict[str, Any] | None:
@@ -105,8 +99,16 @@ def _scores(study: Study, name: str) -> dict[str, Any] | None:
 
 def _training(study: Study, name: str) -> dict[str, Any]:
     records = RunFolder(study.folder("methods", name)).read(METRICS)
-    seconds = sum(row["perf/step_seconds"] for row in records)
-    return {"steps": len(records), "hours": seconds / 3600, "last": records[-1] if records else None}
+    hours = sum(row["perf/step_seconds"] for row in records) / 3600
+    starts = _starts(study, name)
+    found = {"steps": len(records), "hours": hours, "starts": starts, "last": records[-1] if records else None}
+    gpus = starts[-1]["gpus"] if starts else None  # of a run that went on with another number: about
+    return found | {"gpu_hours": None if gpus is None else hours * gpus}
+
+
+def _starts(study: Study, name: str) -> list[dict[str, Any]]:
+    file = study.folder("methods", name, STARTS)
+    return json.loads(file.read_text())["starts"] if file.is_file() else []
 
 
 def _text(cell: dict[str, Any] | None) -> str:

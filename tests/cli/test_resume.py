@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -32,7 +33,7 @@ TORCHRUN = [
 
 
 def assert_same_records(found: Path, wanted: Path) -> None:
-    for name in ("metrics", "samples", "evaluation"):
+    for name in ("metrics", "samples", "evaluation", "distributions"):
         rows = records(wanted, name)
         assert rows and records(found, name) == rows, name
 
@@ -48,8 +49,17 @@ def test_a_run_leaves_its_records_and_its_newest_checkpoints(finished: Path) -> 
     assert len({row["loss/policy"] for row in records(run_dir, "metrics")}) == 6, "the run must change something"
     assert steps(run_dir) == ["step_4", "step_6"], "keep_last is 2"
     assert sorted(path.name for path in run_dir.iterdir()) == [
-        "checkpoints", "config.yaml", "evaluation.jsonl", "metrics.jsonl", "samples.jsonl",
+        "checkpoints", "config.yaml", "distributions.jsonl", "evaluation.jsonl", "metrics.jsonl", "run.json",
+        "samples.jsonl",
     ]  # fmt: skip
+    first, last = records(run_dir, "distributions")
+    assert (first["step"], last["step"]) == (1, 6) and first["prompts"][0]["answers"][0]["target"] <= 1
+    (start,) = json.loads((run_dir / "run.json").read_text())["starts"]
+    assert (start["step"], start["ranks"], start["gpus"]) == (0, 2, 0) and start["versions"]["torch"]
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    made = ("step", "verdict/", "kind/", "loss/residual_p")
+    undocumented = [name for name in records(run_dir, "metrics")[-1] if name not in page and not name.startswith(made)]
+    assert not undocumented
 
 
 @pytest.mark.parametrize(

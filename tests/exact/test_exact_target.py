@@ -7,6 +7,7 @@ Sources: the facts that on-policy FlowRL descends KL(pi || pi*), and where it en
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,25 @@ def test_the_logged_log_z_is_the_exact_one(runs: Runs, ref_logp: Tensor, method:
     assert len(lines) == STEPS and lines[-1]["policy/skipped_updates"] == 0
     logged = sum(line["loss/log_z"] for line in lines[-20:]) / 20
     assert abs(logged - float(log_z.mean())) < TOLERANCE, f"logged {logged:.4f}, exact {float(log_z.mean()):.4f}"
+
+
+@pytest.mark.parametrize("method", ["flowrl", "flowrl_norm"])
+def test_what_is_drawn_of_log_z_is_exact(runs: Runs, task: Path, ref_logp: Tensor, method: str) -> None:
+    """distributions.jsonl, which the calibration plot is drawn from: log Z of every prompt and its group's estimate;
+    and the estimate of KL(pi || pi*) from a step's answers follows the exact one."""
+    settings = METHODS[method]
+    beta, length_norm = settings["beta"], settings["length_norm"]
+    log_p, log_z = targets.free_target(ref_logp, beta, length_norm)
+    run = runs[method]
+    lines = (task / method / "distributions.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    assert last["step"] == STEPS
+    for name in ("logged", "group"):
+        found = torch.tensor(sorted(last["log_z"][name]), dtype=torch.float64)
+        assert (found - log_z.sort().values).abs().max() < 0.05, (name, found, log_z)
+    estimates = torch.tensor([run.metrics[n]["target/kl"] for n in run.watched if n < 40])
+    exact = torch.stack([targets.kl(logp, log_p).mean() for n, logp in run.watched.items() if n < 40])
+    assert (estimates - exact).abs().mean() < 0.25 * exact.mean(), (estimates, exact)
 
 
 def looks(run: Trained, ref_logp: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -83,7 +83,7 @@ def test_a_grid_is_widened_where_its_best_lies_at_an_edge() -> None:
 
 
 def test_one_thing_is_left_out_at_a_time() -> None:
-    """Four updates of 64 answers each, at one rate; every run differs from the first by one setting, but the last two."""
+    """Four updates of 64 answers each, at one rate; runs differ from the first by one setting, but for two of them."""
     part = PARTS["updates"]
     configs = {
         name: load_config(compare.CONFIG, [*m.overrides, *part.overrides(0), *compare.COMMON])

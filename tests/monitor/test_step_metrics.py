@@ -12,6 +12,7 @@ from rank_pool import RankPool
 
 from flowrl_mega.config import ParallelSettings
 from flowrl_mega.metrics import FromMeans, GroupGap, Max, Mean, Report
+from flowrl_mega.monitor import step_metrics
 from flowrl_mega.monitor.step_metrics import merge_updates, reduce_reports
 from flowrl_mega.objectives.base import effective_sample_size
 from flowrl_mega.objectives.ppo import explained_variance
@@ -142,3 +143,14 @@ def test_a_metric_keeps_its_digits_and_no_graph() -> None:
     weight = torch.ones(2, requires_grad=True)
     for metric in (Mean(2 * weight), Max(2 * weight)):
         assert not metric.values.requires_grad
+
+
+def test_utilisation_is_the_share_of_the_peak():
+    """A GPU that did 989e12 operations in each of two seconds, six a parameter and token, was at its peak."""
+    tokens = 2 * 989e12 / (6 * 7e9)
+    (found,) = step_metrics.utilisation(7_000_000_000, int(tokens), 2.0, 1, "NVIDIA H100 80GB HBM3").values()
+    assert found == pytest.approx(1.0, rel=1e-5)
+    (half,) = step_metrics.utilisation(7_000_000_000, int(tokens), 2.0, 2, "NVIDIA H200").values()
+    assert half == pytest.approx(0.5, rel=1e-5)
+    assert step_metrics.utilisation(7, 7, 2.0, 1, "NVIDIA GeForce RTX 4090") == {}, "its peak is not known here"
+    assert step_metrics.utilisation(7, 7, 0.0, 1, "NVIDIA H100") == {}, "no update was made"

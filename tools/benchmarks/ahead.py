@@ -2,10 +2,10 @@
 
     python tools/benchmarks/ahead.py --model DIR --python SERVER_PYTHON [--ahead 4 --steps 20 --rounds 3] [--json FILE]
 
-Jobs of `flowrl-mega train` in turns, on one running server, which like the trainer has a core of its own: GFlowRL, whose
-ratios are against who wrote the answers, 8 prompts x 8 answers of 48 tokens. Seconds are the mean of a job's steps,
-without the first ones; the ratio is the median of the rounds' ratios. Result: the reward's mean over the
-last fifth of the steps, by job; what the task is worth of (letters of an answer that differ) both start with alike.
+Jobs of `flowrl-mega train` in turns, on one running server, which like the trainer has a core of its own: GFlowRL,
+whose ratios are against who wrote the answers, 8 prompts x 8 answers of 48 tokens. Seconds are the mean of a job's
+steps, without the first ones; the ratio is the median of the rounds' ratios. Beside them the result: the reward's mean
+over the last fifth of the steps (letters of an answer that differ).
 """
 
 from __future__ import annotations

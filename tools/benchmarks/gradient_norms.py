@@ -2,12 +2,12 @@
 
     python tools/benchmarks/gradient_norms.py [--drift 0 0.001 0.0041 0.0048] [--lengths 512 2048 8192] [--json FILE]
 
-GFlowRL's paper blames the learned log Z for FlowRL's exploding gradients (norms of 1e6 and more, 9.6e16 at most); the first
-release of FlowRL left its weight w unclipped. Here every token's log-ratio to pi_old has the mean --drift and the spread
-0.05, in nats; pi_old has the same distance from pi_ref at every length. The gradient is that of the loss of the objective
-itself, with the paper's beta and r_hat, over the logits of a table of bigrams from which 8 answers were drawn, half of
-them right. z mlp is a log Z that is 1 off, z random is drawn from N(0.5, 1), z group is the group's own. A norm is the
-median over 5 draws; no clipping.
+GFlowRL's paper blames the learned log Z for FlowRL's exploding gradients (norms of 1e6 and more, 9.6e16 at most); the
+first release of FlowRL left its weight w unclipped. Here every token's log-ratio to pi_old has the mean --drift and the
+spread 0.05, in nats; pi_old has the same distance from pi_ref at every length. The gradient is that of the objective's
+own loss, with the paper's beta and r_hat, over the logits of a table of bigrams from which 8 answers were drawn, half
+of them right. z mlp is a log Z that is 1 off, z random is drawn from N(0.5, 1), z group is the group's own. A norm is
+the median over 5 draws; nothing is clipped.
 """
 
 from __future__ import annotations

@@ -1,0 +1,181 @@
+"""What a step's answers say of the distribution that is matched: residuals, log Z, target against policy, diversity.
+
+The answers y_1 .. y_G to a prompt are drawn from the policy pi, and a residual delta that is 0 everywhere makes pi
+the target: with s = |y|, or 1 without length normalisation, log pi*(y) - log pi(y) = -s delta(y) + a constant. So
+
+    omega_i = softmax over i of -s_i delta_i
+
+is what the target gives to each of these answers where the policy's own draw gives 1 / G, and what is told of a group is
+
+    KL(pi || pi*) ~ log mean exp(-s delta) + mean(s delta),   total variation ~ sum |omega - 1/G| / 2,
+    share of a sample that is worth anything ~ 1 / (G sum omega^2)
+
+log Z is held against the group's own estimate, the one with which its residuals are 0 on average, and against the exact
+value where the prompt's row has one ("log_z").
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+BINS = 40
+PROMPTS = 2  # of a record, with all of their answers
+MOST_TEXT = 200  # characters of an answer in a record
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A prompt with its G answers. `said`: what each answer comes to, by which answers are the same."""
+
+    prompt: str
+    said: list[str]
+    rewards: list[float]
+    right: list[bool]
+    lengths: list[int]  # tokens
+    kind: str | None = None  # of the task
+    exact_log_z: float | None = None
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Of a step's first update, one number for each of its N answers; nan for answers of later updates."""
+
+    residual: np.ndarray  # with the gap as it is, clipped or not
+    log_z: np.ndarray
+    scale: np.ndarray  # s
+
+    def of(self, group: int, size: int) -> Residuals:
+        part = slice(group * size, (group + 1) * size)
+        return Residuals(self.residual[part], self.log_z[part], self.scale[part])
+
+
+def target_of(r: Residuals) -> np.ndarray:
+    """omega, [G]."""
+    exponent = -r.scale * r.residual
+    weights: np.ndarray = np.exp(exponent - exponent.max())
+    return weights / weights.sum()
+
+
+def kl_to_target(r: Residuals) -> float:
+    exponent = -r.scale * r.residual
+    most = exponent.max()
+    return float(most + math.log(np.exp(exponent - most).mean()) - exponent.mean())
+
+
+def metrics(groups: Sequence[Watched], residuals: Residuals | None) -> dict[str, float]:
+    """Of one step, for its line of metrics.jsonl."""
+    found = diversity(groups) | by_kind(groups)
+    return found | of_residuals(groups, residuals) if residuals is not None else found
+
+
+def diversity(groups: Sequence[Watched]) -> dict[str, float]:
+    """Means over the prompts: different answers, different right ones, and the entropy of how often each came."""
+    return {
+        "diversity/distinct_answers": _mean(len(set(of.said)) for of in groups),
+        "diversity/distinct_right": _mean(
+            len({said for said, right in zip(of.said, of.right, strict=True) if right}) for of in groups
+        ),
+        "diversity/answer_entropy": _mean(_entropy(of.said) for of in groups),
+    }
+
+
+def _entropy(said: Sequence[str]) -> float:
+    shares = [count / len(said) for count in Counter(said).values()]
+    return -sum(share * math.log(share) for share in shares)
+
+
+def by_kind(groups: Sequence[Watched]) -> dict[str, float]:
+    """Reward and length by the task's kind, where the step has several."""
+    kinds: dict[str, list[Watched]] = {}
+    for of in groups:
+        kinds.setdefault(of.kind or "none", []).append(of)
+    if len(kinds) < 2:
+        return {}
+    found = {}
+    for kind, of_kind in sorted(kinds.items()):
+        found[f"kind/{kind}/reward"] = _mean(reward for of in of_kind for reward in of.rewards)
+        found[f"kind/{kind}/length"] = _mean(length for of in of_kind for length in of.lengths)
+    return found
+
+
+def of_residuals(groups: Sequence[Watched], residuals: Residuals) -> dict[str, float]:
+    """Quantiles over the answers of the first update, and means over the prompts that have all of theirs in it."""
+    known = residuals.residual[~np.isnan(residuals.residual)]
+    if not len(known):
+        return {}
+    found = {
+        f"loss/residual_p{round(100 * q):02d}": float(value)
+        for q, value in zip(QUANTILES, np.quantile(known, QUANTILES), strict=True)
+    }
+    whole = list(_whole(groups, residuals))
+    if not whole:
+        return found
+    targets = [target_of(r) for _, r in whole]
+    found |= {
+        "target/kl": _mean(kl_to_target(r) for _, r in whole),
+        "target/total_variation": _mean(float(np.abs(w - 1 / len(w)).sum()) / 2 for w in targets),
+        "target/sample_size": _mean(1 / (len(w) * float((w * w).sum())) for w in targets),
+    }
+    exact = [abs(float(r.log_z.mean()) - of.exact_log_z) for of, r in whole if of.exact_log_z is not None]
+    return found | ({"loss/log_z_error": _mean(exact)} if exact else {})
+
+
+def record(groups: Sequence[Watched], residuals: Residuals | None) -> dict[str, Any]:
+    """Of one step, for distributions.jsonl: what a figure cannot say."""
+    if residuals is None or np.isnan(residuals.residual).all():
+        return {"prompts": [_bars(of, None) for of in groups[:PROMPTS]]}
+    known = residuals.residual[~np.isnan(residuals.residual)]
+    counts, edges = np.histogram(known, BINS)
+    whole = list(_whole(groups, residuals))
+    return {
+        "residual": {
+            "edges": _rounded(edges),
+            "counts": counts.tolist(),
+            "quantiles": dict(zip(map(str, QUANTILES), _rounded(np.quantile(known, QUANTILES)), strict=True)),
+        },
+        "log_z": {
+            "logged": _rounded([float(r.log_z.mean()) for _, r in whole]),
+            "group": _rounded([float((r.log_z - r.residual).mean()) for _, r in whole]),
+            "exact": [of.exact_log_z for of, _ in whole],
+        },
+        "prompts": [_bars(of, target_of(r)) for of, r in whole[:PROMPTS]],
+    }
+
+
+def _whole(groups: Sequence[Watched], residuals: Residuals) -> Iterable[tuple[Watched, Residuals]]:
+    """The prompts all of whose answers are in the first update."""
+    for number, of in enumerate(groups):
+        r = residuals.of(number, len(of.said))
+        if not np.isnan(r.residual).any():
+            yield of, r
+
+
+def _bars(of: Watched, target: np.ndarray | None) -> dict[str, Any]:
+    """A prompt with its different answers, the most frequent first."""
+    places: dict[str, list[int]] = {}
+    for i, said in enumerate(of.said):
+        places.setdefault(said, []).append(i)
+    answers = []
+    for said, at in sorted(places.items(), key=lambda item: -len(item[1])):
+        answer = {"text": said[:MOST_TEXT], "count": len(at), "reward": _mean(of.rewards[i] for i in at)}
+        answer["empirical"] = round(len(at) / len(of.said), 6)
+        if target is not None:
+            answer["target"] = round(float(target[at].sum()), 6)
+        answers.append(answer)
+    return {"prompt": of.prompt[-MOST_TEXT:], "answers": answers}
+
+
+def _mean(values: Iterable[float]) -> float:
+    every = list(values)
+    return sum(every) / len(every)
+
+
+def _rounded(values: Iterable[float]) -> list[float]:
+    return [round(float(value), 6) for value in values]
