@@ -5,7 +5,7 @@ the target: with s = |y|, or 1 without length normalisation, log pi*(y) - log pi
 
     omega_i = softmax over i of -s_i delta_i
 
-is what the target gives to each of these answers where the policy's own draw gives 1 / G, and what is told of a group is
+is what the target gives to each of these answers, where the policy's own draw gives 1 / G. Of a group is told
 
     KL(pi || pi*) ~ log mean exp(-s delta) + mean(s delta),   total variation ~ sum |omega - 1/G| / 2,
     share of a sample that is worth anything ~ 1 / (G sum omega^2)

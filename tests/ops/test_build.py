@@ -372,8 +372,8 @@ def test_a_source_distribution_holds_csrc(checkout: Path, tmp_path: Path):
 
 
 def test_the_sources_keep_to_the_oldest_torch():
-    """What a name is not known by, torch 2.11's own headers tell a user on a GPU machine alone: CI has newer ones. Names
-    that came later, and of what 2.11 has, the header that it is in."""
+    """CI has newer headers, so a name that torch 2.11 lacks would be found on a GPU machine alone. Names that came
+    later; and of what 2.11 has, the header that it is in."""
     later = ("STABLE_TORCH_ERROR_CODE_CHECK",)  # 2.13; TORCH_ERROR_CODE_CHECK is the same there
     where = {"STD_CUDA_CHECK": "torch/csrc/stable/macros.h", "DeviceGuard": "torch/csrc/stable/accelerator.h"}
     for file in sorted((REPO / "csrc").rglob("*.cpp")):
