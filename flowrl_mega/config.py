@@ -283,6 +283,8 @@ class EvaluationSettings(Settings):
 class MonitorSettings(Settings):
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "flowrl-mega"
+    wandb_checkpoints: bool = Field(False, description="every checkpoint also as an artifact of the wandb run")
+    tensorboard: bool = Field(False, description="also event files in run_dir/tensorboard; flowrl-mega[tensorboard]")
     samples_per_step: int = Field(4, ge=0, description="answers written to samples.jsonl each step")
     distributions_every: int = Field(
         10,

@@ -46,7 +46,7 @@ NEEDS = (
         lambda c: c.evaluation.every > 0,
     ),
     Needs("evaluation.benchmarks", "evaluation.benchmarks.names", lambda c: len(c.evaluation.benchmarks.names) > 0),
-    Needs("monitor.wandb_project", "monitor.wandb", lambda c: c.monitor.wandb != "off"),
+    Needs("monitor.wandb_project monitor.wandb_checkpoints", "monitor.wandb", lambda c: c.monitor.wandb != "off"),
 )
 
 

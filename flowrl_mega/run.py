@@ -80,7 +80,9 @@ class Run:
             stuck = self.models.stuck(config.on_nonfinite.most, last)
             fault = self._mismatch(metrics) or self.models.gate.fault or stuck
             if stop or fault or due or (last and config.checkpoint.at_end):
-                self.save()
+                saved = self.save()
+                if monitor:
+                    monitor.saved(step, saved)
             if fault:
                 raise Diverged(fault) if fault is stuck else RunError(fault)
             if stop:
@@ -89,8 +91,8 @@ class Run:
             monitor.close()
         return trainer.step_done == config.steps
 
-    def save(self) -> None:
-        """Write checkpoints/step_N of the last step done."""
+    def save(self) -> Path:
+        """Write checkpoints/step_N of the last step done; its place."""
         config, objective = self.config.checkpoint, self.trainer.objective
         state = {
             "step": self.trainer.step_done,
@@ -101,8 +103,9 @@ class Run:
         if self.reference_answers:
             state[REFERENCE] = self.reference_answers.state_dict()
         folder, trained = Path(self.config.run_dir), self.models.trained()
-        save_checkpoint(folder, trained, state, config.keep_last, self.side_files, config.export_hf)
+        saved = save_checkpoint(folder, trained, state, config.keep_last, self.side_files, config.export_hf)
         self.saved_at = time.monotonic()
+        return saved
 
     def close(self) -> None:
         """End what was started: servers, reward workers, readers."""
@@ -156,7 +159,7 @@ class Run:
                 run_dir = Path(config.run_dir)
                 remove_unfinished(run_dir)
                 values = (config.dump(), config.steps, self.trainer.step_done, m.wandb, m.wandb_project, m.progress)
-                monitor = Monitor(run_dir, *values)
+                monitor = Monitor(run_dir, *values, m.tensorboard, m.wandb_checkpoints)
                 monitor.folder.started(machine.start(self.trainer.step_done, self.layout.world))
         return monitor
 

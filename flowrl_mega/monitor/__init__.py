@@ -1,4 +1,7 @@
-"""A run's outputs (run folder, console, wandb) behind one `Monitor`. Metrics are named as in metric_names.py."""
+"""A run's outputs (run folder, console, wandb, TensorBoard) behind one `Monitor`.
+
+Metrics are named as in metric_names.py.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from typing import Any, Protocol
 
 from flowrl_mega.monitor.console import Console
 from flowrl_mega.monitor.run_folder import RunFolder
+from flowrl_mega.monitor.tensorboard import TensorBoardLog, check_tensorboard
 from flowrl_mega.monitor.wandb import WandbLog, check_wandb
 
-__all__ = ["Monitor", "RunFolder", "check_wandb"]
+__all__ = ["Monitor", "RunFolder", "check_tensorboard", "check_wandb"]
 
 
 class Sink(Protocol):
@@ -18,11 +22,12 @@ class Sink(Protocol):
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None: ...
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None: ...
+    def distributions(self, step: int, record: Mapping[str, Any]) -> None: ...
     def close(self) -> None: ...
 
 
 class Monitor:
-    """Sends each step's numbers to the run folder, the console and wandb. Made on rank 0 only.
+    """Sends each step's numbers to the run folder, the console, wandb and TensorBoard. Made on rank 0 only.
 
     Steps count from 1; `resume_step` is the last step that is already done (0: a fresh run). Whatever an interrupted
     run wrote after it is dropped, and metrics that it wrote under old names get the new ones (metric_names.py).
@@ -37,15 +42,23 @@ class Monitor:
         wandb: str = "off",
         project: str = "flowrl-mega",
         progress: bool = True,
+        tensorboard: bool = False,
+        wandb_checkpoints: bool = False,
     ) -> None:
         check_wandb(wandb)  # before anything is written
+        check_tensorboard(tensorboard)
         self.folder = RunFolder(run_dir)
         # A run that starts over must also lose the evaluation that its predecessor made before step 1.
         self.folder.truncate(resume_step if resume_step > 0 else -1)
         self.folder.write_config(config, resume_step)
         self._sinks: list[Sink] = [self.folder]
+        self._wandb: WandbLog | None = None
         if wandb != "off":
-            self._sinks.append(WandbLog(self.folder.path, config, wandb, project, resume=resume_step > 0))
+            log = WandbLog(self.folder.path, config, wandb, project, resume=resume_step > 0)
+            self._sinks.append(log)
+            self._wandb = log if wandb_checkpoints else None
+        if tensorboard:
+            self._sinks.append(TensorBoardLog(self.folder.path, resume_step))
         if progress:
             self._sinks.append(Console(total_steps, resume_step))
 
@@ -60,12 +73,18 @@ class Monitor:
 
     def distributions(self, step: int, record: Mapping[str, Any]) -> None:
         """What monitor/distributions.py says of a step."""
-        self.folder.distributions(step, record)
+        for sink in self._sinks:
+            sink.distributions(step, record)
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """The metrics of an evaluation after `step` steps (0: before the first)."""
         for sink in self._sinks:
             sink.evaluation(step, metrics)
+
+    def saved(self, step: int, checkpoint: Path) -> None:
+        """A checkpoint is whole on the disk."""
+        if self._wandb:
+            self._wandb.saved(step, checkpoint)
 
     def close(self) -> None:
         """Ends the progress bar and the wandb run; the files are always complete."""

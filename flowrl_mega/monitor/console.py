@@ -49,6 +49,9 @@ class Console:
         numbers = [f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, (int, float))]
         self._write(f"evaluation after step {step}: {', '.join(numbers)}")
 
+    def distributions(self, step: int, record: Mapping[str, Any]) -> None:
+        """Nothing for a line."""
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -58,6 +58,29 @@ class WandbLog:
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._run.log({"step": step, **{f"evaluation/{name}": value for name, value in metrics.items()}})
 
+    def distributions(self, step: int, record: Mapping[str, Any]) -> None:
+        """The histogram of residuals, and log Z of each prompt against its group's own estimate."""
+        import wandb
+
+        pictures: dict[str, Any] = {}
+        if residual := record.get("residual"):
+            histogram = wandb.Histogram(np_histogram=(residual["counts"], residual["edges"]))
+            pictures["loss/residual_histogram"] = histogram
+        if log_z := record.get("log_z"):
+            rows = list(zip(log_z["group"], log_z["logged"], strict=True))
+            table = wandb.Table(columns=["the group's own", "logged"], data=rows)
+            pictures["loss/log_z_calibration"] = wandb.plot.scatter(table, *table.columns, title="log Z")
+        if pictures:
+            self._run.log({"step": step, **pictures})
+
+    def saved(self, step: int, checkpoint: Path) -> None:
+        """The checkpoint as an artifact of the run, a version each; its files are not copied first."""
+        import wandb
+
+        artifact = wandb.Artifact(f"checkpoint-{self._run.id}", type="model", metadata={"step": step})
+        artifact.add_dir(str(checkpoint), policy="immutable")
+        self._run.log_artifact(artifact, aliases=[f"step_{step}"])
+
     def close(self) -> None:
         self._run.finish()
 

@@ -20,6 +20,12 @@ needs_wandb = pytest.mark.skipif(
 )
 
 
+RECORD = {
+    "residual": {"edges": [-1.0, 0.0, 3.0], "counts": [2, 5]},
+    "log_z": {"logged": [0.5, 0.6], "group": [0.4, 0.7], "exact": [None, None]},
+}
+
+
 def inspect(run_file):
     """The records of a .wandb file, as `wandb leet inspect --json` prints them."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run_file)]
@@ -45,12 +51,18 @@ def test_an_offline_run_reads_back_and_resumes_under_its_id(tmp_path, monkeypatc
         for step in range(first, last + 1):
             monitor.log(step, {"reward/mean": step / 8, "loss/policy": 1 / 3})
         monitor.evaluation(last, {"pass_rate": 0.75})
+        monitor.distributions(last, RECORD)
         monitor.close()
         (made,) = set(tmp_path.glob("wandb/offline-run-*/run-*.wandb")) - known
         return inspect(made)
 
     first = run(1, 3, resume_step=0)
-    assert history(first) == [
+    *numbers, pictures = history(first)
+    assert pictures["step"] == 3
+    shown = [pictures[f"loss/residual_histogram.{field}"] for field in ("_type", "values", "bins")]
+    assert shown == ["histogram", [2, 5], [-1.0, 0.0, 3.0]]
+    assert [name for name in pictures if name.startswith("loss/log_z_calibration")]
+    assert numbers == [
         {"step": 1, "reward/mean": 0.125, "loss/policy": 1 / 3},
         {"step": 2, "reward/mean": 0.25, "loss/policy": 1 / 3},
         {"step": 3, "reward/mean": 0.375, "loss/policy": 1 / 3},
@@ -64,9 +76,30 @@ def test_an_offline_run_reads_back_and_resumes_under_its_id(tmp_path, monkeypatc
     assert (axis["glob_name"], axis["step_metric"]) == ("*", "step")
 
     second = run(3, 4, resume_step=2)
-    assert [item["step"] for item in history(second)] == [3, 4, 4]
+    assert [item["step"] for item in history(second)] == [3, 4, 4, 4]
     (again,) = [record["run"] for record in second if record["type"] == "run"]
     assert again["run_id"] == start["run_id"]
+
+
+@needs_wandb
+@pytest.mark.integration
+def test_a_checkpoint_is_an_artifact(tmp_path):
+    """With its files as they are on the disk, and only where it is asked for."""
+    folder = tmp_path / "checkpoints" / "step_2"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(b"12345")
+    for asked in (True, False):
+        run_dir = tmp_path / str(asked)
+        monitor = Monitor(run_dir, {}, 4, wandb="offline", progress=False, wandb_checkpoints=asked)
+        monitor.saved(2, folder)
+        monitor.close()
+        (made,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+        artifacts = [record["artifact"] for record in inspect(made) if record["type"] == "artifact"]
+        assert len(artifacts) == asked
+        if asked:
+            assert artifacts[0]["type"] == "model" and "step_2" in artifacts[0]["aliases"]
+            (file,) = artifacts[0]["manifest"]["contents"]
+            assert (file["path"], int(file["size"])) == ("weights", 5)
 
 
 @pytest.mark.parametrize("stored", ["1a2b3c4d\n", "", None])
