@@ -19,10 +19,11 @@ from flowrl_mega.model.policy import Policy, build_reference
 from flowrl_mega.model.stage import Model
 from flowrl_mega.monitor.step_metrics import reduce_reports
 from flowrl_mega.objectives import Objective
-from flowrl_mega.parallel.layout import Layout
+from flowrl_mega.parallel.layout import Layout, rank
 from flowrl_mega.parallel.offload import Offload
 from flowrl_mega.parallel.optimizer import Optimizer, decided, wrap
 from flowrl_mega.parallel.schedule import B, Forward, LossFunction, forward_backward
+from flowrl_mega.so_far import so_far
 
 
 class Learner:
@@ -124,5 +125,6 @@ def build_models(arch: Architecture, objective: Objective, config: Config, layou
 
 
 def _loaded(model: Any, path: str | Path) -> Any:
-    load_model(model, path)
+    with so_far(f"loading {path}", show=rank() == 0):
+        load_model(model, path)
     return model

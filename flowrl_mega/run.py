@@ -28,6 +28,7 @@ from flowrl_mega.resume import REFERENCE, RUN, record, resumption
 from flowrl_mega.rollout import build_engine
 from flowrl_mega.rollout.group_queue import GroupQueue
 from flowrl_mega.rollout.mismatch import beyond_budget
+from flowrl_mega.so_far import so_far
 from flowrl_mega.train import Trainer
 
 
@@ -103,7 +104,8 @@ class Run:
         if self.reference_answers:
             state[REFERENCE] = self.reference_answers.state_dict()
         folder, trained = Path(self.config.run_dir), self.models.trained()
-        saved = save_checkpoint(folder, trained, state, config.keep_last, self.side_files, config.export_hf)
+        with so_far(f"saving step_{state['step']}", show=self.layout.rank == 0):
+            saved = save_checkpoint(folder, trained, state, config.keep_last, self.side_files, config.export_hf)
         self.saved_at = time.monotonic()
         return saved
 
@@ -114,7 +116,9 @@ class Run:
 
     def _resume(self, checkpoint: Path) -> None:
         """Fill all from the checkpoint, and say what differs from the run that saved it."""
-        state, trainer = load_checkpoint(checkpoint, self.models.trained()), self.trainer
+        trainer = self.trainer
+        with so_far(f"loading {checkpoint}", show=self.layout.rank == 0):
+            state = load_checkpoint(checkpoint, self.models.trained())
         adapts = trainer.objective.adapts
         adapted = {name: value for name, value in state.get("objective", {}).items() if name in adapts}
         trainer.objective = trainer.objective.model_copy(update=adapted)

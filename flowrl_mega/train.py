@@ -28,6 +28,7 @@ from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.rollout import Engine
 from flowrl_mega.rollout.group_queue import Group, GroupQueue
 from flowrl_mega.rollout.mismatch import staleness
+from flowrl_mega.so_far import so_far
 
 
 class Trainer:
@@ -72,7 +73,7 @@ class Trainer:
             if "loss/policy" in updates[0]:  # the policy has learnt, not the critic alone
                 self.objective = self.objective.adapted(merge_updates(updates), len(experience.sequences))
             counts |= self.models.gate.after_step(step, mini_batches[0][0].packed, self.config.rollout.temperature)
-        with self.timed("sync"):
+        with self.timed("sync"), so_far("sending the weights to the engine", show=self.layout.rank == 0):
             counts |= self.engine.sync(self.models.policy, version=step)
         self.step_done = step
         counts |= staleness(experience.rollouts, step - 1) | self.engine.metrics()

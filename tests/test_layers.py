@@ -30,7 +30,7 @@ LEVELS = (
     {"config_eval"},
     {"config"},
     {"config_rollout"},
-    {"settings", "metrics", "file_lock", "hangup", "whole_file"},
+    {"settings", "metrics", "file_lock", "hangup", "so_far", "whole_file"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

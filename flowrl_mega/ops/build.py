@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from flowrl_mega.file_lock import locked
+from flowrl_mega.so_far import so_far
 
 Kind = Literal["cpu", "cuda"]
 KINDS: tuple[Kind, ...] = ("cpu", "cuda")
@@ -322,7 +323,7 @@ def run(commands: Sequence[list[str]], failure: str, log: Path | None = None) ->
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=_english()
         )
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with so_far("compiling csrc"), ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(one, commands))
     if log:
         with log.open("a") as file:

@@ -22,6 +22,7 @@ from flowrl_mega.data.prepare.recipes import GENERATED, Recipe, recipe
 from flowrl_mega.data.prepare.sources import SHOWN, Record, records
 from flowrl_mega.data.prompts import Row, encode
 from flowrl_mega.data.store import decode_image, new_store
+from flowrl_mega.so_far import so_far
 
 DUPLICATE, OTHER_ANSWER, TOO_LONG = "duplicate", "duplicate with another answer", "too long"
 CONTAMINATED, UNKNOWN = "contaminated", "outside the vocabulary"
@@ -115,7 +116,8 @@ def prepare(plan: Plan, tokenizer: Any, check_answer: GoldCheck | None) -> Repor
     if plan.chat_template and writes_the_date(tokenizer):
         report.date = made["template_date"] = str(plan.template_date)
     with new_store(plan.out, tokenizer, chat_template=plan.chat_template, made=made) as writer:
-        with (writer.folder / REFUSED).open("w") as listed:
+        kept_so_far = so_far("preparing", count=lambda: f"{writer.count} rows kept")
+        with kept_so_far, (writer.folder / REFUSED).open("w") as listed:
             kept = _kept(_items(plan, check_answer), dropped, report, listed)
             for item, ids in _tokenised(kept, plan, tokenizer, report, listed):
                 assert item.problem and isinstance(item.problem.image, bytes)
