@@ -1,4 +1,5 @@
-"""The command line: `flowrl-mega train | eval | ablate | reproduce | serve CONFIG.yaml [--section.field=value ...]`.
+"""The command line: `flowrl-mega train | eval | ablate | reproduce | serve CONFIG.yaml [--section.field=value ...]`,
+and `flowrl-mega report RUN [RUN ...]`.
 
 Exit codes:
 
@@ -88,6 +89,16 @@ def _reproduce(options: argparse.Namespace, stop: StopRequest) -> int:
     return reproduce(options.config, options.stage, options.data, options.dry_run, options.submit, stop)
 
 
+def _report(options: argparse.Namespace, stop: StopRequest) -> int:
+    if options.overrides:
+        raise ConfigError(
+            f"{options.overrides[0]}: no option of report; its options are --out FILE and --watch SECONDS"
+        )
+    from flowrl_mega.report.command import report
+
+    return report(options.runs, options.out, options.watch, stop)
+
+
 def _serve(options: argparse.Namespace, stop: StopRequest) -> int:
     config = load_config(options.config, options.overrides)
     from flowrl_mega import job
@@ -98,7 +109,7 @@ def _serve(options: argparse.Namespace, stop: StopRequest) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flowrl-mega", description="FlowRL on Megatron-core.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_train, _add_eval, _add_ablate, _add_reproduce, _add_serve):
+    for add in (_add_train, _add_eval, _add_ablate, _add_reproduce, _add_report, _add_serve):
         add(commands)
     return parser
 
@@ -176,6 +187,39 @@ def _add_reproduce(commands: Any) -> None:
     again.add_argument("--data", help="folder with NAME.jsonl of the benchmarks; else they are fetched from the hub")
     again.add_argument("--submit", action="store_true", help="hand the stages to SLURM as a chain of jobs, and return")
     _can_be_dry(again)
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser(
+        "report",
+        help="runs as one HTML page: curves, log Z, residuals, answers, warnings",
+        description="Writes one HTML file that needs nothing beside it, of one run or of several next to each other "
+        "(runs that differ in their seed alone are one method). Folders of eval and reproduce work, too.",
+        allow_abbrev=False,
+    )
+    report.set_defaults(run=_report)
+    report.add_argument("runs", nargs="+", type=os.path.expanduser, metavar="RUN", help="folder of a run")
+    report.add_argument(
+        "--out", type=os.path.expanduser, metavar="FILE", help="the page (report.html in the folder of the first run)"
+    )
+    report.add_argument(
+        "--watch",
+        nargs="?",
+        const=15.0,
+        type=_seconds,
+        metavar="SECONDS",
+        help="renew the page while the run goes on, every so many seconds (15), until Ctrl-C; put it behind RUN",
+    )
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds; put RUN before --watch") from None
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} seconds: must be above 0")
+    return seconds
 
 
 def _add_serve(commands: Any) -> None:

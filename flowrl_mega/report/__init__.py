@@ -1,0 +1,1 @@
+"""Runs as one HTML page that needs nothing beside it: `flowrl-mega report`."""
