@@ -35,7 +35,7 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.alpha": 0.2,
+    "grid.alpha": 0.13,
     "axes.formatter.limits": (-4, 5),
     "legend.frameon": False,
     "legend.fontsize": 10,
@@ -45,6 +45,7 @@ STYLE: Any = {
 }
 WIDTH, HEIGHT = 4.6, 2.7  # inches
 LOG_FROM = 100.0  # times the median: a curve with such a peak is drawn on a logarithmic axis
+STEPS = [1, 2, 2.5, 5, 10]  # between ticks
 FEW = 12  # points that are marked one by one
 
 
@@ -192,7 +193,9 @@ def _curve(axes: Axes, look: dict[str, Any], curve: Curve) -> None:
 
 def _step_axis(axes: Axes) -> None:
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS, integer=True))
+    if axes.get_yscale() == "linear":
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))  # fewer than by itself: ticks take most of the time
     if axes.get_yscale() == "log":  # powers would be set as mathematics
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())

@@ -40,16 +40,13 @@ class Reader:
             self.notes.append(f"{name} is large: one line in {every} is read.")
         bad: list[int] = []
         try:
-            with open(path, "rb") as file:
-                for place, line in enumerate(file):
-                    if place % every and place:
-                        continue
-                    record = _parsed(line)
-                    if record is not None:
-                        yield record
-                    elif line.strip():
-                        bad.append(place + 1)
-                        half = not line.endswith(b"\n")
+            for place, line in _every(path, every):
+                record = _parsed(line)
+                if record is not None:
+                    yield record
+                elif line.strip():
+                    bad.append(place + 1)
+                    half = not line.endswith(b"\n")
         except OSError as error:
             self.notes.append(f"{name} cannot be read ({error.strerror}).")
         if bad and half:
@@ -153,6 +150,17 @@ def _float(value: Any) -> float:
         return float(value) if isinstance(value, int | float) else float("nan")
     except OverflowError:
         return float("nan")
+
+
+def _every(path: Path, every: int) -> Iterator[tuple[int, bytes]]:
+    """Every nth line, from the first, and the last one, with their places."""
+    with open(path, "rb") as file:
+        for place, line in enumerate(file):
+            skipped = bool(place % every)
+            if not skipped:
+                yield place, line
+        if every > 1 and skipped:
+            yield place, line
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from flowrl_mega.report.text import cut
 STARTS, DISTRIBUTIONS, SCORES, STUDY = "run.json", "distributions.jsonl", "scores.json", "report.json"
 FILES = (CONFIG, METRICS, EVALUATION, SAMPLES, STARTS, DISTRIBUTIONS, SCORES, STUDY)
 NEEDED = (METRICS, EVALUATION, CONFIG, SCORES, STUDY)  # one of them makes a folder worth a page
-MOST_BYTES = 48 << 20  # of distributions.jsonl, parsed in about a second
+MOST_BYTES = 16 << 20  # of distributions.jsonl, parsed in a fraction of a second
 MOST_TEXT = 4000  # characters of an answer
 
 

@@ -20,6 +20,7 @@ from flowrl_mega.report.tables import Table, numbers_of, of_cost, of_differences
 
 MOST_RUNS = 6  # of which pictures and samples are shown one by one
 MOST_PROMPTS, MOST_ANSWERS = 6, 12
+FEWER_POINTS = 60
 MAIN = (
     "reward/mean", "reward/right", "loss/policy", "loss/critic", "policy/entropy", "rollout/response_length",
     "policy/grad_norm", "policy/kl_to_ref",
@@ -79,30 +80,34 @@ class Builder:
         self.lines = self.painter.lines([method.label for method in self.methods])
         columns = [run.metrics for run in trained]
         self.names = sorted({name for each in columns for name in each.values})
-        self.constant = {name: of[0] for name in self.names if (of := _values(columns, name)) and len(of) == 1}
+        self.constant = {name: value for name in self.names if (value := _only_value(columns, name)) is not None}
+        # Many points of several curves hide each other, and their line styles.
+        self.points = POINTS if len(self.methods) < 2 else FEWER_POINTS
 
-    def plots(self, names: Sequence[str], points: int = POINTS) -> list[Plot]:
-        """Of the metrics with these names, or that start with a name that ends in a slash."""
+    def plots(self, names: Sequence[str]) -> list[Plot]:
+        """Of the metrics with these names, or that start with a name that ends in a slash; not of constant ones."""
         found = []
         for wanted in names:
             for name in [n for n in self.names if n == wanted or (wanted.endswith("/") and n.startswith(wanted))]:
-                if name not in self.drawn:
+                if name not in self.drawn and name not in self.constant:
                     self.drawn.add(name)
-                    found.append(self._plot(name, "metrics", points))
+                    found.append(self._plot(name, "metrics"))
         return found
 
     def evaluation(self) -> list[Plot]:
         names = dict.fromkeys(n for method in self.methods for run in method.runs for n in run.evaluation.values)
-        return [self._plot(name, "evaluation", POINTS) for name in names]
+        return [self._plot(name, "evaluation") for name in names]
 
     def others(self) -> list[tuple[str, list[Plot]]]:
-        left = [name for name in self.names if name not in self.drawn and name not in self.constant]
+        left = [name for name in self.names if name not in self.drawn | self.constant.keys()]
         groups = groupby(left, key=lambda name: name.partition("/")[0])
-        return [(group, self.plots(list(names), POINTS // 2)) for group, names in groups]
+        return [(group, self.plots(list(names))) for group, names in groups]
 
-    def _plot(self, name: str, source: str, points: int) -> Plot:
+    def _plot(self, name: str, source: str) -> Plot:
         pairs = zip(self.lines, self.methods, strict=True)
-        having = [(line, curve([getattr(run, source) for run in method.runs], name, points)) for line, method in pairs]
+        having = [
+            (line, curve([getattr(run, source) for run in method.runs], name, self.points)) for line, method in pairs
+        ]
         return self.painter.curves(name, [(line, of) for line, of in having if of])
 
 
@@ -126,7 +131,7 @@ def page_of(runs: Sequence[Run]) -> Page:
         residual=residual,
         health=[(title, plots) for title, plots in health if plots],
         others=builder.others(),
-        constant=[(name, value) for name, value in builder.constant.items() if name not in builder.drawn],
+        constant=list(builder.constant.items()),
         band=_band(builder.methods),
     )
 
@@ -141,7 +146,7 @@ def _of_run(run: Run, name: str, painter: Painter, at: int) -> OfRun:
             few = _some(of.log_z, 8)
             found.log_z = [
                 painter.calibration("Each prompt's log Z", few),
-                painter.log_z("Mean over prompts", _some(of.log_z, POINTS)),
+                painter.log_z("Mean over prompts", _some(of.log_z, FEWER_POINTS)),
             ]
         found.residual = _residuals(run, painter)
         found.prompts = _prompts(of)
@@ -183,10 +188,10 @@ def _samples(run: Run) -> list[tuple[str, list[Sample]]]:
     return groups[::-1]
 
 
-def _values(columns: Sequence[Columns], name: str) -> list[float]:
-    """The first two different values that a metric has in all runs."""
+def _only_value(columns: Sequence[Columns], name: str) -> float | None:
+    """The one value, to six digits, that a metric has at all steps of all runs; None where there are more."""
     every = np.concatenate([each.known(name) for each in columns])
-    return [] if not len(every) else [float(every[0])] + [float(v) for v in every[every != every[0]][:1]]
+    return float(every[0]) if np.ptp(every) <= 1e-6 * np.abs(every).max() else None
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
