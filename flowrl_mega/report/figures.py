@@ -197,8 +197,13 @@ def _step_axis(axes: Axes) -> None:
     if axes.get_yscale() == "linear":
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))  # fewer than by itself: ticks take most of the time
     if axes.get_yscale() == "log":  # powers would be set as mathematics
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
         axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _short(value: float) -> str:
+    """1, 0.01, 1e5: what has room beside the axis."""
+    return f"{value:g}" if 1e-3 <= value < 1e5 else f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-")
 
 
 def _has_peak(curve: Curve) -> bool:

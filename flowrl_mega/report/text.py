@@ -12,11 +12,10 @@ INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff"
     "\ufff9-\ufffb\ufffe\uffff\U000e0000-\U000e007f]"
 )
-PICTURES = 0x2400  # of control characters: U+2400 is that of U+0000
 
 
 def visible(text: str) -> str:
-    """`text` with every character that cannot be seen, or not be encoded, in a form that can."""
+    """`text` with every character that cannot be seen, or not be encoded, as Python writes it: \\x1b."""
     return INVISIBLE.sub(lambda found: _shown(ord(found[0])), text)
 
 
@@ -35,8 +34,4 @@ def number(value: Any) -> str:
 
 
 def _shown(code: int) -> str:
-    if code < 0x20:
-        return chr(PICTURES + code)
-    if code == 0x7F:
-        return "\u2421"
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
