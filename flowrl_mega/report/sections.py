@@ -68,6 +68,7 @@ class Page:
     health: list[tuple[str, list[Plot]]]
     others: list[tuple[str, list[Plot]]]
     constant: list[tuple[str, float]]
+    notes: list[tuple[str, list[str]]]  # what could not be read, and the runs of which
     band: str  # what the bands of the curves are
 
 
@@ -132,6 +133,7 @@ def page_of(runs: Sequence[Run]) -> Page:
         health=[(title, plots) for title, plots in health if plots],
         others=builder.others(),
         constant=list(builder.constant.items()),
+        notes=_notes(runs, names),
         band=_band(builder.methods),
     )
 
@@ -202,6 +204,14 @@ def _names(runs: Sequence[Run]) -> list[str]:
         if len(set(names)) == len(names):
             break
     return names
+
+
+def _notes(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, list[str]]]:
+    found: dict[str, list[str]] = {}
+    for run, name in zip(runs, names, strict=True):
+        if run.notes:
+            found.setdefault(" ".join(run.notes), []).append(name)
+    return list(found.items())
 
 
 def _some(items: Sequence[Any], most: int) -> Any:
