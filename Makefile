@@ -19,7 +19,7 @@ echo 'setup: no Python 3.11 or 3.12 found (tried: $(CANDIDATES)).' >&2; \
 echo 'Install one, or name it: make setup PYTHON=/path/to/python3.12' >&2; exit 1
 endef
 
-.PHONY: help setup setup-example setup-reproduce setup-integration setup-tests setup-sglang setup-slurm setup-te setup-te-emulation build build-cuda-check quickstart compare example-smollm2 reproduce-smoke
+.PHONY: help setup setup-example setup-reproduce setup-integration setup-tests setup-sglang setup-slurm setup-chromium setup-te setup-te-emulation build build-cuda-check quickstart compare example-smollm2 reproduce-smoke
 .PHONY: rehearse-gpu test test-fast test-tools test-integration verify-exact exact-table lint format
 
 help:  ## this list
@@ -50,6 +50,9 @@ setup-te: setup  ## Transformer Engine in .venv, for GPUs; its torch part is com
 
 setup-slurm:  ## SLURM's packages for the tests, where apt-get has them; does nothing when they are there
 	@tools/setup_slurm.sh
+
+setup-chromium:  ## Chromium's package for the tests of reports, where apt-get has it; does nothing when it is there
+	@tools/setup_chromium.sh
 
 setup-te-emulation: setup  ## Transformer Engine's Python, 1 MB in a cache outside the clone, for tests that emulate the rest
 	@$(PY) tools/setup_te_emulation.py
@@ -88,7 +91,7 @@ test-fast: setup-tests  ## those without ranks, and without what waits or comput
 test-tools: setup-tests setup-te-emulation  ## tests of tools/: benchmarks, releases, setup
 	@$(PYTEST) tests -m "tools and not integration" $(if $(DATA),--data $(DATA)) $(ARGS)
 
-test-integration: setup-integration setup-sglang setup-slurm setup-te-emulation  ## tests with a real model, SGLang, SLURM, DALI
+test-integration: setup-integration setup-sglang setup-slurm setup-chromium setup-te-emulation  ## tests with a real model, SGLang, SLURM, DALI
 	@$(PYTEST) tests -m integration $(if $(DATA),--data $(DATA)) $(ARGS)
 
 rehearse-gpu: setup setup-te-emulation  ## tools/gpu_check.sh, small and emulated, in less than 10 minutes

@@ -72,7 +72,14 @@ def _eval(options: argparse.Namespace, stop: StopRequest) -> int:
     from flowrl_mega.faults import run_as_rank
 
     run = partial(evaluate, config, options.arguments, options.regrade, options.dry_run, options.checked, stop)
-    return run_as_rank(run, Path(config.run_dir)) if started_by_launcher() else run()
+    if started_by_launcher():
+        return run_as_rank(run, Path(config.run_dir))
+    code = run()
+    if code == 0 and not options.dry_run:
+        from flowrl_mega.report.command import PAGE, end_with_page
+
+        end_with_page([Path(config.run_dir)], Path(config.run_dir, PAGE))
+    return code
 
 
 def _ablate(options: argparse.Namespace, stop: StopRequest) -> int:

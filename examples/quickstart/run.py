@@ -47,6 +47,7 @@ def main() -> int:
     import torch  # seconds, so only after the arguments have been looked at
 
     from flowrl_mega.monitor.plots import quickstart_figure
+    from flowrl_mega.report.command import PAGE, end_with_page
 
     began = time.perf_counter()
     shutil.rmtree(FOLDER, ignore_errors=True)
@@ -66,7 +67,9 @@ def main() -> int:
     curves = {method: learning_curve(FOLDER / "seed_0" / method) for method in METHODS if method != "start"}
     quickstart_figure(summary, curves, FOLDER / "quickstart.png")
     print("\n" + table(summary["methods"]))
-    print(f"\n{summary['seconds']['job']:.0f} s; {FOLDER}/summary.json and quickstart.png; every run is beside them")
+    runs = [FOLDER / f"seed_{seed}" / name for seed in seeds for name in METHODS if name != "start"]
+    end_with_page(runs, FOLDER / PAGE)
+    print(f"\n{summary['seconds']['job']:.0f} s; {FOLDER}/summary.json, quickstart.png, {PAGE}; every run is beside them")
     return 0
 
 

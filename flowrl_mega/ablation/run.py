@@ -171,3 +171,8 @@ def report(folder: Path, cells: Sequence[Cell], runs: Sequence[Run], failed: Map
             reasons[run.cell][run.config.seed] = failed[run.folder]
     seeds = list(dict.fromkeys(run.config.seed for run in runs))
     write_report(folder, seeds, settings, records, reasons)
+    done = [run.folder for run in runs if run.finished()]
+    if done:
+        from flowrl_mega.report.command import PAGE, end_with_page  # matplotlib takes a second
+
+        end_with_page(done, folder / PAGE)

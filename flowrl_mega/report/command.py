@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from flowrl_mega.config import ConfigError
-from flowrl_mega.report.run import FILES, check_folders, read_run
+from flowrl_mega.report.run import FILES, check_folders, has_anything, read_run
 from flowrl_mega.report.sections import MOST_ANSWERS, MOST_RUNS, Page, page_of
 from flowrl_mega.report.text import number, visible
 from flowrl_mega.whole_file import write_whole
@@ -35,6 +35,15 @@ def report(
     _write(file, render(_built(paths), None))
     print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
     return DONE
+
+
+def end_with_page(folders: Sequence[Path], file: Path) -> None:
+    """What a command ends with that has done its work: a page of these folders, as far as they are there. A page that
+    cannot be made is told, and takes nothing from the work."""
+    try:
+        report([str(folder) for folder in folders if has_anything(folder)], str(file), None)
+    except ConfigError as error:
+        print(f"flowrl-mega: no {file.name}: {error}", file=sys.stderr)
 
 
 def _check(paths: Sequence[Path], file: Path) -> None:

@@ -69,12 +69,17 @@ class Run:
         return float(np.nansum(seconds * gpus[start])) / 3600
 
 
+def has_anything(path: Path) -> bool:
+    """Whether a page could be made of the folder."""
+    return any((path / name).is_file() for name in NEEDED)
+
+
 def check_folders(paths: Iterable[Path]) -> None:
     """ConfigError where a folder holds nothing that a page could be made of."""
     for path in paths:
         if not path.is_dir():
             raise ConfigError(f"{path}: no such folder; give the run_dir of a run, an evaluation or a study")
-        if not any((path / name).is_file() for name in NEEDED):
+        if not has_anything(path):
             raise ConfigError(
                 f"{path}: no run, as it has none of {', '.join(NEEDED)}; give the run_dir of a run, an evaluation or "
                 "a study"

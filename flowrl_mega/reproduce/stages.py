@@ -17,6 +17,7 @@ from flowrl_mega.checkpoint import find_checkpoint, step_of
 from flowrl_mega.checkpoint.convert import megatron_to_hf
 from flowrl_mega.config import ConfigError
 from flowrl_mega.parallel.launch import launch_job
+from flowrl_mega.report.command import PAGE, end_with_page
 from flowrl_mega.reproduce.fetch import fetch_benchmark, fetch_contests, fetch_dataset, fetch_model
 from flowrl_mega.reproduce.report import write_report
 from flowrl_mega.reproduce.study import Model, Study
@@ -47,8 +48,15 @@ def steps(study: Study, data: str | None) -> list[Step]:
     for name in study.evaluations():
         found.append(_evaluate(study, name))
     report = study.folder("report.md")
-    found.append(Step("report", "report", f"-> {report}", lambda: False, lambda stop: write_report(study)))
+    found.append(Step("report", "report", f"-> {report}", lambda: False, lambda stop: _report(study)))
     return found
+
+
+def _report(study: Study) -> int:
+    code = write_report(study)
+    runs = [study.folder("methods", name) for name in study.trained()]
+    end_with_page([study.folder(), *runs], study.folder(PAGE))
+    return code
 
 
 def _inputs(study: Study) -> dict[str, Path]:

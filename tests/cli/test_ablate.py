@@ -322,3 +322,4 @@ def test_a_real_grid_stopped_killed_and_gone_on_with(model: Path, tmp_path: Path
         assert len(set(rewards)) == 2, "a spread to look at"
         assert summary[name]["std"]["reward"] == pytest.approx(np.std(rewards, ddof=1))
     assert (run_dir / "ablation.png").stat().st_size > 10_000
+    assert (run_dir / "report.html").stat().st_size > 100_000, "it ends with a page"

@@ -61,6 +61,7 @@ def test_killed_and_gone_on_with_it_ends_as_if_nothing_had_been(tmp_path: Path, 
     assert len(lines) == PROBLEMS * K, "each is written once"
     assert (run_dir / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
     assert (run_dir / "scores.md").read_bytes() == (whole / "scores.md").read_bytes()
+    assert "avg@4" in (whole / "report.html").read_text(), "it ends with a page"
 
 
 @pytest.mark.ranks

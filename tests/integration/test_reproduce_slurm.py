@@ -82,6 +82,7 @@ def test_a_chain_of_jobs_ends_with_a_report(work: Path, cluster: Cluster) -> Non
     report = (work / "runs/two/report.md").read_text()
     rows = {line.split("|")[1].strip(): line for line in report.splitlines() if line.startswith("| ")}
     assert rows.keys() >= {"base", "GRPO", "FlowRL"} and "; 50.00; " in rows["FlowRL"]
+    assert "50.00" in (work / "runs/two/report.html").read_text()
     record = json.loads((work / "runs/two/report.json").read_text())
     assert [record["training"][name]["steps"] for name in ("GRPO", "FlowRL")] == [2, 2]
     assert reproduce(work, cluster, "--dry-run").count("done: ") == 8, "base, runs, models, evaluations"
