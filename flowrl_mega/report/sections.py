@@ -85,12 +85,12 @@ class Builder:
         # Many points of several curves hide each other, and their line styles.
         self.points = POINTS if len(self.methods) < 2 else FEWER_POINTS
 
-    def plots(self, names: Sequence[str]) -> list[Plot]:
-        """Of the metrics with these names, or that start with a name that ends in a slash; not of constant ones."""
+    def plots(self, names: Sequence[str], constant: bool = False) -> list[Plot]:
+        """Of the metrics with these names, or that start with a name that ends in a slash; constant ones if asked."""
         found = []
         for wanted in names:
             for name in [n for n in self.names if n == wanted or (wanted.endswith("/") and n.startswith(wanted))]:
-                if name not in self.drawn and name not in self.constant:
+                if name not in self.drawn and (constant or name not in self.constant):
                     self.drawn.add(name)
                     found.append(self._plot(name, "metrics"))
         return found
@@ -115,7 +115,7 @@ class Builder:
 def page_of(runs: Sequence[Run]) -> Page:
     builder = Builder(runs)
     names = _names(runs)
-    curves, evaluation = builder.plots(MAIN), builder.evaluation()
+    curves, evaluation = builder.plots(MAIN, constant=True), builder.evaluation()
     log_z, residual = builder.plots(LOG_Z), builder.plots(RESIDUAL)
     health = [(title, builder.plots(wanted)) for title, wanted in HEALTH.items()]
     builder.drawn.update(QUANTILES.values())  # drawn as bands
@@ -132,7 +132,7 @@ def page_of(runs: Sequence[Run]) -> Page:
         residual=residual,
         health=[(title, plots) for title, plots in health if plots],
         others=builder.others(),
-        constant=list(builder.constant.items()),
+        constant=[(name, value) for name, value in builder.constant.items() if name not in builder.drawn],
         notes=_notes(runs, names),
         band=_band(builder.methods),
     )
