@@ -24,9 +24,8 @@ def methods_of(runs: Sequence[Run]) -> list[Method]:
     """Runs of the same settings but seed and run_dir are one; a run whose settings are not known stands alone."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(
-            json.dumps(_own(run), sort_keys=True, default=str) if run.settings else str(run.path), []
-        ).append(run)
+        known = json.dumps(_own(run), sort_keys=True, default=str) if run.settings else str(run.path)
+        groups.setdefault(known, []).append(run)
     members = list(groups.values())
     every = [_own(of[0]) for of in members]
     names = [name for name in dict.fromkeys(name for own in every for name in own) if _differs(every, name)]
