@@ -69,7 +69,9 @@ def main() -> int:
     print("\n" + table(summary["methods"]))
     runs = [FOLDER / f"seed_{seed}" / name for seed in seeds for name in METHODS if name != "start"]
     end_with_page(runs, FOLDER / PAGE)
-    print(f"\n{summary['seconds']['job']:.0f} s; {FOLDER}/summary.json, quickstart.png, {PAGE}; every run is beside them")
+    print(
+        f"\n{summary['seconds']['job']:.0f} s; {FOLDER}/summary.json, quickstart.png, {PAGE}; every run is beside them"
+    )
     return 0
 
 
