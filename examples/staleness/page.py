@@ -43,7 +43,7 @@ def write(results: Results) -> None:
                     if rows:
                         curves.setdefault(label(name), {})[ahead] = [row["figures"] for row in rows]
     print("\n\n".join(tables))
-    if curves:
+    if len({ahead for of_method in curves.values() for ahead in of_method}) > 1:
         staleness_figure(curves, PICTURE)
     before, mark, rest = PAGE.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)

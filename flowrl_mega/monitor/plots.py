@@ -149,7 +149,7 @@ def staleness_figure(curves: Mapping[str, Mapping[int, Sequence[Mapping[str, flo
                 capsize=2,
             )
         axes.set_xticks(range(len(ages)), [str(age) for age in ages])
-        axes.set_xlabel("steps between the weights that write an answer and those that learn from it")
+        axes.set_xlabel("age of the answers, steps")
         axes.grid(axis="y", alpha=0.25)
         axes.set_ylim(bottom=0)
     _legend_above(figure, figure.axes[0], 3)
