@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flowrl_mega.benchmark.table import BENCHMARKS
-from flowrl_mega.config import Config
+from flowrl_mega.config import Config, ConfigError
 from flowrl_mega.reproduce.study import Shape, Study
 
 # Assumed where nothing has been measured: the share of a GPU's peak that training and generation reach, and the part of
@@ -37,6 +37,24 @@ def disk_gb(study: Study) -> float:
     kept = sum(study.train_config(name).checkpoint.keep_last for name in study.trained())
     fetched = sum(method.published is not None for method in study.methods.values())
     return parameters * (2 * (1 + fetched + len(study.trained())) + 14 * kept) / GB
+
+
+def fetched_gb(study: Study) -> float:
+    """The models that are fetched, at two bytes a parameter."""
+    return 2 * study.base.shape.parameters * (1 + sum(m.published is not None for m in study.methods.values())) / GB
+
+
+def check_disk(study: Study, free_gb: float) -> str | None:
+    """A line where the whole study will not fit on the disk. ConfigError where not even what is fetched does."""
+    fetched, whole = fetched_gb(study), disk_gb(study)
+    if fetched > free_gb:
+        raise ConfigError(
+            f"{study.run_dir}: the models to be fetched take {fetched:,.1f} GB, and {free_gb:,.1f} GB are free; make "
+            "room, or give the study's run_dir on another disk"
+        )
+    if whole <= free_gb:
+        return None
+    return f"the whole study takes about {whole:,.0f} GB, and {free_gb:,.0f} GB are free where {study.run_dir} is"
 
 
 def hours(study: Study) -> dict[str, float]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from flowrl_mega.config import ConfigError
 from flowrl_mega.launched import started_by_launcher
-from flowrl_mega.reproduce.plan import describe
+from flowrl_mega.reproduce.plan import GB, check_disk, describe
 from flowrl_mega.reproduce.stages import DONE, STOPPED, steps
 from flowrl_mega.reproduce.study import read_study
 from flowrl_mega.reproduce.submit import submit
@@ -36,6 +37,10 @@ def reproduce(
     if as_jobs:
         submit(study, path, chosen)
         return DONE
+    if any(step.stage == "fetch" and not step.is_done() for step in chosen):
+        line = check_disk(study, free_gb(Path(study.run_dir)))
+        if line:
+            print(f"reproduce: {line}", file=sys.stderr, flush=True)
     with run_lock(Path(study.run_dir)):
         for number, step in enumerate(chosen, start=1):
             if stop_requested():
@@ -49,3 +54,9 @@ def reproduce(
                 )
                 return code
     return DONE
+
+
+def free_gb(folder: Path) -> float:
+    """On the disk of the folder, or of the nearest one above it that is there."""
+    there = next(place for place in (folder.resolve(), *folder.resolve().parents) if place.exists())
+    return shutil.disk_usage(there).free / GB

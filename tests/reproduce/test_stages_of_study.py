@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from flowrl_mega.config import ConfigError
+from flowrl_mega.reproduce import run as running
+from flowrl_mega.reproduce.run import free_gb as running_free_gb
 from flowrl_mega.reproduce.run import reproduce
 
 REPO = Path(__file__).parents[2]
@@ -72,6 +74,25 @@ def test_a_stage_is_done_once(path: str, capsys: pytest.CaptureFixture[str]) -> 
     assert run(path, dry_run=True) == 0
     said = capsys.readouterr().out
     assert "fetch     base         done: " in said and "train     A            flowrl-mega train" in said
+
+
+def test_the_disk_is_looked_at_before_anything_is_fetched(
+    path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model of 7.6e9 parameters, two bytes each: 15.2 GB; and checkpoints of two methods."""
+    tree = yaml.safe_load(Path(path).read_text())
+    tree["base"]["shape"] = {
+        "layers": 28, "hidden": 3584, "heads": 28, "kv_heads": 4, "ffn": 18944, "vocab": 152064,
+    }  # fmt: skip
+    Path(path).write_text(yaml.safe_dump(tree))
+    monkeypatch.setattr(running, "free_gb", lambda folder: 15.0)
+    with pytest.raises(ConfigError, match=r"take 15\.2 GB, and 15\.0 GB are free; make room, or"):
+        run(path, "fetch")
+    assert not Path("log").exists()
+    monkeypatch.setattr(running, "free_gb", lambda folder: 16.0)
+    assert run(path, "fetch") == 0
+    assert "the whole study takes about" in capsys.readouterr().err
+    assert 0 < running_free_gb(Path("not/there/yet")) < 1e6
 
 
 def test_a_failure_ends_it_and_is_gone_on_with(path: str, capsys: pytest.CaptureFixture[str]) -> None:
