@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 from jobs import Job
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from tiny_models import make
 from transformers import AutoTokenizer, BertConfig, BertModel
 
@@ -22,12 +20,16 @@ from flowrl_mega.evaluation.diversity import vendi
 from flowrl_mega.evaluation.embeddings import embedder, similarities
 from flowrl_mega.settings import ConfigError
 
+pytest.importorskip("sentence_transformers", reason="the extra embeddings is not installed")
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
 def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small BERT of random weights, mean-pooled."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
     bert, folder = tmp_path_factory.mktemp("bert"), tmp_path_factory.mktemp("embeddings")
     torch.manual_seed(0)
     tokenizer = char_tokenizer("0123456789+:")

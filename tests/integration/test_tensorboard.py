@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flowrl_mega.monitor import Monitor
 
+pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
 pytestmark = pytest.mark.integration
 
 
 def test_what_tensorboard_reads_is_what_was_logged(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     def run(first: int, last: int, resume_step: int) -> None:
         monitor = Monitor(tmp_path, {"seed": 3}, 4, resume_step, progress=False, tensorboard=True)
         for step in range(first, last + 1):
