@@ -72,10 +72,9 @@ def _eval(options: argparse.Namespace, stop: StopRequest) -> int:
     from flowrl_mega.faults import run_as_rank
 
     run = partial(evaluate, config, options.arguments, options.regrade, options.dry_run, options.checked, stop)
-    if started_by_launcher():
-        return run_as_rank(run, Path(config.run_dir))
-    code = run()
-    if code == 0 and not options.dry_run:
+    code = run_as_rank(run, Path(config.run_dir)) if started_by_launcher() else run()
+    is_first = os.environ.get("RANK", "0") == "0" and not options.checked  # of ranks that we start, we are the one
+    if code == 0 and is_first and not options.dry_run:
         from flowrl_mega.report.command import PAGE, end_with_page
 
         end_with_page([Path(config.run_dir)], Path(config.run_dir, PAGE))

@@ -17,6 +17,7 @@ from torch import Tensor
 from flowrl_mega.experience import Experience, MicroBatch
 from flowrl_mega.monitor.step_metrics import merge_updates
 from flowrl_mega.run import Run
+from flowrl_mega.train import residuals_of
 
 
 class Trained(NamedTuple):
@@ -28,6 +29,7 @@ class Trained(NamedTuple):
     gradients: dict[str, Tensor]  # of the first update before it is clipped, under Hugging Face's names
     metrics: list[dict[str, float]]  # of every update
     replica_difference: float  # between copies of a gradient on several ranks
+    residuals: Tensor  # [3, sequences] residual, log Z and scale of the first update's; nan for the others
 
 
 def walk(
@@ -55,9 +57,16 @@ def _train(path: Path, steps: list[Experience], case: dict[str, Any], left_out: 
             first = _scores(job, mini_batches, len(step.sequences))
         for mini_batch in mini_batches:
             if "gradients" not in first:
+                job.trainer.watched = watched = []
                 with without_sums(job, left_out), kept_gradients(job) as kept:
                     metrics.append(merge_updates([job.trainer.update(mini_batch)]))
-                first |= kept
+                job.trainer.watched = None
+                seen = residuals_of(watched, len(step.sequences), job.layout)
+                assert seen
+                residuals = torch.tensor(
+                    [seen.residual.tolist(), seen.log_z.tolist(), seen.scale.tolist()], dtype=torch.float64
+                )
+                first |= kept | {"residuals": residuals}
             else:
                 metrics.append(merge_updates([job.trainer.update(mini_batch)]))
     job.close()

@@ -139,6 +139,10 @@ def differences(found: Trained, wanted: Trained) -> dict[str, float]:
     for name in ("old_logp", "ref_logp", "log_z"):
         pairs = zip(getattr(found, name), getattr(wanted, name), strict=True)
         worst[name] = max((a.sum() - b.sum()).abs().item() / max(1.0, b.sum().abs().item()) for a, b in pairs)
+    known = ~wanted.residuals.isnan()
+    assert torch.equal(~found.residuals.isnan(), known) and known.any() and not known.all(), "of the first update"
+    apart = (found.residuals - wanted.residuals)[known].abs().max().item()
+    worst["residuals"] = apart / max(1.0, wanted.residuals[known].abs().max().item())
     sums = max(logp.sum().abs().item() for logp in wanted.old_logp)
     for update, metrics in enumerate(wanted.metrics):
         for name, value in metrics.items():

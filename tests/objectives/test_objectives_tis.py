@@ -56,7 +56,7 @@ def in_numpy(s, o):
         ratio = {"none": [1.0], "sum": [np.exp(x.sum())], "mean": [np.exp(x.mean())], "token": np.exp(x)}[o.tis]
         tis = np.minimum(ratio, o.tis_cap if o.tis != "none" else 1.0)
         m = {} if o.tis == "none" else {"tis_weight": tis.mean(), "tis_clipped": np.mean(tis != ratio)}
-        m |= {"abs_logp_diff": abs(x).mean(), "max_abs_logp_diff": abs(x).max()}
+        m |= {"abs_logp_diff": abs(x).mean(), "max_abs_logp_diff": abs(x).max(), "abs_sum_logp_diff": abs(x.sum())}
         m["effective_sample_size"] = np.exp(x.sum()), np.exp(x.sum()) ** 2
         m["kl"] = sum((x**k).mean() / math.factorial(k) for k in range(2, 60))  # e^x - 1 - x, its series
         n = len(logp)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 from report_runs import Page, metrics_of, report, write_run
@@ -66,7 +67,11 @@ def test_it_is_renewed_when_the_run_has_gone_on(tmp_path):
 def test_an_interrupt_is_the_normal_end(tmp_path, number):
     run = write_run(tmp_path / "run")
     arguments = [sys.executable, "-m", "flowrl_mega.cli", "report", str(run), "--watch", "1"]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watching:
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell starts what is in its background with Ctrl-C ignored, this test too, perhaps.
+    with subprocess.Popen(
+        arguments, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    ) as watching:
         try:
             assert "Ctrl-C ends" in watching.stdout.readline()
             assert steps_of(run / "report.html") == ("60", ["1"])
