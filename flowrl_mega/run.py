@@ -171,11 +171,12 @@ class Run:
         """On rank 0, which alone says what the step's answers look like."""
         every = self.config.monitor.distributions_every
         if self.trainer.seen:
-            groups, residuals = self.trainer.seen
-            watched = self.grader.watched(groups)
-            metrics |= distributions.metrics(watched, residuals)
+            groups, columns = self.trainer.seen
+            watched, residuals = self.grader.watched(groups), distributions.Residuals.of_columns(columns)
+            metrics |= distributions.metrics(watched, residuals, columns.get("entropy"))
             if step % every == 0 or step in (1, self.config.steps):
-                monitor.distributions(step, distributions.record(watched, residuals))
+                record = distributions.record(watched, residuals)
+                monitor.distributions(step, record | {"memory_gb": self.trainer.memory_gb})
         monitor.log(step, metrics)
 
     def _evaluate_when_due(self, monitor: Monitor | None) -> None:

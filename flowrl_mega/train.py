@@ -6,7 +6,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import cached_property
 from operator import truediv
 from typing import Any
@@ -21,8 +20,7 @@ from flowrl_mega.grading import Grader
 from flowrl_mega.learner import Models
 from flowrl_mega.metrics import FromMeans, Max, Mean, Report, Update
 from flowrl_mega.model.policy import PolicyOutput
-from flowrl_mega.monitor.distributions import Residuals
-from flowrl_mega.monitor.step_metrics import cost_metrics, merge_updates, utilisation
+from flowrl_mega.monitor.step_metrics import cost_metrics, memory_of_ranks, merge_updates, utilisation
 from flowrl_mega.objectives import Objective
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.rollout import Engine
@@ -52,8 +50,9 @@ class Trainer:
         self.step_done = 0
         self.log_z: dict[int, float] | None = None  # where it is frozen, by the prompt's index in the data set
         self.seconds: dict[str, float] = defaultdict(float)
+        self.memory_gb: list[float] = []  # of every rank, after the last step
         self.watched: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] | None = None  # of a step's first update
-        self.seen: tuple[list[Group], Residuals | None] | None = None  # the last step's answers, where they are watched
+        self.seen: tuple[list[Group], dict[str, np.ndarray]] | None = None  # the last step's, where they are watched
 
     def step(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Train on one batch of prompts; returns the step's metrics and some readable samples."""
@@ -69,7 +68,7 @@ class Trainer:
             watched, self.watched = self.watched, None
             updates += [self.update(mini_batch) for mini_batch in mini_batches[1:]]
             if watched is not None:
-                self.seen = groups, residuals_of(watched, len(experience.sequences), self.layout)
+                self.seen = groups, columns_of(watched, len(experience.sequences), self.layout)
             if "loss/policy" in updates[0]:  # the policy has learnt, not the critic alone
                 self.objective = self.objective.adapted(merge_updates(updates), len(experience.sequences))
             counts |= self.models.gate.after_step(step, mini_batches[0][0].packed, self.config.rollout.temperature)
@@ -117,9 +116,10 @@ class Trainer:
         """The objective on one micro-batch: a sum of losses, the count to divide it by, and what to report."""
         inputs = batch.loss_inputs(output)
         result = self.objective.loss(inputs)
-        if self.watched is not None and result.answers:
-            self.watched.append((batch.packed.index, dict(result.answers)))
-        loss_sum, report = result.loss_sum, {**result.metrics, "policy/entropy": Mean(inputs.mean(output.entropy))}
+        entropy = inputs.mean(output.entropy)
+        if self.watched is not None:
+            self.watched.append((batch.packed.index, {"entropy": entropy, **result.answers}))
+        loss_sum, report = result.loss_sum, {**result.metrics, "policy/entropy": Mean(entropy)}
         if output.value is not None:
             assert self.config.critic is not None
             values = self.objective.value_loss(output.value, inputs)
@@ -135,11 +135,12 @@ class Trainer:
 
     def metrics(self, experience: Experience, updates: list[Update]) -> dict[str, float]:
         """The step's line of metrics.jsonl."""
+        self.memory_gb = memory_of_ranks(self.layout)
         return {
             **experience.metrics(),
             **merge_updates(updates),
             "perf/packing_efficiency": packing_efficiency(experience, self.config, self.layout),
-            **cost_metrics(self.seconds, experience.tokens, experience.generated_tokens, self.layout),
+            **cost_metrics(self.seconds, experience.tokens, experience.generated_tokens, self.memory_gb),
             **self.utilisation(experience.tokens),
         }
 
@@ -168,22 +169,24 @@ class Trainer:
         self.seconds[phase] += time.perf_counter() - start
 
 
-def residuals_of(
+def columns_of(
     watched: list[tuple[torch.Tensor, dict[str, torch.Tensor]]], answers: int, layout: Layout
-) -> Residuals | None:
-    """What the losses of an update said of each of the step's answers; None where they say nothing. Collective."""
-    found: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """What the losses of an update said of each of the step's answers, by name [answers] float64: nan for those of
+    other updates, nothing where the critic alone has learnt. Collective."""
+    found: dict[str, np.ndarray] = {}
     if layout.is_last_stage and watched:
-        names = [field.name for field in fields(Residuals)]
+        names = list(watched[0][1])
         table = torch.zeros(len(names) + 1, answers, dtype=torch.float64, device=layout.device)
         for index, of in watched:
-            rows = torch.stack([*(of[name].double() for name in names), torch.ones_like(of[names[0]])])
-            table.index_add_(1, index.to(layout.device), rows.double())
+            values_of = [of[name].detach().double() for name in names]
+            rows = torch.stack([*values_of, torch.ones_like(values_of[0])])
+            table.index_add_(1, index.to(layout.device), rows)
         layout.dp_sum(table)  # each answer is on one replica
         values = table.cpu().numpy()
-        found = np.where(values[-1] > 0, values[:-1], np.nan)
-    found = layout.from_last_stage(found)
-    return None if found is None else Residuals(*found)
+        found = dict(zip(names, np.where(values[-1] > 0, values[:-1], np.nan), strict=True))
+    columns: dict[str, np.ndarray] = layout.from_last_stage(found)
+    return columns
 
 
 def mean_loss(loss_sum: torch.Tensor, count: int, batch: MicroBatch) -> FromMeans:

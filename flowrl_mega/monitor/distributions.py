@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,12 @@ class Residuals:
     log_z: np.ndarray
     scale: np.ndarray  # s
 
+    @classmethod
+    def of_columns(cls, columns: Mapping[str, np.ndarray]) -> Residuals | None:
+        """None where the objective has no residual."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: columns[name] for name in names}) if set(names) <= columns.keys() else None
+
     def of(self, group: int, size: int) -> Residuals:
         part = slice(group * size, (group + 1) * size)
         return Residuals(self.residual[part], self.log_z[part], self.scale[part])
@@ -69,9 +75,12 @@ def kl_to_target(r: Residuals) -> float:
     return float(most + math.log(np.exp(exponent - most).mean()) - exponent.mean())
 
 
-def metrics(groups: Sequence[Watched], residuals: Residuals | None) -> dict[str, float]:
-    """Of one step, for its line of metrics.jsonl."""
-    found = diversity(groups) | by_kind(groups)
+def metrics(
+    groups: Sequence[Watched], residuals: Residuals | None, entropy: np.ndarray | None = None
+) -> dict[str, float]:
+    """Of one step, for its line of metrics.jsonl. entropy: of each answer, the mean of its tokens, nan where it is not
+    known."""
+    found = diversity(groups) | by_kind(groups, entropy)
     return found | of_residuals(groups, residuals) if residuals is not None else found
 
 
@@ -91,17 +100,21 @@ def _entropy(said: Sequence[str]) -> float:
     return -sum(share * math.log(share) for share in shares)
 
 
-def by_kind(groups: Sequence[Watched]) -> dict[str, float]:
-    """Reward and length by the task's kind, where the step has several."""
-    kinds: dict[str, list[Watched]] = {}
-    for of in groups:
-        kinds.setdefault(of.kind or "none", []).append(of)
+def by_kind(groups: Sequence[Watched], entropy: np.ndarray | None) -> dict[str, float]:
+    """Reward, length and entropy by the task's kind, where the step has several."""
+    kinds: dict[str, list[int]] = {}
+    for place, of in enumerate(groups):
+        kinds.setdefault(of.kind or "none", []).append(place)
     if len(kinds) < 2:
         return {}
     found = {}
-    for kind, of_kind in sorted(kinds.items()):
-        found[f"kind/{kind}/reward"] = _mean(reward for of in of_kind for reward in of.rewards)
-        found[f"kind/{kind}/length"] = _mean(length for of in of_kind for length in of.lengths)
+    for kind, places in sorted(kinds.items()):
+        found[f"kind/{kind}/reward"] = _mean(reward for place in places for reward in groups[place].rewards)
+        found[f"kind/{kind}/length"] = _mean(length for place in places for length in groups[place].lengths)
+        if entropy is not None:
+            mine = entropy.reshape(len(groups), -1)[places]
+            if not np.isnan(mine).all():
+                found[f"kind/{kind}/entropy"] = float(np.nanmean(mine))
     return found
 
 

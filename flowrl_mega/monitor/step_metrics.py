@@ -82,28 +82,35 @@ def merge_updates(updates: Sequence[Update]) -> dict[str, float]:
     return merged
 
 
-def cost_metrics(seconds: Mapping[str, float], tokens: int, generated: int, layout: Layout) -> dict[str, float]:
+def cost_metrics(
+    seconds: Mapping[str, float], tokens: int, generated: int, memory_gb: Sequence[float]
+) -> dict[str, float]:
     """The time and memory that a step took: the only metrics that differ between two runs of the same settings.
-    Collective.
 
     seconds: by phase; they must add up to the step. tokens: prompt and response tokens trained on. generated: response
-    tokens; a step that takes groups left by earlier ones generates nothing, and has no rate of it. Memory is this
-    rank's and the largest of all ranks', in GB: the peak on a GPU, else what the process holds now.
+    tokens; a step that takes groups left by earlier ones generates nothing, and has no rate of it. memory_gb: of every
+    rank; the first one's and the largest are told.
     """
     total, generating = sum(seconds.values()), seconds.get("generate", 0.0)
-    on_gpu = torch.cuda.is_available()
-    memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
-    most = torch.tensor(float(memory), device=layout.device, dtype=torch.float64)
-    if layout.world > 1:
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return {
         **{f"perf/{phase}_seconds": value for phase, value in seconds.items()},
         "perf/step_seconds": total,
         "perf/tokens_per_second": tokens / total,
         **({"perf/generated_tokens_per_second": generated / generating} if generating else {}),
-        "perf/memory_gb": memory / 1e9,
-        "perf/max_memory_gb": float(most) / 1e9,
+        "perf/memory_gb": memory_gb[0],
+        "perf/max_memory_gb": max(memory_gb),
     }
+
+
+def memory_of_ranks(layout: Layout) -> list[float]:
+    """GB of every rank: the peak on a GPU, else what the process holds now. Collective."""
+    on_gpu = torch.cuda.is_available()
+    mine = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+    every = torch.zeros(layout.world, device=layout.device, dtype=torch.float64)
+    every[layout.rank] = mine / 1e9
+    if layout.world > 1:
+        dist.all_reduce(every)
+    return [round(value, 6) for value in every.tolist()]
 
 
 def utilisation(parameters: int, tokens: int, seconds: float, gpus: int, name: str) -> dict[str, float]:

@@ -15,9 +15,10 @@ from on_ranks import start, sums_left_out, whole_gradients
 from torch import Tensor
 
 from flowrl_mega.experience import Experience, MicroBatch
+from flowrl_mega.monitor.distributions import Residuals
 from flowrl_mega.monitor.step_metrics import merge_updates
 from flowrl_mega.run import Run
-from flowrl_mega.train import residuals_of
+from flowrl_mega.train import columns_of
 
 
 class Trained(NamedTuple):
@@ -61,7 +62,7 @@ def _train(path: Path, steps: list[Experience], case: dict[str, Any], left_out: 
                 with without_sums(job, left_out), kept_gradients(job) as kept:
                     metrics.append(merge_updates([job.trainer.update(mini_batch)]))
                 job.trainer.watched = None
-                seen = residuals_of(watched, len(step.sequences), job.layout)
+                seen = Residuals.of_columns(columns_of(watched, len(step.sequences), job.layout))
                 assert seen
                 residuals = torch.tensor(
                     [seen.residual.tolist(), seen.log_z.tolist(), seen.scale.tolist()], dtype=torch.float64

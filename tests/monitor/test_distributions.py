@@ -117,4 +117,8 @@ def test_without_residuals_and_by_kind() -> None:
     assert (found["kind/sums/reward"], found["kind/sums/length"]) == (0.5, 2.0)
     assert (found["kind/gcd/reward"], found["kind/gcd/length"]) == (0.25, 5.5)
     assert "target" not in distributions.record(groups, None)["prompts"][0]["answers"][0]
+    assert "kind/gcd/entropy" not in found
+    entropy = np.array([1.0, 2.0, 3.0, math.nan, 5.0, math.nan])
+    found = distributions.metrics(groups, None, entropy)
+    assert (found["kind/sums/entropy"], found["kind/gcd/entropy"]) == (1.5, 4.0), "of those that are known"
     assert not [name for name in distributions.metrics(groups[1:], None) if name.startswith("kind/")], "one kind"

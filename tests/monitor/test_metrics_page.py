@@ -42,7 +42,14 @@ def test_the_page_has_every_metric() -> None:
 
 def test_the_page_has_no_others() -> None:
     """Names that are put together of parts are listed here, by hand."""
-    made = {"kind/KIND/reward", "kind/KIND/length", "verdict/KIND", "loss/residual_p05", "loss/residual_p95"}
+    made = {
+        "kind/KIND/reward",
+        "kind/KIND/length",
+        "kind/KIND/entropy",
+        "verdict/KIND",
+        "loss/residual_p05",
+        "loss/residual_p95",
+    }
     made |= {f"{model}/{name}" for model in ("policy", "critic") for name in
              ("grad_norm", "max_grad_norm", "lr", "skipped_updates")}  # fmt: skip
     made |= {f"perf/{phase}_seconds" for phase in ("generate", "reward", "score", "update", "sync")}

@@ -68,7 +68,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
         setattr(of, name, clocked)
 
-    parts = ((train, "residuals_of"), (Grader, "watched"), (distributions, "metrics"), (distributions, "record"))
+    parts = ((train, "columns_of"), (Grader, "watched"), (distributions, "metrics"), (distributions, "record"))
     for of, name in parts:
         timed(of, name)
     os.environ.update(rank_environment(0, 1))
