@@ -49,10 +49,10 @@ setup-te: setup  ## Transformer Engine in .venv, for GPUs; its torch part is com
 	@$(PY) tools/setup_te.py
 
 setup-slurm:  ## SLURM's packages for the tests, where apt-get has them; does nothing when they are there
-	@tools/setup_slurm.sh
+	@tools/setup_debian.sh slurm
 
 setup-chromium:  ## Chromium's package for the tests of reports, where apt-get has it; does nothing when it is there
-	@tools/setup_chromium.sh
+	@tools/setup_debian.sh chromium
 
 setup-te-emulation: setup  ## Transformer Engine's Python, 1 MB in a cache outside the clone, for tests that emulate the rest
 	@$(PY) tools/setup_te_emulation.py

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from examples.exact import targets
 from examples.exact.rows import ROWS, TABLES, TARGETS, target
+from examples.markdown import line, put_between, rule
 
 PAGE = Path("docs/exact.md")
 BEGIN, END = "<!-- tables: written by make exact-table -->", "<!-- end of the tables -->"
@@ -44,25 +45,25 @@ def tables(results: Mapping[str, Sequence[Mapping[str, Any]]], ref_logp: Tensor)
 
 def _targets(ref_logp: Tensor) -> str:
     columns = {name: column for name, column in COLUMNS.items() if name != "kl"}
-    lines = [_line(["target", "pi*", *(title for title, _ in columns.values()), "log Z"]), _rule(len(columns) + 3)]
+    lines = [line(["target", "pi*", *(title for title, _ in columns.values()), "log Z"]), rule(len(columns) + 3)]
     for name, meaning in TARGETS.items():
         log_p, log_z = target(name, ref_logp)
         found = targets.figures(log_p, ref_logp)
         cells = [f"{found[figure]:.{digits}f}" for figure, (_, digits) in columns.items()]
-        lines.append(_line([name, _plain(meaning), *cells, "" if log_z is None else f"{float(log_z.mean()):.3f}"]))
+        lines.append(line([name, meaning, *cells, "" if log_z is None else f"{float(log_z.mean()):.3f}"]))
     return "\n".join(lines)
 
 
 def _table(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """A row a run; a KL to a target that is not the run's own end stands in brackets."""
     used = COLUMNS | {name: c for name, c in LOG_Z_COLUMNS.items() if any(name in r[0] for r in runs.values())}
-    lines = [_line(["", "target", *(title for title, _ in used.values())]), _rule(len(used) + 2)]
+    lines = [line(["", "target", *(title for title, _ in used.values())]), rule(len(used) + 2)]
     for key, figures in runs.items():
         row = ROWS[key]
         cells = [_cell(figures, name, digits) for name, (_, digits) in used.items()]
         if not row.own:
             cells[0] = f"({cells[0]})"
-        lines.append(_line([_plain(row.title), row.target, *cells]))
+        lines.append(line([row.title, row.target, *cells]))
     return "\n".join(lines)
 
 
@@ -75,21 +76,6 @@ def _cell(figures: Sequence[Mapping[str, float]], name: str, digits: int) -> str
     return f"{statistics.mean(values):z.{digits}f}{spread}"  # z: no minus before a 0
 
 
-def _plain(words: str) -> str:
-    return words.replace("|", "\\|")
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _rule(columns: int) -> str:
-    return _line(["---"] * columns)
-
-
 def write(text: str) -> None:
     """Put the tables into the page."""
-    before, mark, rest = PAGE.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert mark and end, f"{PAGE} has lost its marks: {BEGIN} ... {END}"
-    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    put_between(PAGE, BEGIN, END, text)

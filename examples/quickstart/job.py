@@ -2,9 +2,9 @@
 others of its folder start from.
 
 No command: trials.py writes a file of trials and starts the ranks, which call `main` with its path. The file holds
-{"trials": [{"folder", "seed", "name", "overrides"}], "side_by_side", "overrides"}. All ranks work on each
-trial, or, side by side, each is a job of its own and takes every n-th one. A trial's figures go to its run folder when
-it ends; one that has them already, of the same overrides, is not run again.
+{"trials": [{"folder", "seed", "name", "overrides"}], "side_by_side", "may_diverge", "overrides"}. All ranks work on
+each trial, or, side by side, each is a job of its own and takes every n-th one. A trial's figures go to its run folder
+when it ends; one that has them already, of the same overrides, is not run again.
 """
 
 from __future__ import annotations
@@ -57,11 +57,7 @@ def run_trial(config: Config, layout: Layout) -> Figures:
     """Train with these settings; the figures of the trained policy."""
     began = clock(layout)
     job = Run(Inputs(config), layout)
-    try:
-        job.run()
-    except Diverged as error:
-        print(f"diverged: {error}", flush=True)
-        return {"pass_rate": 0.0, "distinct": 0.0, "diverged": 1.0}
+    job.run()
     seconds = clock(layout) - began
     reference = job.models.reference
     if reference is None:  # plain GRPO trains without one
@@ -84,7 +80,7 @@ def main(path: str) -> None:
     trials = [Trial(**trial) for trial in job["trials"]]
     for trial in my_trials(trials) if job["side_by_side"] else trials:
         if not trial.done:
-            run(trial, job["overrides"])
+            run(trial, job["overrides"], job["may_diverge"])
     if dist.is_initialized():
         layouts.shutdown()
 
@@ -96,14 +92,21 @@ def my_trials(trials: list[Trial]) -> list[Trial]:
     return trials[rank::ranks]
 
 
-def run(trial: Trial, overrides: list[str]) -> None:
-    """Run it, with `overrides` beside its own, and write its figures. Collective."""
+def run(trial: Trial, overrides: list[str], may_diverge: bool) -> None:
+    """Run it, with `overrides` beside its own, and write its figures; one that `may_diverge` then has a pass rate of 0
+    and no figures but that. Collective."""
     settings = [f"seed={trial.seed}", f"model.path={Path(trial.folder) / 'start'}", f"run_dir={trial.run_dir}"]
     config = load_config(CONFIG, [*settings, *overrides, *trial.overrides])
     layout = layouts.init(config.parallel, config.seed)
     if layout.rank == 0:
         print(f"\n{trial.name} (seed {trial.seed})", flush=True)
-    figures = run_warm_start(config, layout) if trial.name == "start" else run_trial(config, layout)
+    try:
+        figures = run_warm_start(config, layout) if trial.name == "start" else run_trial(config, layout)
+    except Diverged as error:
+        if not may_diverge:
+            raise
+        print(f"diverged: {error}", flush=True)
+        figures = {"pass_rate": 0.0, "distinct": 0.0, "diverged": 1.0}
     if layout.rank == 0:
         partial = trial.file.with_suffix(".partial")
         partial.parent.mkdir(parents=True, exist_ok=True)

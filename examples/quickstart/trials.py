@@ -48,9 +48,10 @@ def run_trials(
     side_by_side: bool = False,
     timeout_s: float | None = 3600,
     ranks: int | None = None,
+    may_diverge: bool = False,
 ) -> int:
     """Start the ranks on these trials, written to `file`; the exit code. Two ranks, but one on a single GPU: together
-    with tp = 2, or side by side, each on every other trial."""
+    with tp = 2, or side by side, each on every other trial. `may_diverge`: that is a result and ends nothing."""
     from flowrl_mega.parallel.launch import launch  # seconds, which --help of run.py and compare.py need not wait
 
     ranks = ranks or (1 if gpus() == 1 else 2)
@@ -59,6 +60,7 @@ def run_trials(
     content = {
         "trials": [trial._asdict() for trial in trials],
         "side_by_side": side_by_side,
+        "may_diverge": may_diverge,
         "overrides": [f"parallel.tp={1 if side_by_side else ranks}"],
     }
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -125,6 +125,7 @@ class Part:
         return shared
 
 
+# What smaller experiments led one to expect to be best; to be what the part "age" finds at 16, when that is measured.
 BEST = ("gflowrl", "gflowrl, no gap clip", "flowrl, z group, w none", "rloo, matched KL, PPO clip")
 PARTS = {
     "age": Part("Answers of six tokens, one update a step", (0, 8, 16, 64)),

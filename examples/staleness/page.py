@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from examples.markdown import line, put_between, rule
 from examples.staleness.methods import PARTS, Part
 from examples.staleness.results import Results
 from examples.staleness.study import FIRST, TUNING_SEED
@@ -45,10 +46,7 @@ def write(results: Results) -> None:
     print("\n\n".join(tables))
     if len({ahead for of_method in curves.values() for ahead in of_method}) > 1:
         staleness_figure(curves, PICTURE)
-    before, mark, rest = PAGE.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert mark and end, f"{PAGE} has lost its marks: {BEGIN} ... {END}"
-    PAGE.write_text(f"{before}{BEGIN}\n\n" + "\n\n".join(tables) + f"\n\n{END}{after}")
+    put_between(PAGE, BEGIN, END, "\n\n".join(tables))
 
 
 def age(ahead: int) -> str:
@@ -71,12 +69,12 @@ def method_of(row: Mapping[str, Any]) -> str:
 
 def table(runs: Seeds, part: Part, ahead: int) -> str:
     """A method a line, best pass rate first; what was left out after the first seeds below the others."""
-    lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
+    lines = [line(COLUMNS), rule(len(COLUMNS))]
     for name, rows in sorted(runs.items(), key=lambda item: (-len(item[1]), -_mean(item[1], "pass_rate"))):
         rate = float(str(rows[0]["overrides"][0]).partition("=")[2])
         same = [label(other) for other in part.all_methods if other != name and part.run_of(other, ahead) == name]
         title = label(name) + (f" (the same: {'; '.join(same)})" if same else "")
-        lines.append(_line([title, f"{rate:g}", str(len(rows)), *(_cell(rows, f, d) for f, d in FIGURES.items())]))
+        lines.append(line([title, f"{rate:g}", str(len(rows)), *(_cell(rows, f, d) for f, d in FIGURES.items())]))
     return "\n".join(lines)
 
 
@@ -91,7 +89,3 @@ def _cell(rows: Sequence[Mapping[str, Any]], figure: str, digits: int) -> str:
         return ""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

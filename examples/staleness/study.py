@@ -118,7 +118,7 @@ class Study:
         print(f"\n{self.key}, answers {self.ahead} steps old: {len(missing)} trials to run", flush=True)
         file = self.folder / self.key / f"trials_{self.ahead}.json"
         for some in filter(None, (starts, missing)):
-            code = run_trials(some, file, side_by_side=True, timeout_s=None, ranks=self.jobs)
+            code = run_trials(some, file, side_by_side=True, timeout_s=None, ranks=self.jobs, may_diverge=True)
             self.results.add(self.key, self.ahead, [t for t in missing if t.done])
             if code:
                 raise Stopped(code)

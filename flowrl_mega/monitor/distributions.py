@@ -20,6 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -87,11 +88,11 @@ def metrics(
 def diversity(groups: Sequence[Watched]) -> dict[str, float]:
     """Means over the prompts: different answers, different right ones, and the entropy of how often each came."""
     return {
-        "diversity/distinct_answers": _mean(len(set(of.said)) for of in groups),
-        "diversity/distinct_right": _mean(
+        "diversity/distinct_answers": fmean(len(set(of.said)) for of in groups),
+        "diversity/distinct_right": fmean(
             len({said for said, right in zip(of.said, of.right, strict=True) if right}) for of in groups
         ),
-        "diversity/answer_entropy": _mean(_entropy(of.said) for of in groups),
+        "diversity/answer_entropy": fmean(_entropy(of.said) for of in groups),
     }
 
 
@@ -109,8 +110,8 @@ def by_kind(groups: Sequence[Watched], entropy: np.ndarray | None) -> dict[str, 
         return {}
     found = {}
     for kind, places in sorted(kinds.items()):
-        found[f"kind/{kind}/reward"] = _mean(reward for place in places for reward in groups[place].rewards)
-        found[f"kind/{kind}/length"] = _mean(length for place in places for length in groups[place].lengths)
+        found[f"kind/{kind}/reward"] = fmean(reward for place in places for reward in groups[place].rewards)
+        found[f"kind/{kind}/length"] = fmean(length for place in places for length in groups[place].lengths)
         if entropy is not None:
             mine = entropy.reshape(len(groups), -1)[places]
             if not np.isnan(mine).all():
@@ -132,12 +133,12 @@ def of_residuals(groups: Sequence[Watched], residuals: Residuals) -> dict[str, f
         return found
     targets = [target_of(r) for _, r in whole]
     found |= {
-        "target/kl": _mean(kl_to_target(r) for _, r in whole),
-        "target/total_variation": _mean(float(np.abs(w - 1 / len(w)).sum()) / 2 for w in targets),
-        "target/sample_size": _mean(1 / (len(w) * float((w * w).sum())) for w in targets),
+        "target/kl": fmean(kl_to_target(r) for _, r in whole),
+        "target/total_variation": fmean(float(np.abs(w - 1 / len(w)).sum()) / 2 for w in targets),
+        "target/sample_size": fmean(1 / (len(w) * float((w * w).sum())) for w in targets),
     }
     exact = [abs(float(r.log_z.mean()) - of.exact_log_z) for of, r in whole if of.exact_log_z is not None]
-    return found | ({"loss/log_z_error": _mean(exact)} if exact else {})
+    return found | ({"loss/log_z_error": fmean(exact)} if exact else {})
 
 
 def record(groups: Sequence[Watched], residuals: Residuals | None) -> dict[str, Any]:
@@ -177,17 +178,12 @@ def _bars(of: Watched, target: np.ndarray | None) -> dict[str, Any]:
         places.setdefault(said, []).append(i)
     answers = []
     for said, at in sorted(places.items(), key=lambda item: -len(item[1])):
-        answer = {"text": said[:MOST_TEXT], "count": len(at), "reward": _mean(of.rewards[i] for i in at)}
+        answer = {"text": said[:MOST_TEXT], "count": len(at), "reward": fmean(of.rewards[i] for i in at)}
         answer["empirical"] = round(len(at) / len(of.said), 6)
         if target is not None:
             answer["target"] = round(float(target[at].sum()), 6)
         answers.append(answer)
     return {"prompt": of.prompt[-MOST_TEXT:], "answers": answers}
-
-
-def _mean(values: Iterable[float]) -> float:
-    every = list(values)
-    return sum(every) / len(every)
 
 
 def _rounded(values: Iterable[float]) -> list[float]:

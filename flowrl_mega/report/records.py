@@ -14,6 +14,8 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from flowrl_mega.settings import flat
+
 Floats = NDArray[np.float64]
 BLOCK = 1 << 20
 MOST_FROM_END = 32 << 20  # bytes looked at for the last records
@@ -118,15 +120,6 @@ class Columns:
         """The numbers of a metric, in order, without the steps that have none."""
         values = self.values.get(name, np.empty(0))
         return values[~np.isnan(values)]
-
-
-def flat(tree: dict[Any, Any], above: str = "") -> dict[str, Any]:
-    """{"section.field": value} of settings; an empty section is a value, {}."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        place = f"{above}{name}"
-        found |= flat(value, f"{place}.") if isinstance(value, dict) and value else {place: value}
-    return found
 
 
 def numbers(value: Any) -> Floats:

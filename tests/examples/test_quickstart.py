@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from examples.quickstart import compare, job, trials
 from examples.quickstart.trials import Trial
 from flowrl_mega import objectives
+from flowrl_mega.config import Diverged
 from flowrl_mega.config_file import load_config
 from flowrl_mega.parallel import launch as launching
 
@@ -59,6 +61,24 @@ def test_side_by_side_every_trial_is_run_once_by_a_job_of_one_rank(monkeypatch):
         taken.append(job.my_trials(names))
         assert [job.os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["0", "1", str(rank)]
     assert sorted(taken[0] + taken[1]) == sorted(names) and abs(len(taken[0]) - len(taken[1])) <= 1
+
+
+def test_a_trial_that_diverges_is_a_result_only_where_that_is_asked(tmp_path, monkeypatch):
+    """The quick start's tables have no place for it: there the job ends with the run's own message."""
+
+    def diverges(config: Any, layout: Any) -> Any:
+        raise Diverged("the last 10 updates were skipped")
+
+    monkeypatch.setattr(job, "run_trial", diverges)
+    monkeypatch.setattr(job, "load_config", lambda *_: SimpleNamespace(parallel=None, seed=0))
+    monkeypatch.setattr(job.layouts, "init", lambda *_: SimpleNamespace(rank=0))
+    monkeypatch.setattr(job.dist, "barrier", lambda: None)
+    trial = Trial(str(tmp_path), 0, "grpo", ["a=1"])
+    with pytest.raises(Diverged):
+        job.run(trial, [], may_diverge=False)
+    assert not trial.done
+    job.run(trial, [], may_diverge=True)
+    assert trial.figures == {"pass_rate": 0.0, "distinct": 0.0, "diverged": 1.0}
 
 
 def test_done_is_a_trial_of_the_same_overrides(tmp_path):
