@@ -1,13 +1,18 @@
 """What a step's answers say of the distribution that is matched: residuals, log Z, target against policy, diversity.
 
-The answers y_1 .. y_G to a prompt are drawn from the policy pi, and a residual delta that is 0 everywhere makes pi
-the target: with s = |y|, or 1 without length normalisation, log pi*(y) - log pi(y) = -s delta(y) + a constant. So
+The answers y_1 .. y_G to a prompt are drawn from the policy pi, and the target is where the residual delta is 0 with
+the log Z that belongs to it: with s = |y|, or 1 without length normalisation,
 
-    omega_i = softmax over i of -s_i delta_i
+    log pi*(y) - log pi(y) = -s (delta(y) - shift),
+
+where shift is what log Z is off by. Only with it is pi* a distribution, and with 1/|y| a log Z that is too great would
+make long answers worth too little. E_pi[pi* / pi] = 1, so shift makes the mean over a group 1, and
+
+    omega_i = exp(-s_i (delta_i - shift)) / G
 
 is what the target gives to each of these answers, where the policy's own draw gives 1 / G. Of a group is told
 
-    KL(pi || pi*) ~ log mean exp(-s delta) + mean(s delta),   total variation ~ sum |omega - 1/G| / 2,
+    KL(pi || pi*) ~ mean(s (delta - shift)),   total variation ~ sum |omega - 1/G| / 2,
     share of a sample that is worth anything ~ 1 / (G sum omega^2)
 
 log Z is held against the group's own estimate, the one with which its residuals are 0 on average, and against the exact
@@ -29,6 +34,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BINS = 40
 PROMPTS = 2  # of a record, with all of their answers
 MOST_TEXT = 200  # characters of an answer in a record
+MOST_NEWTON, NEWTON_ENDS = 60, 1e-12  # steps, and nats of the last
 
 
 @dataclass(frozen=True)
@@ -63,17 +69,31 @@ class Residuals:
         return Residuals(self.residual[part], self.log_z[part], self.scale[part])
 
 
+def log_ratio(r: Residuals) -> np.ndarray:
+    """log pi* - log pi of every answer, [G]; the mean of its exponential is 1."""
+    g = len(r.scale)
+    shift = float((r.residual + math.log(g) / r.scale).min())  # here the mean is at least 1
+    for _ in range(MOST_NEWTON):
+        found = r.scale * (shift - r.residual)
+        most = found.max()
+        weights = np.exp(found - most)
+        # log mean exp is convex in the shift and rises by min(s) at least: Newton comes down to its zero.
+        step = (most + math.log(weights.mean())) * weights.sum() / (weights @ r.scale)
+        shift -= step
+        if step * r.scale.max() < NEWTON_ENDS:
+            break
+    ratio: np.ndarray = r.scale * (shift - r.residual)
+    return ratio
+
+
 def target_of(r: Residuals) -> np.ndarray:
     """omega, [G]."""
-    exponent = -r.scale * r.residual
-    weights: np.ndarray = np.exp(exponent - exponent.max())
+    weights: np.ndarray = np.exp(log_ratio(r))
     return weights / weights.sum()
 
 
 def kl_to_target(r: Residuals) -> float:
-    exponent = -r.scale * r.residual
-    most = exponent.max()
-    return float(most + math.log(np.exp(exponent - most).mean()) - exponent.mean())
+    return -float(log_ratio(r).mean())
 
 
 def metrics(

@@ -15,7 +15,6 @@ COUNTS = np.array([1, 4, 10, 25, 30, 22, 8])  # of answers in a hundred
 OUTCOMES, P = len(COUNTS), COUNTS / 100  # the policy
 TARGET = np.array([0.1, 0.3, 0.2, 0.05, 0.15, 0.12, 0.08])
 SCALE = np.array([1.0, 3.0, 2.0, 4.0, 1.0, 2.0, 3.0])
-OFFSET = 0.4  # what log Z is off by adds the same to log pi* - log pi, where s is 1 for all
 DELTA = -(np.log(TARGET) - np.log(P)) / SCALE
 
 
@@ -56,12 +55,13 @@ def test_bars_give_each_answer_what_the_target_does() -> None:
         assert answer["reward"] == float(y < 3)
 
 
-def test_a_wrong_log_z_changes_nothing_without_length_norm() -> None:
-    """It adds the same to every residual; and long answers make exponents that overflow a plain exp."""
-    ones = np.ones(OUTCOMES)
-    delta = -(np.log(TARGET) - np.log(P))
-    of, r = drawn(ones, delta)
-    off = Residuals(r.residual + OFFSET, r.log_z + OFFSET, r.scale)
+@pytest.mark.parametrize("scale", [np.ones(OUTCOMES), SCALE], ids=["whole sequence", "1/|y|"])
+@pytest.mark.parametrize("offset", [1.8, -1.8])
+def test_a_wrong_log_z_changes_nothing(scale: np.ndarray, offset: float) -> None:
+    """It adds the same to every residual; with 1/|y| that would weigh the answers by their lengths: exp(-s offset).
+    And long answers make exponents that overflow a plain exp."""
+    of, r = drawn(scale, -(np.log(TARGET) - np.log(P)) / scale)
+    off = Residuals(r.residual + offset, r.log_z + offset, r.scale)
     for name in ("target/kl", "target/total_variation", "target/sample_size"):
         assert distributions.metrics([of], off)[name] == pytest.approx(distributions.metrics([of], r)[name], rel=1e-9)
     huge = Residuals(r.residual, r.log_z, np.full(100, 8192.0))
