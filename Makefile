@@ -34,7 +34,7 @@ setup-example: EXTRA := --extra example
 setup-example:
 	$(SETUP)
 
-setup-integration: EXTRA := --extra example --extra data --extra dali --extra trl --extra embeddings --extra tensorboard
+setup-integration: EXTRA := --extra example --extra data --extra dali --extra trl --extra embeddings --extra tensorboard --extra trackio
 setup-integration:
 	$(SETUP)
 

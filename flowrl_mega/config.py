@@ -282,9 +282,10 @@ class EvaluationSettings(Settings):
 
 class MonitorSettings(Settings):
     wandb: Literal["off", "offline", "online"] = "off"
-    wandb_project: str = "flowrl-mega"
+    wandb_project: str = Field("flowrl-mega", description="the project's name in wandb and trackio")
     wandb_checkpoints: bool = Field(False, description="every checkpoint also as an artifact of the wandb run")
     tensorboard: bool = Field(False, description="also event files in run_dir/tensorboard; flowrl-mega[tensorboard]")
+    trackio: bool = Field(False, description="also a run of trackio, in its own folder; flowrl-mega[trackio]")
     samples_per_step: int = Field(4, ge=0, description="answers written to samples.jsonl each step")
     distributions_every: int = Field(
         10,

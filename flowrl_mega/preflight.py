@@ -20,7 +20,7 @@ from flowrl_mega.host_checks import check_allocator, check_disk, check_shared_me
 from flowrl_mega.model.architecture import Architecture, read_architecture
 from flowrl_mega.model.checks import check_head, check_layers, check_layout, check_megatron, check_pipeline
 from flowrl_mega.model.precision import describe_fp8, describe_layers
-from flowrl_mega.monitor import check_tensorboard, check_wandb
+from flowrl_mega.monitor import check_tensorboard, check_trackio, check_wandb
 from flowrl_mega.monitor.run_folder import CONFIG, DISTRIBUTIONS, EVALUATION, METRICS, SAMPLES, STARTS
 from flowrl_mega.objectives import Objective
 from flowrl_mega.parallel import backends
@@ -31,7 +31,7 @@ from flowrl_mega.rewards.load import Reward, load_reward
 from flowrl_mega.rollout import load_engine
 
 # In a run folder: what a run writes to, and what it goes on from, and replaces.
-FOLDERS = ("checkpoints", "faults", "servers", "tensorboard", "wandb", "weights")
+FOLDERS = ("checkpoints", "faults", "servers", "tensorboard", "trackio", "wandb", "weights")
 RECORDS = (CONFIG, METRICS, EVALUATION, SAMPLES, DISTRIBUTIONS, STARTS)
 
 
@@ -121,6 +121,7 @@ def check(inputs: Inputs, world: int, resume: str, checkpoint: Path | None, one_
     check_benchmarks(inputs)
     check_wandb(config.monitor.wandb)
     check_tensorboard(config.monitor.tensorboard)
+    check_trackio(config.monitor.trackio)
     check_sequences(config, world // config.parallel.model_ranks)
     check_allocator(config)
     if not one_of_many:

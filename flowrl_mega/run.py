@@ -163,7 +163,7 @@ class Run:
                 run_dir = Path(config.run_dir)
                 remove_unfinished(run_dir)
                 values = (config.dump(), config.steps, self.trainer.step_done, m.wandb, m.wandb_project, m.progress)
-                monitor = Monitor(run_dir, *values, m.tensorboard, m.wandb_checkpoints)
+                monitor = Monitor(run_dir, *values, m.tensorboard, m.wandb_checkpoints, m.trackio)
                 monitor.folder.started(machine.start(self.trainer.step_done, self.layout.world))
         return monitor
 

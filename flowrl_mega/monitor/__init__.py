@@ -1,4 +1,4 @@
-"""A run's outputs (run folder, console, wandb, TensorBoard) behind one `Monitor`.
+"""A run's outputs (run folder, console, wandb, TensorBoard, trackio) behind one `Monitor`.
 
 Metrics are named as in metric_names.py.
 """
@@ -12,9 +12,10 @@ from typing import Any, Protocol
 from flowrl_mega.monitor.console import Console
 from flowrl_mega.monitor.run_folder import RunFolder
 from flowrl_mega.monitor.tensorboard import TensorBoardLog, check_tensorboard
+from flowrl_mega.monitor.trackio import TrackioLog, check_trackio
 from flowrl_mega.monitor.wandb import WandbLog, check_wandb
 
-__all__ = ["Monitor", "RunFolder", "check_tensorboard", "check_wandb"]
+__all__ = ["Monitor", "RunFolder", "check_tensorboard", "check_trackio", "check_wandb"]
 
 
 class Sink(Protocol):
@@ -27,7 +28,7 @@ class Sink(Protocol):
 
 
 class Monitor:
-    """Sends each step's numbers to the run folder, the console, wandb and TensorBoard. Made on rank 0 only.
+    """Sends each step's numbers to the run folder, the console, wandb, TensorBoard and trackio. Made on rank 0 only.
 
     Steps count from 1; `resume_step` is the last step that is already done (0: a fresh run). Whatever an interrupted
     run wrote after it is dropped, and metrics that it wrote under old names get the new ones (metric_names.py).
@@ -44,9 +45,11 @@ class Monitor:
         progress: bool = True,
         tensorboard: bool = False,
         wandb_checkpoints: bool = False,
+        trackio: bool = False,
     ) -> None:
         check_wandb(wandb)  # before anything is written
         check_tensorboard(tensorboard)
+        check_trackio(trackio)
         self.folder = RunFolder(run_dir)
         # A run that starts over must also lose the evaluation that its predecessor made before step 1.
         self.folder.truncate(resume_step if resume_step > 0 else -1)
@@ -59,6 +62,8 @@ class Monitor:
             self._wandb = log if wandb_checkpoints else None
         if tensorboard:
             self._sinks.append(TensorBoardLog(self.folder.path, resume_step))
+        if trackio:
+            self._sinks.append(TrackioLog(self.folder.path, config, project, resume=resume_step > 0))
         if progress:
             self._sinks.append(Console(total_steps, resume_step))
 

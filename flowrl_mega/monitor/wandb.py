@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flowrl_mega.config import ConfigError
+from flowrl_mega.monitor.run_id import run_id
 
 MODES = ("off", "offline", "online")
+ANSWER = ("text", "count", "reward", "empirical", "target")  # columns, of a record's answers
 
 
 def check_wandb(mode: str) -> None:
@@ -40,7 +41,7 @@ class WandbLog:
                 dir=str(run_dir),
                 name=run_dir.resolve().name,
                 config=dict(config),
-                id=_run_id(run_dir, resume),
+                id=run_id(run_dir / "wandb", resume),
                 resume="allow",
                 settings=wandb.Settings(silent=True, console="off"),
             )
@@ -59,7 +60,8 @@ class WandbLog:
         self._run.log({"step": step, **{f"evaluation/{name}": value for name, value in metrics.items()}})
 
     def distributions(self, step: int, record: Mapping[str, Any]) -> None:
-        """The histogram of residuals, and log Z of each prompt against its group's own estimate."""
+        """The histogram of residuals, log Z of each prompt against its group's own estimate, and a table of answers:
+        how often each was drawn, and what the target gives to it."""
         import wandb
 
         pictures: dict[str, Any] = {}
@@ -70,6 +72,10 @@ class WandbLog:
             rows = list(zip(log_z["group"], log_z["logged"], strict=True))
             table = wandb.Table(columns=["the group's own", "logged"], data=rows)
             pictures["loss/log_z_calibration"] = wandb.plot.scatter(table, *table.columns, title="log Z")
+        answers = [(of["prompt"], answer) for of in record.get("prompts", []) for answer in of["answers"]]
+        if answers:
+            rows = [[prompt, *(answer.get(name) for name in ANSWER)] for prompt, answer in answers]
+            pictures["target/answers"] = wandb.Table(columns=["prompt", *ANSWER], data=rows)
         if pictures:
             self._run.log({"step": step, **pictures})
 
@@ -84,12 +90,3 @@ class WandbLog:
     def close(self) -> None:
         self._run.finish()
 
-
-def _run_id(run_dir: Path, resume: bool) -> str:
-    """The stored id when resuming, else a new one, stored."""
-    path = run_dir / "wandb" / "run_id.txt"
-    if resume and path.exists() and (stored := path.read_text().strip()):  # nothing: cut off by a kill
-        return stored
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(uuid.uuid4().hex[:8] + "\n")
-    return path.read_text().strip()

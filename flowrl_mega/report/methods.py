@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from flowrl_mega.report.run import Run
 
 OF_A_SEED = ("seed", "run_dir")  # all else makes another method
+SEED_FOLDER = re.compile(r"(?<=/)seed_\d+(?=/)")  # in a path: each seed may have its own start
 MOST_NAMED = 3  # settings that a label can hold
 
 
@@ -21,7 +23,8 @@ class Method:
 
 
 def methods_of(runs: Sequence[Run]) -> list[Method]:
-    """Runs of the same settings but seed and run_dir are one; a run whose settings are not known stands alone."""
+    """Runs of the same settings but seed, run_dir and the seed_N in a path are one; a run whose settings are not known
+    stands alone."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         known = json.dumps(_own(run), sort_keys=True, default=str) if run.settings else str(run.path)
@@ -35,7 +38,11 @@ def methods_of(runs: Sequence[Run]) -> list[Method]:
 
 
 def _own(run: Run) -> dict[str, Any]:
-    return {name: value for name, value in run.settings.items() if name not in OF_A_SEED}
+    return {
+        name: SEED_FOLDER.sub("seed_N", value) if isinstance(value, str) else value
+        for name, value in run.settings.items()
+        if name not in OF_A_SEED
+    }
 
 
 def _differs(every: Sequence[dict[str, Any]], name: str) -> bool:

@@ -283,6 +283,7 @@ EVIDENCE: dict[str, Any] = {
     "monitor.wandb": Tested("monitor/test_wandb_log.py::test_an_offline_run_reads_back_and_resumes_under_its_id"),
     "monitor.wandb_project": Refused("monitor.wandb_project=mine"),
     "monitor.wandb_checkpoints": Tested("monitor/test_wandb_log.py::test_a_checkpoint_is_an_artifact"),
+    "monitor.trackio": Tested("integration/test_trackio.py::test_what_trackio_shows_is_what_was_logged"),
     "monitor.tensorboard": Tested("integration/test_tensorboard.py::test_what_tensorboard_reads_is_what_was_logged"),
     "monitor.samples_per_step": Trained("monitor.samples_per_step=1"),
     "monitor.distributions_every": Trained("monitor.distributions_every=0"),

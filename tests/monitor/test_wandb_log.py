@@ -11,7 +11,7 @@ import pytest
 
 from flowrl_mega.config import ConfigError
 from flowrl_mega.monitor import Monitor, check_wandb
-from flowrl_mega.monitor.wandb import _run_id
+from flowrl_mega.monitor.run_id import run_id
 
 pytestmark = pytest.mark.slow
 
@@ -23,6 +23,7 @@ needs_wandb = pytest.mark.skipif(
 RECORD = {
     "residual": {"edges": [-1.0, 0.0, 3.0], "counts": [2, 5]},
     "log_z": {"logged": [0.5, 0.6], "group": [0.4, 0.7], "exact": [None, None]},
+    "prompts": [{"prompt": "47:", "answers": [{"text": "<b>", "count": 3, "reward": 1.0, "empirical": 0.75}]}],
 }
 
 
@@ -62,6 +63,7 @@ def test_an_offline_run_reads_back_and_resumes_under_its_id(tmp_path, monkeypatc
     shown = [pictures[f"loss/residual_histogram.{field}"] for field in ("_type", "values", "bins")]
     assert shown == ["histogram", [2, 5], [-1.0, 0.0, 3.0]]
     assert [name for name in pictures if name.startswith("loss/log_z_calibration")]
+    assert (pictures["target/answers._type"], pictures["target/answers.nrows"]) == ("table-file", 1)
     assert numbers == [
         {"step": 1, "reward/mean": 0.125, "loss/policy": 1 / 3},
         {"step": 2, "reward/mean": 0.25, "loss/policy": 1 / 3},
@@ -108,10 +110,10 @@ def test_the_id_of_a_run(stored, tmp_path):
     (tmp_path / "wandb").mkdir()
     if stored is not None:
         (tmp_path / "wandb" / "run_id.txt").write_text(stored)
-    going_on = _run_id(tmp_path, resume=True)
+    going_on = run_id(tmp_path / "wandb", resume=True)
     assert (going_on == "1a2b3c4d") == bool(stored) and len(going_on) == 8
-    assert _run_id(tmp_path, resume=True) == going_on
-    assert _run_id(tmp_path, resume=False) != going_on
+    assert run_id(tmp_path / "wandb", resume=True) == going_on
+    assert run_id(tmp_path / "wandb", resume=False) != going_on
 
 
 def test_off_imports_nothing(tmp_path):

@@ -150,6 +150,14 @@ def test_seeds_are_one_method(tmp_path):
     assert "beta 2.0, mean of 3 runs: 0.5 at step 1, in the end 0.5; between 0.5 and 0.5." in page.alt("reward/mean")
 
 
+def test_a_start_for_each_seed_makes_no_other_method(tmp_path):
+    """A seed's own warm start lies in its folder; a model elsewhere is another one."""
+    paths = ("runs/seed_0/start", "runs/seed_1/start", "runs/large/start")
+    models = [SETTINGS | {"model": {"path": path}} for path in paths]
+    runs = [write_run(tmp_path / f"r/seed_{n}", seed=n, settings=of) for n, of in enumerate(models)]
+    assert [row[1] for row in report(*runs).rows("Settings that differ")] == ["seeds", "0, 1", "2"]
+
+
 def test_many_differences_name_a_method_by_its_folder(tmp_path):
     wide = {f"setting_{at}": at for at in range(5)}
     runs = [write_run(tmp_path / name, settings={**SETTINGS, **more}) for name, more in (("a", {}), ("b", wide))]
