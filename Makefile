@@ -64,10 +64,10 @@ build-cuda-check: setup  ## csrc/cuda compiled for sm_80 and sm_90a, its instruc
 	@$(PY) -m flowrl_mega.ops --check-cuda build/cuda && $(PY) tools/sass.py build/cuda
 
 quickstart: setup  ## the main job: GRPO and FlowRL from one warm start, a table and a picture (SEEDS=3: the spread)
-	@$(PY) -m examples.quickstart.run $(if $(SEEDS),--seeds $(SEEDS))
+	@.venv/bin/flowrl-mega quickstart $(if $(SEEDS),--seeds $(SEEDS))
 
 compare: setup  ## the fair comparison: equal tuning trials for each method, three seeds
-	@$(PY) -m examples.quickstart.compare
+	@$(PY) -m examples.compare
 
 exact-table: setup  ## docs/exact.md: every objective where the right end is known exactly (SEEDS=3: the spread)
 	@$(PY) -m examples.exact.run $(if $(SEEDS),--seeds $(SEEDS))

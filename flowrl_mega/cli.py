@@ -1,5 +1,5 @@
 """The command line: `flowrl-mega train | eval | ablate | reproduce | serve CONFIG.yaml [--section.field=value ...]`,
-and `flowrl-mega report RUN [RUN ...]`.
+`flowrl-mega quickstart [--section.field=value ...]` and `flowrl-mega report RUN [RUN ...]`.
 
 Exit codes:
 
@@ -55,6 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 # Commands import what they need themselves: torch and megatron take seconds, and wrong settings are told before that.
+
+
+def _quickstart(options: argparse.Namespace, stop: StopRequest) -> int:
+    from flowrl_mega.quickstart.run import quickstart
+
+    return quickstart(options.overrides, options.seeds, stop)
 
 
 def _train(options: argparse.Namespace, stop: StopRequest) -> int:
@@ -115,7 +121,7 @@ def _serve(options: argparse.Namespace, stop: StopRequest) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flowrl-mega", description="FlowRL on Megatron-core.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_train, _add_eval, _add_ablate, _add_reproduce, _add_report, _add_serve):
+    for add in (_add_quickstart, _add_train, _add_eval, _add_ablate, _add_reproduce, _add_report, _add_serve):
         add(commands)
     return parser
 
@@ -128,6 +134,21 @@ def _command(
     command.set_defaults(run=run)
     command.add_argument("config", type=os.path.expanduser, help=file)
     return command
+
+
+def _add_quickstart(commands: Any) -> None:
+    quickstart = commands.add_parser(
+        "quickstart",
+        help="GRPO and FlowRL from one warm start: a table, a picture, a page; needs no model, data or GPU",
+        description="Trains a small Llama from scratch on a task with many right answers a prompt and, from that one "
+        "warm start, GRPO, GRPO with a KL term and FlowRL, about three minutes of two cores a seed. Writes "
+        "RUN_DIR/summary.json, quickstart.png and report.html, beside every run; RUN_DIR is runs/quickstart in the "
+        "current folder. An earlier quick start there is replaced. --section.field=value changes a setting of every "
+        "method, --objective.field=value one of FlowRL's.",
+        allow_abbrev=False,
+    )
+    quickstart.set_defaults(run=_quickstart)
+    quickstart.add_argument("--seeds", type=int, default=1, help="how often, with seeds 0, 1, ...: the spread (1)")
 
 
 def _add_train(commands: Any) -> None:

@@ -15,7 +15,7 @@ ROOT = Path(flowrl_mega.__file__).parent
 # From the top: a room (a package, or a module beside them) may import rooms of lower levels only, none of its own.
 LEVELS = (
     {"cli"},
-    {"ablation", "reproduce"},
+    {"ablation", "quickstart", "reproduce"},
     {"report"},
     {"job"},
     {"run"},

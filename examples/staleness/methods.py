@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from examples.quickstart.compare import BETA, CRITIC, mean_length
+from examples.compare import BETA, CRITIC, mean_length
 
 TOTALS = {"lo": 10, "hi": 99}  # the quick start's task
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from examples.quickstart.trials import Figures, Trial
+from flowrl_mega.quickstart.trials import Figures, Trial
 from flowrl_mega.whole_file import write_whole
 from tools.benchmarks.workload import machine
 

@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.quickstart.compare import COMMON, best_rate
-from examples.quickstart.trials import Figures, Trial, run_trials
+from examples.compare import COMMON, best_rate
 from examples.staleness.methods import PARTS, Part
 from examples.staleness.results import Results
+from flowrl_mega.quickstart.trials import Figures, Trial, run_trials
 
 RATES, LEAST, MOST = (1e-4, 2e-4, 5e-4, 1e-3), 2.5e-5, 4e-3
 TUNING_SEED, SEEDS, FIRST = 100, (0, 1, 2, 3, 4), 2

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from examples.quickstart import compare, job, trials
-from examples.quickstart.trials import Trial
+from examples import compare
 from flowrl_mega import objectives
 from flowrl_mega.config import Diverged
 from flowrl_mega.config_file import load_config
 from flowrl_mega.parallel import launch as launching
+from flowrl_mega.quickstart import job, trials
+from flowrl_mega.quickstart.trials import Trial
 
 Started = list[tuple[int, dict[str, Any]]]
 
@@ -70,7 +71,7 @@ def test_a_trial_that_diverges_is_a_result_only_where_that_is_asked(tmp_path, mo
         raise Diverged("the last 10 updates were skipped")
 
     monkeypatch.setattr(job, "run_trial", diverges)
-    monkeypatch.setattr(job, "load_config", lambda *_: SimpleNamespace(parallel=None, seed=0))
+    monkeypatch.setattr(Trial, "config", lambda *_: SimpleNamespace(parallel=None, seed=0))
     monkeypatch.setattr(job.layouts, "init", lambda *_: SimpleNamespace(rank=0))
     monkeypatch.setattr(job.dist, "barrier", lambda: None)
     trial = Trial(str(tmp_path), 0, "grpo", ["a=1"])

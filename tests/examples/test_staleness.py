@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch.autograd import grad
 
-from examples.quickstart import compare
-from examples.quickstart.trials import Trial
+from examples import compare
 from examples.staleness import page, study
 from examples.staleness.methods import PARTS, all_methods
 from examples.staleness.results import Results
@@ -22,6 +21,7 @@ from flowrl_mega import objectives
 from flowrl_mega.config import Config
 from flowrl_mega.config_file import load_config
 from flowrl_mega.objectives import LossInputs
+from flowrl_mega.quickstart.trials import Trial
 
 AGE = PARTS["age"]
 

@@ -8,8 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from flowrl_mega.config import Config
+from flowrl_mega.config_file import load_config
+
 Figures = dict[str, float]
-RANK = "import sys; from examples.quickstart.job import main; main(sys.argv[1])"  # what each rank runs
+CONFIG = Path(__file__).with_name("quickstart.yaml")
+# What each rank runs.
+RANK = "import sys; from flowrl_mega.quickstart.job import main; sys.exit(main(sys.argv[1]))"
 
 
 class Trial(NamedTuple):
@@ -25,6 +30,11 @@ class Trial(NamedTuple):
         """Beside the warm start's model, which is FOLDER/start."""
         name = self.name.replace(",", "").replace(" ", "_")
         return Path(self.folder) / (name if name != "start" else "start_run")
+
+    def config(self, overrides: Sequence[str] = ()) -> Config:
+        """Its settings, with `overrides` that its own win over. ConfigError where one is wrong."""
+        own = [f"seed={self.seed}", f"model.path={Path(self.folder) / 'start'}", f"run_dir={self.run_dir}"]
+        return load_config(CONFIG, [*overrides, *self.overrides, *own])
 
     @property
     def file(self) -> Path:
@@ -52,7 +62,7 @@ def run_trials(
 ) -> int:
     """Start the ranks on these trials, written to `file`; the exit code. Two ranks, but one on a single GPU: together
     with tp = 2, or side by side, each on every other trial. `may_diverge`: that is a result and ends nothing."""
-    from flowrl_mega.parallel.launch import launch  # seconds, which --help of run.py and compare.py need not wait
+    from flowrl_mega.parallel.launch import launch  # seconds, which --help and wrong settings need not wait
 
     ranks = ranks or (1 if gpus() == 1 else 2)
     for trial in trials:

@@ -1,6 +1,6 @@
 """The fair comparison: is FlowRL's diversity more than what a KL term gives its opponents?
 
-    python -m examples.quickstart.compare     on two cores about 45 minutes; goes on where it was stopped
+    python -m examples.compare     on two cores about 45 minutes; goes on where it was stopped
 
 On-policy FlowRL with the raw reward has the gradient of beta E[r] - KL(pi || pi_ref): beating GRPO without a KL term
 would only show that a reference helps. So GRPO's KL coefficient is swept, and PPO and REINFORCE++ are run with and
@@ -22,12 +22,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from examples.quickstart.run import cell, summarise, table
-from examples.quickstart.trials import Figures, Trial, run_trials
 from flowrl_mega.config_file import load_config
 from flowrl_mega.data import sums
+from flowrl_mega.quickstart.run import cell, summarise, table
+from flowrl_mega.quickstart.trials import CONFIG, Figures, Trial, run_trials
 
-CONFIG = Path(__file__).with_name("quickstart.yaml")
 BETA = 2
 RATES = (2e-4, 5e-4, 1e-3)
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
@@ -53,7 +52,7 @@ Methods = dict[str, list[str]]
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m examples.quickstart.compare",
+        prog="python -m examples.compare",
         description="The fair comparison; --section.field=value changes all methods.",
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"))

@@ -11,26 +11,27 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from examples.quickstart.trials import Figures, Trial
-from examples.quickstart.warm_start import warm_start
-from flowrl_mega.config import Config, Diverged
-from flowrl_mega.config_file import load_config
+from flowrl_mega.config import Config, ConfigError, Diverged, RunError
 from flowrl_mega.evaluation.exact import exact_metrics, spread_metrics
 from flowrl_mega.experience import as_sequences
+from flowrl_mega.faults import BAD_INPUT, CANNOT_GO_ON, run_as_rank
 from flowrl_mega.model.policy import Policy, build_reference
 from flowrl_mega.model.weights import load_hf
 from flowrl_mega.parallel import layout as layouts
 from flowrl_mega.parallel.layout import Layout
 from flowrl_mega.preflight import Inputs
+from flowrl_mega.quickstart.trials import Figures, Trial
+from flowrl_mega.quickstart.warm_start import warm_start
 from flowrl_mega.run import Run
 
-CONFIG = Path(__file__).with_name("quickstart.yaml")
 K = 64
 SPREAD_ANSWERS = 32
 
@@ -75,14 +76,23 @@ def run_warm_start(config: Config, layout: Layout) -> Figures:
     return measure(job, job.models.policy) | {"seconds": seconds, "steps": steps}
 
 
-def main(path: str) -> None:
-    job: dict[str, Any] = json.loads(Path(path).read_text())
+def main(path: str) -> int:
+    """One rank; the exit code, as that of `flowrl-mega train`."""
+    try:
+        return run_as_rank(partial(run_trials, json.loads(Path(path).read_text())), Path(path).parent)
+    except (ConfigError, RunError) as error:  # of a rank that is alone
+        print(f"flowrl-mega: {error}", file=sys.stderr)
+        return BAD_INPUT if isinstance(error, ConfigError) else CANNOT_GO_ON
+
+
+def run_trials(job: dict[str, Any]) -> int:
     trials = [Trial(**trial) for trial in job["trials"]]
     for trial in my_trials(trials) if job["side_by_side"] else trials:
         if not trial.done:
             run(trial, job["overrides"], job["may_diverge"])
     if dist.is_initialized():
         layouts.shutdown()
+    return 0
 
 
 def my_trials(trials: list[Trial]) -> list[Trial]:
@@ -95,8 +105,7 @@ def my_trials(trials: list[Trial]) -> list[Trial]:
 def run(trial: Trial, overrides: list[str], may_diverge: bool) -> None:
     """Run it, with `overrides` beside its own, and write its figures; one that `may_diverge` then has a pass rate of 0
     and no figures but that. Collective."""
-    settings = [f"seed={trial.seed}", f"model.path={Path(trial.folder) / 'start'}", f"run_dir={trial.run_dir}"]
-    config = load_config(CONFIG, [*settings, *overrides, *trial.overrides])
+    config = trial.config(overrides)
     layout = layouts.init(config.parallel, config.seed)
     if layout.rank == 0:
         print(f"\n{trial.name} (seed {trial.seed})", flush=True)
@@ -108,8 +117,8 @@ def run(trial: Trial, overrides: list[str], may_diverge: bool) -> None:
         print(f"diverged: {error}", flush=True)
         figures = {"pass_rate": 0.0, "distinct": 0.0, "diverged": 1.0}
     if layout.rank == 0:
-        partial = trial.file.with_suffix(".partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"overrides": trial.overrides, "figures": figures}, indent=1))
-        partial.rename(trial.file)
+        part = trial.file.with_suffix(".partial")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps({"overrides": trial.overrides, "figures": figures}, indent=1))
+        part.rename(trial.file)
     dist.barrier()
