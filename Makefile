@@ -38,7 +38,7 @@ setup-integration: EXTRA := --extra example --extra data --extra dali --extra tr
 setup-integration:
 	$(SETUP)
 
-setup-tests: EXTRA := --extra oracles --extra eval
+setup-tests: EXTRA := --extra oracles --extra eval --extra linters
 setup-tests:
 	$(SETUP)
 

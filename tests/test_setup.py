@@ -25,7 +25,7 @@ def pins(*names: str) -> dict[str, str]:
 
 
 def test_locks_pin_exactly_and_do_not_disagree():
-    lists = [pins(name) for name in ("torch", "runtime", "dev", "example")]
+    lists = [pins(name) for name in ("torch", "runtime", "dev", "example", "linters")]
     for pinned in lists:
         assert all(re.fullmatch(r"\d[\w.]*", version) for version in pinned.values())
     assert sum(map(len, lists)) == len({name for pinned in lists for name in pinned})

@@ -29,10 +29,10 @@ def run(tmp_path: Path):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
 
-    def call(*arguments: str, **environment: str) -> tuple[int, str, list[str]]:
+    def call(*arguments: str, script: Path = SCRIPT, **environment: str) -> tuple[int, str, list[str]]:
         path = f"{tmp_path}:{os.environ['PATH']}"
         done = subprocess.run(
-            ["bash", SCRIPT, *arguments], env={"PATH": path, **environment},
+            ["bash", script, *arguments], env={"PATH": path, **environment},
             cwd=tmp_path, capture_output=True, text=True, timeout=30,
         )  # fmt: skip
         said = tmp_path / "said"
@@ -121,6 +121,29 @@ def test_a_wrong_call_is_told_what_is_right(run) -> None:
         code, errors, asked = run(*arguments, CODE="0", **job)
         assert code == 2 and asked == []
         assert "sbatch examples/slurm/train.sbatch CONFIG.yaml" in errors and len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "command"),
+    [
+        ([], ".venv/bin/python -m flowrl_mega.cli"),
+        (["command=(apptainer "], "apptainer exec --nv flowrl-mega.sif /opt/flowrl-mega/.venv/bin/flowrl-mega"),
+        (["command=(/opt/", "container=("], "/opt/flowrl-mega/.venv/bin/flowrl-mega"),
+    ],
+)
+def test_the_site_block_has_a_line_for_each_container(run, tmp_path: Path, lines: list[str], command: str) -> None:
+    """Made a line of the script, it is what srun is given; pyxis sees the folder of the job at its own path."""
+    (tmp_path / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@" >> said\n')
+    text = SCRIPT.read_text()
+    for line in lines:
+        assert text.count(f"\n# {line}") == 1
+        text = text.replace(f"\n# {line}", f"\n{line}")
+    (tmp_path / "site.sbatch").write_text(text)
+    code, _, asked = run("my.yaml", script=tmp_path / "site.sbatch", CODE="0", **JOB)
+    assert code == 0 and " ".join(asked).endswith(f" --cpus-per-task=6 {command} train my.yaml")
+    pyxis = [f"--container-image={tmp_path}/flowrl-mega.sqsh", f"--container-mounts={tmp_path}:{tmp_path}"]
+    pyxis.append(f"--container-workdir={tmp_path}")
+    assert [word for word in asked if word.startswith("--container")] == (pyxis if "container=(" in lines else [])
 
 
 def test_every_option_is_read_by_sbatch() -> None:
