@@ -13,8 +13,16 @@ from flowrl_mega.config_file import load_config
 
 Figures = dict[str, float]
 CONFIG = Path(__file__).with_name("quickstart.yaml")
-# What each rank runs.
-RANK = "import sys; from flowrl_mega.quickstart.job import main; sys.exit(main(sys.argv[1]))"
+# What each rank runs; Ctrl-C may come while it imports.
+RANK = """
+import sys
+try:
+    from flowrl_mega.quickstart.job import main
+    code = main(sys.argv[1])
+except KeyboardInterrupt:
+    code = 130
+sys.exit(code)
+"""
 
 
 class Trial(NamedTuple):
