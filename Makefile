@@ -34,7 +34,7 @@ setup-example: EXTRA := --extra example
 setup-example:
 	$(SETUP)
 
-setup-integration: EXTRA := --extra example --extra data --extra dali --extra trl --extra embeddings --extra tensorboard --extra trackio
+setup-integration: EXTRA := --extra example --extra data --extra dali --extra trl --extra embeddings --extra tensorboard --extra trackio --extra docs
 setup-integration:
 	$(SETUP)
 
@@ -69,8 +69,15 @@ quickstart: setup  ## the main job: GRPO and FlowRL from one warm start, a table
 compare: setup  ## the fair comparison: equal tuning trials for each method, three seeds
 	@$(PY) -m examples.compare
 
-exact-table: setup  ## docs/exact.md: every objective where the right end is known exactly (SEEDS=3: the spread)
+exact-table: setup  ## docs/results/exact.md: every objective where the right end is known exactly (SEEDS=3: the spread)
 	@$(PY) -m examples.exact.run $(if $(SEEDS),--seeds $(SEEDS))
+
+setup-docs: EXTRA := --extra docs
+setup-docs:
+	$(SETUP)
+
+docs: setup-docs  ## docs/ as a site, in build/docs
+	@$(PY) -m mkdocs build --quiet
 
 setup-reproduce: EXTRA := --extra example --extra data
 setup-reproduce:

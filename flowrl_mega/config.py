@@ -38,7 +38,7 @@ class LogZ(Settings):
 
 class ModelSettings(Settings):
     path: PathText = Field(description="Hugging Face folder with *.safetensors and tokenizer, or a Megatron checkpoint")
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="type of weights and activations")
     logits_budget_mb: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
         description="logits kept for the backward pass, more is recomputed; auto: 256, and on a GPU from the second "
@@ -118,11 +118,11 @@ class DataSettings(Settings):
         description="prompt store (tools/prepare_data.py), or JSON lines: a 'prompt' each and what rewards read",
     )
     task: PathText | None = Field(None, description="instead of a file: sums, or a class of yours as module:Class")
-    task_args: dict[str, Any] = Field(default_factory=dict)
+    task_args: dict[str, Any] = Field(default_factory=dict, description="arguments of the task")
     held_out: float | PathText | None = Field(
         None, description="prompts kept for evaluation: a share, or a JSON lines file"
     )
-    chat_template: bool = False
+    chat_template: bool = Field(False, description="prompts go through the tokenizer's chat template")
     template_date: date = Field(
         date(2024, 7, 26), description="what a chat template that writes today's date gets: prompts stay the same"
     )
@@ -142,11 +142,11 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSettings(Settings):
-    lr: float = Field(1e-6, gt=0)
+    lr: float = Field(1e-6, gt=0, description="learning rate after warm-up")
     log_z_lr: float | None = Field(None, gt=0, description="learning rate of the partition function; null: lr")
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decay of both moments")
+    eps: float = Field(1e-8, gt=0, description="added to the root of AdamW's second moment")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's, of matrices alone")
     clip_grad: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
     warmup_steps: int = Field(10, ge=0, description="updates of linear warm-up")
     decay: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up; ends at 0")
@@ -198,10 +198,10 @@ class CodeSettings(Settings):
         10.0, gt=0, description="a program that runs longer, without its wait for a processor, is ended"
     )
     cpu_s: int = Field(8, ge=1, description="CPU time of a program")
-    memory_mb: int = Field(1024, ge=32)
+    memory_mb: int = Field(1024, ge=32, description="memory of a program and all that it starts")
     disk_mb: int = Field(64, ge=1, description="the temporary folder, a program's only writable place")
     processes: int = Field(16, ge=1, description="processes and threads of a program")
-    open_files: int = Field(64, ge=8)
+    open_files: int = Field(64, ge=8, description="files that a process may have open")
     output_kb: int = Field(1024, ge=1, description="what a program may write to stdout and stderr; more ends it")
     url: str | None = Field(None, description="a remote sandbox instead: where /run_code of SandboxFusion answers")
 
@@ -244,7 +244,7 @@ class NonfiniteSettings(Settings):
 
 class BatchSettings(Settings):
     mini_batch: int | None = Field(None, ge=1, description="sequences an optimizer step; null: the whole batch")
-    tokens_per_microbatch: int = Field(16384, ge=1)
+    tokens_per_microbatch: int = Field(16384, ge=1, description="packed rows of a rank's micro-batch")
 
 
 class CheckpointSettings(Settings):
@@ -252,8 +252,8 @@ class CheckpointSettings(Settings):
     minutes: float = Field(
         30.0, ge=0, description="a step that ends so long after the last checkpoint is saved; 0: not by time"
     )
-    keep_last: int = Field(2, ge=1)
-    at_end: bool = True
+    keep_last: int = Field(2, ge=1, description="checkpoints that are kept; older ones are removed")
+    at_end: bool = Field(True, description="save after the last step")
     export_hf: bool = Field(False, description="with each checkpoint the policy as a Hugging Face folder, step_N/hf")
 
     def is_due(self, step: int, seconds: float) -> bool:
@@ -270,7 +270,7 @@ class BenchmarkSettings(Settings):
     k: int = Field(4, ge=1, description="answers a problem")
     max_tokens: int | None = Field(None, ge=1, description="null: rollout.max_tokens")
     temperature: float = Field(0.6, ge=0, description="0: greedy")
-    top_p: float = Field(0.95, gt=0, le=1)
+    top_p: float = Field(0.95, gt=0, le=1, description="nucleus sampling; 1: off")
 
 
 class EvaluationSettings(Settings):
@@ -281,7 +281,7 @@ class EvaluationSettings(Settings):
 
 
 class MonitorSettings(Settings):
-    wandb: Literal["off", "offline", "online"] = "off"
+    wandb: Literal["off", "offline", "online"] = Field("off", description="offline: files to be synced later")
     wandb_project: str = Field("flowrl-mega", description="the project's name in wandb and trackio")
     wandb_checkpoints: bool = Field(False, description="every checkpoint also as an artifact of the wandb run")
     tensorboard: bool = Field(False, description="also event files in run_dir/tensorboard; flowrl-mega[tensorboard]")
@@ -293,7 +293,7 @@ class MonitorSettings(Settings):
         description="steps between records of distributions.jsonl; 0: none, nor the metrics target/*, diversity/*, "
         "kind/* and loss/residual_p*",
     )
-    progress: bool = True
+    progress: bool = Field(True, description="a line or bar per step on the console")
 
     @field_validator("wandb", mode="before")
     @classmethod
@@ -304,7 +304,7 @@ class MonitorSettings(Settings):
 
 class Config(Settings):
     run_dir: PathText = Field(description="the run folder: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/")
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, description="training steps in all, those before a resume included")
     seed: int = Field(0, ge=0, description="rules everything: prompts, sampling, initial weights")
     model: ModelSettings
     megatron: dict[str, Any] = Field(default_factory=dict, description="passed to Megatron's TransformerConfig")
@@ -313,7 +313,9 @@ class Config(Settings):
     data: DataSettings
     reward: RewardSettings = Field(description="a string is short for {function: STRING}")
     rollout: RolloutSettings = RolloutSettings()
-    objective: dict[str, Any] = Field(default_factory=lambda: {"name": "flowrl"})
+    objective: dict[str, Any] = Field(
+        default_factory=lambda: {"name": "flowrl"}, description="its name, or module:Class, and its own settings"
+    )
     optimizer: OptimizerSettings = OptimizerSettings()
     critic: CriticSettings | None = Field(None, description="the value function of objective ppo; {}: the defaults")
     on_nonfinite: NonfiniteSettings = NonfiniteSettings()

@@ -31,7 +31,7 @@ class EvalRollout(Settings):
     )
     max_tokens: int = Field(8192, ge=1, description="longest answer, the end token included")
     temperature: float = Field(0.6, ge=0, description="0: greedy")
-    top_p: float = Field(0.95, gt=0, le=1)
+    top_p: float = Field(0.95, gt=0, le=1, description="nucleus sampling; 1: off")
     top_k: int = Field(0, ge=0, description="0: off")
     servers: Annotated[int, Field(ge=1)] | list[str] = Field(1, description="how many to start, or the URLs of others'")
     python: PathText | None = Field(None, description="interpreter that has sglang; null: this one")
@@ -62,7 +62,9 @@ class JudgeSettings(Settings):
 class EvalReward(RewardSettings):
     """As in training; by default each row's kind says what grades its answers."""
 
-    function: PathText = "flowrl_mega.rewards.by_kind:score"
+    function: PathText = Field(
+        "flowrl_mega.rewards.by_kind:score", description="module:function or file.py:function, as in training"
+    )
 
 
 class EvalConfig(Settings):
@@ -76,7 +78,10 @@ class EvalConfig(Settings):
     problems: int | None = Field(None, ge=1, description="only the first so many of each benchmark; null: all")
     seed: int = Field(0, ge=0, description="rules sampling")
     chat_template: bool | None = Field(None, description="null: where the model's tokenizer has one")
-    template_date: date = DataSettings.model_fields["template_date"].default
+    template_date: date = Field(
+        DataSettings.model_fields["template_date"].default,
+        description=DataSettings.model_fields["template_date"].description,
+    )
     model: EvalModel = EvalModel()
     parallel: ParallelSettings = Field(ParallelSettings(), description="engine embedded: how the model is shared out")
     rollout: EvalRollout = EvalRollout()

@@ -61,11 +61,11 @@ class ReplaySettings(Settings):
 
 class RolloutSettings(Settings):
     engine: PathText = Field("embedded", description="embedded, sglang, or a class of yours as module:Class")
-    prompts_per_step: int = Field(16, ge=1)
+    prompts_per_step: int = Field(16, ge=1, description="prompts of a step, over all ranks")
     group_size: int = Field(8, ge=1, description="answers a prompt (G)")
     max_tokens: int = Field(64, ge=1, description="longest answer, the end token included")
     temperature: float = Field(1.0, gt=0, description="log-probs of policy and reference use it too")
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off")
     top_k: int = Field(0, ge=0, description="0: off")
     ignore_eos: bool = Field(False, description="answers go on to max_tokens (for benchmarks)")
     allow_truncated_sampling: bool = Field(False, description="train although top_p or top_k cut the distribution")

@@ -48,7 +48,9 @@ def test_locks_hold_all_that_their_packages_require():
 def test_locks_hold_all_that_the_project_requires():
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    pinned = pins("torch", "runtime", "dev", "example", "data", "dali", "eval", "embeddings", "tensorboard", "trackio")
+    pinned = pins(
+        "torch", "runtime", "dev", "example", "data", "dali", "eval", "embeddings", "tensorboard", "trackio", "docs"
+    )
     for text in [*project["dependencies"], *(text for texts in extras.values() for text in texts)]:
         needed = Requirement(text)
         assert needed.specifier.contains(pinned[canonicalize_name(needed.name)]), text

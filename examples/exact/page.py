@@ -1,4 +1,4 @@
-"""The tables of docs/exact.md. Its words are written by hand; what stands between the two marks is replaced."""
+"""The tables of docs/results/exact.md. Its words are written by hand; what stands between the two marks is replaced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from examples.exact import targets
 from examples.exact.rows import ROWS, TABLES, TARGETS, target
 from examples.markdown import line, put_between, rule
 
-PAGE = Path("docs/exact.md")
+PAGE = Path("docs/results/exact.md")
 BEGIN, END = "<!-- tables: written by make exact-table -->", "<!-- end of the tables -->"
 # figure: title, decimals
 COLUMNS = {

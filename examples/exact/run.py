@@ -3,7 +3,7 @@
     python -m examples.exact.run [--seeds 1] [--jobs 2] [--only 'plain-*']
 
 A result a run goes to runs/exact/seed_N/ROW.json; what is there already is not run again. With all of them it writes
-the tables of docs/exact.md, docs/images/log_z.png and tools/benchmarks/results/exact.json.
+the tables of docs/results/exact.md, docs/images/log_z.png and tools/benchmarks/results/exact.json.
 """
 
 from __future__ import annotations

@@ -125,8 +125,8 @@ class Part:
         return shared
 
 
-# What smaller experiments led one to expect to be best; to be what the part "age" finds at 16, when that is measured.
-BEST = ("gflowrl", "gflowrl, no gap clip", "flowrl, z group, w none", "rloo, matched KL, PPO clip")
+# Of the part "age" at 16: the three best pass rates, and the best with the matched KL.
+BEST = ("gflowrl", "cispo", "gspo", "rloo, matched KL, decoupled")
 PARTS = {
     "age": Part("Answers of six tokens, one update a step", (0, 8, 16, 64)),
     "length-24": Part("Answers of 24 tokens", (16,), repeat=5, chosen=BEST),

@@ -74,8 +74,8 @@ class WandbLog:
             pictures["loss/log_z_calibration"] = wandb.plot.scatter(table, *table.columns, title="log Z")
         answers = [(of["prompt"], answer) for of in record.get("prompts", []) for answer in of["answers"]]
         if answers:
-            rows = [[prompt, *(answer.get(name) for name in ANSWER)] for prompt, answer in answers]
-            pictures["target/answers"] = wandb.Table(columns=["prompt", *ANSWER], data=rows)
+            shares = [[prompt, *(answer.get(name) for name in ANSWER)] for prompt, answer in answers]
+            pictures["target/answers"] = wandb.Table(columns=["prompt", *ANSWER], data=shares)
         if pictures:
             self._run.log({"step": step, **pictures})
 
@@ -89,4 +89,3 @@ class WandbLog:
 
     def close(self) -> None:
         self._run.finish()
-

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from jobs import Job, records
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "rollout_sglang.md"
 pytestmark = pytest.mark.ranks
 
 ENGINE = """
@@ -107,7 +107,7 @@ def test_an_engine_from_outside_the_package(engine: str, folder: Path) -> None:
 
 def test_the_readmes_engine_on_two_ranks(folder: Path) -> None:
     """As it stands there, built and called on every rank."""
-    (code,) = re.findall(r"```python\n(from flowrl_mega.rollout import .*?)```", README.read_text(), flags=re.DOTALL)
+    (code,) = re.findall(r"```python\n(from flowrl_mega.rollout import .*?)```", PAGE.read_text(), flags=re.DOTALL)
     (folder / "readme.py").write_text(code)
     found = run(folder, "--rollout.engine=readme.py:Counting", "--parallel.dp=2", world=2)
     tokens = [8 * row["rollout/response_length"] for row in found]

@@ -103,7 +103,7 @@ def test_one_thing_is_left_out_at_a_time() -> None:
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """(name, seed) of every trial, in their order. In place of training: `good` is best at 2e-3, beyond the grid;
-    `poor` never comes near it."""
+    the others never come near it."""
     ran: list[tuple[str, int]] = []
 
     def run_trials(trials: Any, file: Path, **_: Any) -> int:
@@ -118,7 +118,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         return 0
 
     monkeypatch.setattr(study, "run_trials", run_trials)
-    methods = {"good": replace(all_methods(0.1)["grpo"], fresh=None), "poor": all_methods(0.1)["cispo"]}
+    known = all_methods(0.1)
+    methods = {name: replace(known[of], fresh=None) for name, of in (("good", "grpo"), ("poor", "cispo"))}
+    methods["base, matched KL"] = known["rloo, matched KL, PPO clip"]
     monkeypatch.setattr("examples.staleness.methods.all_methods", lambda kl: methods)
     return ran
 
@@ -133,9 +135,10 @@ def test_from_rates_to_the_page(
     Study("age", 8, tmp_path / "runs", results).run()
     tried = [(name.split()[0], float(name.split()[-1])) for name, seed in trained if seed == 100 and name != "start"]
     grid = [1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3]
-    assert sorted(tried) == sorted((name, rate) for name in ("good", "poor") for rate in grid)
+    assert sorted(tried) == sorted((name, rate) for name in ("good", "poor", "base,") for rate in grid)
     seeds = [(name.split()[0], seed) for name, seed in trained if seed != 100 and name != "start"]
-    assert sorted(seeds) == [("good", seed) for seed in range(5)] + [("poor", 0), ("poor", 1)], "a clear loser"
+    judged = [(name, seed) for name in ("base,", "good") for seed in range(5)]
+    assert sorted(seeds) == judged + [("poor", 0), ("poor", 1)], "a clear loser; with the matched KL it stays"
     assert {name.split()[-1] for name, seed in trained if seed != 100 and name != "start"} == {"0.002"}
     assert [seed for name, seed in trained if name == "start"] == [100, 0, 1, 2, 3, 4]
 

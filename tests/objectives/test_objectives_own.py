@@ -1,4 +1,4 @@
-"""Objectives from outside the package: README's example as it stands there, and what is refused."""
+"""Objectives from outside the package: docs/objectives.md's example as it stands there, and what is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jobs import Job, records, write_config
 from flowrl_mega.config import ConfigError
 from flowrl_mega.objectives import Objective, build
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "objectives.md"
 
 WITH_LOG_Z = """
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Softer(FlowRL):
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory, with README's reinforce.py in it."""
-    (code,) = re.findall(r"```python\n([^`]*?class Reinforce.*?)```", README.read_text(), flags=re.DOTALL)
+    """The current directory, with the page's reinforce.py in it."""
+    (code,) = re.findall(r"```python\n([^`]*?class Reinforce.*?)```", PAGE.read_text(), flags=re.DOTALL)
     (tmp_path / "reinforce.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -87,7 +87,7 @@ def test_what_is_refused(folder, section, words):
 
 @pytest.mark.ranks
 def test_the_command_line_trains_with_it(folder, tiny_llama):
-    """Two ranks, each of which finds the file from the current directory; two steps, by the path as README has it."""
+    """Two ranks, each of which finds the file from the current directory; two steps, by the path as the page has it."""
     sizes = {"rollout": {"prompts_per_step": 2, "group_size": 4, "max_tokens": 6}, "optimizer": {"lr": 1e-3}}
     path = write_config(folder, tiny_llama, steps=2, checkpoint={"at_end": False}, **sizes)
     override = "--objective={name: reinforce.py:Reinforce, scale: 2}"

@@ -12,7 +12,7 @@ from scripts import REPO, commands, is_module, parser_of
 
 pytestmark = pytest.mark.tools
 
-PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md")), REPO / "tools/benchmarks/results/README.md"]
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md")), REPO / "tools/benchmarks/results/README.md"]
 RESULTS = sorted((REPO / "tools/benchmarks/results").glob("*.json"))
 # At the start of a line of code or of `code` in a sentence, which may be broken: the whole of either.
 COMMAND = re.compile(r"(?:^ {4,}|`)((?:\.venv/bin/)?(?:python3? (?:-m )?)?(?:tools|examples)[/.][^`\n]*(?:`|$))", re.M)
