@@ -145,6 +145,7 @@ MUTATIONS = {
     "the mean over tokens": ("s.sum(s.logp)", "s.mean(s.logp)"),
     "no baseline": (" - rewards.double().mean()", ""),
     "without scale": ("self.scale * ", ""),
+    "another value of the same gradient": ("s.sum(s.logp)", "s.sum(s.logp - s.old_logp)"),
     "without gradient": ("s.sum(s.logp)", "s.sum(s.logp.detach())"),
     "a mean in place of the sum": ("loss.sum()", "loss.mean()"),
     "another count": ("len(s.credit)", "len(s.logp)"),
