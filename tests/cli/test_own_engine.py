@@ -105,13 +105,13 @@ def test_an_engine_from_outside_the_package(engine: str, folder: Path) -> None:
     assert found == run(folder)
 
 
-def test_the_readmes_engine_on_two_ranks(folder: Path) -> None:
+def test_the_pages_engine_on_two_ranks(folder: Path) -> None:
     """As it stands there, built and called on every rank."""
     (code,) = re.findall(r"```python\n(from flowrl_mega.rollout import .*?)```", PAGE.read_text(), flags=re.DOTALL)
     (folder / "readme.py").write_text(code)
     found = run(folder, "--rollout.engine=readme.py:Counting", "--parallel.dp=2", world=2)
     tokens = [8 * row["rollout/response_length"] for row in found]
-    assert [row["rollout/tokens"] for row in found] == pytest.approx([tokens[0], sum(tokens)])
+    assert [row["rollout/tokens"] for row in found] == pytest.approx(tokens), "since the last call"
 
 
 def test_it_is_named_in_a_dry_run(folder: Path) -> None:
