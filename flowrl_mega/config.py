@@ -10,6 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from flowrl_mega.config_reward import CodeSettings as CodeSettings
+from flowrl_mega.config_reward import MathSettings as MathSettings
+from flowrl_mega.config_reward import OverlongSettings as OverlongSettings
+from flowrl_mega.config_reward import RewardSettings as RewardSettings
 from flowrl_mega.config_rollout import MismatchSettings as MismatchSettings
 from flowrl_mega.config_rollout import ReplaySettings as ReplaySettings
 from flowrl_mega.config_rollout import RolloutSettings as RolloutSettings
@@ -37,30 +41,46 @@ class LogZ(Settings):
 
 
 class ModelSettings(Settings):
-    path: PathText = Field(description="Hugging Face folder with *.safetensors and tokenizer, or a Megatron checkpoint")
-    dtype: Literal["fp32", "bf16"] = Field("fp32", description="type of weights and activations")
+    path: PathText = Field(description="Hugging Face folder (safetensors and tokenizer) or Megatron checkpoint.")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="Data type of the weights and of computation.")
     logits_budget_mb: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
-        description="logits kept for the backward pass, more is recomputed; auto: 256, and on a GPU from the second "
-        "update on half of the memory that was free at its peak",
+        description="Memory for logits kept until the backward pass, in MB; the rest is recomputed. `auto` starts at "
+        "256 and, on a GPU, adds half of the memory left free at the peak of the first updates.",
     )
     spec: Literal["auto", "local", "te"] = Field(
-        "auto", description="layers: Megatron's own or Transformer Engine's; auto: te for bf16, where it can be used"
+        "auto",
+        description="Layer implementation: Megatron's own (`local`) or Transformer Engine's (`te`). `auto` takes `te` "
+        "for bf16 where it is usable.",
     )
-    fp8: Literal["off"] | Fp8Recipe = Field("off", description="recipe of the policy's linear layers; not of the head")
+    fp8: Literal["off"] | Fp8Recipe = Field(
+        "off", description="FP8 recipe of the policy's linear layers; the lm-head is never in FP8."
+    )
     fp8_first_last_bf16: bool | None = Field(
-        None, description="the first and the last layer stay in bf16; null: yes, but not with delayed, which cannot"
+        None,
+        description="Keep the first and the last layer in bf16. `null` means true, except with `delayed`, which does "
+        "not support it.",
     )
     fp8_params: bool = Field(
-        False, description="the policy's FP8 weights are kept and gathered in FP8, beside fp32 ones in shares"
+        False, description="Keep the policy's weights in FP8, with fp32 master weights in the distributed optimizer."
     )
     reference_fp8: Literal["off", "tensorwise", "blockwise"] = Field(
-        "off", description="recipe of the reference; not delayed, whose scales come from training"
+        "off",
+        description="FP8 recipe of the reference model; `delayed` is excluded because its scales come from training.",
     )
-    reference_offload: bool = Field(False, description="the reference lies in CPU memory while it is not scored")
-    fp8_check_every: int = Field(50, ge=0, description="steps between comparisons with bf16; 0: at the start only")
-    fp8_budget: float = Field(0.1, gt=0, description="mean |FP8 - bf16| of a sequence's residual, nats a token")
-    fp8_action: Literal["stop", "fallback"] = Field("stop", description="beyond the budget; fallback: go on in bf16")
+    reference_offload: bool = Field(False, description="Keep the reference in CPU memory while it is not scored.")
+    fp8_check_every: int = Field(
+        50, ge=0, description="Steps between comparisons of FP8 with bf16; 0 compares at the start only."
+    )
+    fp8_budget: float = Field(
+        0.1,
+        gt=0,
+        description="Largest accepted mean |FP8 - bf16| of a sequence's residual, in nats per token (per answer "
+        "without length norm).",
+    )
+    fp8_action: Literal["stop", "fallback"] = Field(
+        "stop", description="Action when `fp8_budget` is exceeded: end the run, or continue in bf16."
+    )
 
     @property
     def first_logits_budget_mb(self) -> int:
@@ -77,25 +97,30 @@ class ModelSettings(Settings):
 class OpsSettings(Settings):
     backend: Literal["auto", "native", "torch", "liger"] = Field(
         "auto",
-        description="log-prob kernels: csrc's, built on first use, plain torch, or Liger-Kernel's, which is installed "
-        "apart; auto: csrc's where they build",
+        description="Log-prob kernels: csrc's (`native`, built on first use), plain PyTorch, or Liger-Kernel's, which "
+        "is installed separately. `auto` takes csrc's where they build.",
     )
 
 
 class ParallelSettings(Settings):
-    tp: int = Field(1, ge=1, description="tensor-parallel ranks")
-    sequence_parallel: bool = Field(False, description="shard activations over the tensor-parallel ranks too")
-    pp: int = Field(1, ge=1, description="pipeline stages: runs of layers on ranks of their own")
-    vpp: int = Field(1, ge=1, description="virtual stages per pipeline rank (interleaved schedule)")
-    cp: int = Field(1, ge=1, description="context-parallel ranks: each sequence is shared out over them")
+    tp: int = Field(1, ge=1, description="Tensor-parallel size.")
+    sequence_parallel: bool = Field(False, description="Also shard activations over the tensor-parallel ranks.")
+    pp: int = Field(1, ge=1, description="Pipeline-parallel size: consecutive layers are split into this many stages.")
+    vpp: int = Field(1, ge=1, description="Virtual stages on each pipeline rank (interleaved schedule).")
+    cp: int = Field(1, ge=1, description="Context-parallel size: each sequence is split over this many ranks.")
     dp: int | None = Field(
-        None, ge=1, description="data-parallel replicas; null: the ranks, or this host's GPUs, that are left (CPU: 1)"
+        None,
+        ge=1,
+        description="Data-parallel size. `null` takes all remaining ranks, or this host's remaining GPUs where `train` "
+        "starts the ranks (1 on CPUs).",
     )
-    timeout_s: int = Field(600, ge=10, description="a collective that takes longer ends the job")
+    timeout_s: int = Field(
+        600, ge=10, description="Time limit of a collective operation in seconds; exceeding it ends the job."
+    )
     overlap_grad_reduce: bool = Field(
         True,
-        description="gradients are summed over ranks during the backward pass; false: after it, for an objective of "
-        "yours that reads a parameter on some ranks only",
+        description="Sum gradients over ranks during the backward pass; false sums them afterwards, for an objective "
+        "of your own that reads a parameter on some ranks only.",
     )
 
     @property
@@ -106,29 +131,45 @@ class ParallelSettings(Settings):
 
 class DaliSettings(Settings):
     shuffle: Literal["index", "reader"] = Field(
-        "index", description="the order of loader mmap, or that of DALI's own shuffle buffer, which reads sequentially"
+        "index",
+        description="Order of the prompts: `index` is the order of loader `mmap`, `reader` DALI's own shuffle buffer "
+        "over sequential reads.",
     )
-    buffer: int = Field(4096, ge=1, description="prompts in the buffer of shuffle: reader")
-    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="what decodes images; auto: a GPU where there is")
+    buffer: int = Field(4096, ge=1, description="Prompts in the shuffle buffer of `shuffle: reader`.")
+    device: Literal["auto", "cpu", "gpu"] = Field(
+        "auto", description="Device that decodes images; `auto` takes a GPU where there is one."
+    )
 
 
 class DataSettings(Settings):
     path: PathText | None = Field(
         None,
-        description="prompt store (tools/prepare_data.py), or JSON lines: a 'prompt' each and what rewards read",
+        description="Prompt store made by tools/prepare_data.py, or JSON lines file with a 'prompt' and the reward's "
+        "fields in each row.",
     )
-    task: PathText | None = Field(None, description="instead of a file: sums, or a class of yours as module:Class")
-    task_args: dict[str, Any] = Field(default_factory=dict, description="arguments of the task")
+    task: PathText | None = Field(
+        None,
+        description="Source of generated prompts, instead of `path`: `sums`, or a class of your own as module:Class or "
+        "path/to/file.py:Class.",
+    )
+    task_args: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments for the constructor of the task's class."
+    )
     held_out: float | PathText | None = Field(
-        None, description="prompts kept for evaluation: a share, or a JSON lines file"
+        None,
+        description="Prompts held out for evaluation: a share of the distinct prompts between 0 and 1, a JSON lines "
+        "file or a prompt store.",
     )
-    chat_template: bool = Field(False, description="prompts go through the tokenizer's chat template")
+    chat_template: bool = Field(False, description="Wrap prompts in the chat template of the model's tokenizer.")
     template_date: date = Field(
-        date(2024, 7, 26), description="what a chat template that writes today's date gets: prompts stay the same"
+        date(2024, 7, 26),
+        description="Date given to chat templates that insert the current date, so that prompts do not change.",
     )
-    max_prompt_tokens: int = Field(2048, ge=1, description="data with longer prompts is refused")
-    loader: Literal["mmap", "dali"] = Field("mmap", description="what reads prompts; dali needs a prompt store")
-    dali: DaliSettings = DaliSettings()
+    max_prompt_tokens: int = Field(
+        2048, ge=1, description="Longest allowed prompt in tokens; data with a longer one is refused."
+    )
+    loader: Literal["mmap", "dali"] = Field("mmap", description="Reader of the prompts; `dali` needs a prompt store.")
+    dali: DaliSettings = Field(DaliSettings(), description="NVIDIA DALI's reader; needs `data.loader=dali`.")
 
     @field_validator("task")
     @classmethod
@@ -142,20 +183,23 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSettings(Settings):
-    lr: float = Field(1e-6, gt=0, description="learning rate after warm-up")
-    log_z_lr: float | None = Field(None, gt=0, description="learning rate of the partition function; null: lr")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decay of both moments")
-    eps: float = Field(1e-8, gt=0, description="added to the root of AdamW's second moment")
-    weight_decay: float = Field(0.1, ge=0, description="AdamW's, of matrices alone")
-    clip_grad: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
-    warmup_steps: int = Field(10, ge=0, description="updates of linear warm-up")
-    decay: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up; ends at 0")
+    lr: float = Field(1e-6, gt=0, description="Learning rate after warm-up.")
+    log_z_lr: float | None = Field(None, gt=0, description="Learning rate of log Z; `null` takes `lr`.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decay rates of the first and second moments.")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon, added to the denominator.")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's decoupled weight decay.")
+    clip_grad: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 disables clipping.")
+    warmup_steps: int = Field(10, ge=0, description="Optimizer updates of linear warm-up of the learning rate.")
+    decay: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="Learning-rate schedule after the warm-up; `linear` and `cosine` reach 0 at the last update.",
+    )
     distributed: bool | Literal["auto"] = Field(
         "auto",
-        description="each rank that has the same weights keeps a share of the moments (needs Transformer Engine's "
-        "FusedAdam); auto: where that is there and ranks have the same",
+        description="Shard the optimizer's moments over ranks with equal weights (needs Transformer Engine's "
+        "FusedAdam). `auto` does so where that is available and such ranks exist.",
     )
-    offload: bool = Field(False, description="moments and fp32 weights lie in CPU memory between updates")
+    offload: bool = Field(False, description="Keep moments and fp32 weights in CPU memory between updates.")
 
     @property
     def shares(self) -> bool:
@@ -165,13 +209,20 @@ class OptimizerSettings(Settings):
 
 class CriticSettings(Settings):
     trunk: Literal["own", "shared"] = Field(
-        "own", description="a model of its own, or a second head on the policy's last hidden states"
+        "own", description="Critic network: a model of its own, or a second head on the policy's last hidden states."
     )
-    path: PathText | None = Field(None, description="what its own trunk starts from, as model.path; null: model.path")
-    value_coef: float = Field(0.5, gt=0, description="weight of the value loss beside the policy's, shared trunk only")
-    warmup_steps: int = Field(0, ge=0, description="first steps, in which its own trunk learns and the policy waits")
+    path: PathText | None = Field(
+        None, description="Initial weights of the critic's own trunk; `null` takes `model.path`."
+    )
+    value_coef: float = Field(
+        0.5, gt=0, description="Weight of the value loss beside the policy's loss; `trunk: shared` only."
+    )
+    warmup_steps: int = Field(
+        0, ge=0, description="Initial steps in which only the critic's own trunk is trained, not the policy."
+    )
     optimizer: OptimizerSettings = Field(
-        OptimizerSettings(lr=1e-5), description="its own trunk's; of a shared one lr alone is read, the head's rate"
+        OptimizerSettings(lr=1e-5),
+        description="Optimizer of the critic's own trunk; with `trunk: shared` only `lr`, the head's, is read.",
     )
 
     @field_validator("optimizer", mode="before")
@@ -181,80 +232,31 @@ class CriticSettings(Settings):
         return {"lr": 1e-5, **value} if isinstance(value, dict) else value
 
 
-class CodeSettings(Settings):
-    isolation: Literal["namespaces", "process"] = Field(
-        "namespaces",
-        description="the least that programs run in: own user, pid, network and mount namespaces; process: no network "
-        "or file isolation, limits alone",
-    )
-    score: Literal["all", "fraction"] = Field("all", description="1 if all tests pass, else 0; or the share that does")
-    python: PathText | None = Field(None, description="interpreter of the programs; null: this one's")
-    packages: tuple[str, ...] = Field(
-        ("numpy",),
-        description="with python=null: modules of this environment that programs and tests may import beside the "
-        "standard library",
-    )
-    wall_s: float = Field(
-        10.0, gt=0, description="a program that runs longer, without its wait for a processor, is ended"
-    )
-    cpu_s: int = Field(8, ge=1, description="CPU time of a program")
-    memory_mb: int = Field(1024, ge=32, description="memory of a program and all that it starts")
-    disk_mb: int = Field(64, ge=1, description="the temporary folder, a program's only writable place")
-    processes: int = Field(16, ge=1, description="processes and threads of a program")
-    open_files: int = Field(64, ge=8, description="files that a process may have open")
-    output_kb: int = Field(1024, ge=1, description="what a program may write to stdout and stderr; more ends it")
-    url: str | None = Field(None, description="a remote sandbox instead: where /run_code of SandboxFusion answers")
-
-
-class OverlongSettings(Settings):
-    buffer: int = Field(ge=1, description="the last tokens before rollout.max_tokens, in which the penalty grows")
-    penalty: float = Field(1.0, gt=0, description="at rollout.max_tokens")
-
-
-class MathSettings(Settings):
-    timeout_s: int = Field(5, ge=1, description="of math-verify, for parsing and for comparing one answer")
-
-
-class RewardSettings(Settings):
-    """What a reward function gets as its third argument, if it takes one."""
-
-    function: PathText = Field(
-        description="module:function or file.py:function; (row, response[, settings]) -> float, (float, why) or "
-        "(float, why, kind)"
-    )
-    workers: int | None = Field(
-        None,
-        ge=0,
-        description="processes a rank that score; null: its share of the cores; 0: the rank itself",
-    )
-    timeout_s: float = Field(60.0, gt=0, description="a call that takes longer is ended and scores as wrong")
-    right_at: float | None = Field(
-        None, description="least reward of an answer that counts as right; null: the function's own, else any above 0"
-    )
-    overlong: OverlongSettings | None = Field(None, description="DAPO's soft penalty of long answers; null: none")
-    math: MathSettings = MathSettings()
-    code: CodeSettings = CodeSettings()
-
-
 class NonfiniteSettings(Settings):
     most: int = Field(
-        10, ge=1, description="updates skipped in a row for a loss or gradient that is not finite; more end the run"
+        10, ge=1, description="Consecutive skipped updates, their loss or gradient not finite, that end the run."
     )
 
 
 class BatchSettings(Settings):
-    mini_batch: int | None = Field(None, ge=1, description="sequences an optimizer step; null: the whole batch")
-    tokens_per_microbatch: int = Field(16384, ge=1, description="packed rows of a rank's micro-batch")
+    mini_batch: int | None = Field(None, ge=1, description="Sequences per optimizer update; `null` takes a whole step.")
+    tokens_per_microbatch: int = Field(
+        16384,
+        ge=1,
+        description="Most tokens of a packed micro-batch on each rank; a longer sequence is a micro-batch of its own.",
+    )
 
 
 class CheckpointSettings(Settings):
-    every: int = Field(0, ge=0, description="steps between checkpoints; 0: by time and at the end only")
+    every: int = Field(0, ge=0, description="Steps between checkpoints; 0 disables this rule.")
     minutes: float = Field(
-        30.0, ge=0, description="a step that ends so long after the last checkpoint is saved; 0: not by time"
+        30.0,
+        ge=0,
+        description="Minutes after a checkpoint from which the next step that ends is saved; 0 disables this.",
     )
-    keep_last: int = Field(2, ge=1, description="checkpoints that are kept; older ones are removed")
-    at_end: bool = Field(True, description="save after the last step")
-    export_hf: bool = Field(False, description="with each checkpoint the policy as a Hugging Face folder, step_N/hf")
+    keep_last: int = Field(2, ge=1, description="Number of newest checkpoints to keep; older ones are deleted.")
+    at_end: bool = Field(True, description="Save a checkpoint after the last step.")
+    export_hf: bool = Field(False, description="Also write the policy as a Hugging Face folder, step_N/hf.")
 
     def is_due(self, step: int, seconds: float) -> bool:
         """Whether a checkpoint is to follow this step, which ends so long after the last one."""
@@ -264,36 +266,57 @@ class CheckpointSettings(Settings):
 class BenchmarkSettings(Settings):
     """As the settings of `flowrl-mega eval` (config_eval.py)."""
 
-    names: list[str] = Field([], description="of docs/evaluation.md's table, reasoning_gym:TASK, or JSON lines files")
-    data: PathText | None = Field(None, description="folder with NAME.jsonl of each benchmark; null: from the hub")
-    problems: int | None = Field(None, ge=1, description="only the first so many of each benchmark; null: all")
-    k: int = Field(4, ge=1, description="answers a problem")
-    max_tokens: int | None = Field(None, ge=1, description="null: rollout.max_tokens")
-    temperature: float = Field(0.6, ge=0, description="0: greedy")
-    top_p: float = Field(0.95, gt=0, le=1, description="nucleus sampling; 1: off")
+    names: list[str] = Field(
+        [], description="Benchmarks: names from docs/evaluation.md, reasoning_gym:TASK, or JSON lines files."
+    )
+    data: PathText | None = Field(
+        None, description="Folder with NAME.jsonl for each benchmark; `null` downloads them from the Hugging Face hub."
+    )
+    problems: int | None = Field(
+        None, ge=1, description="Problems taken from each benchmark, counted from its start; `null` takes all."
+    )
+    k: int = Field(4, ge=1, description="Answers per problem.")
+    max_tokens: int | None = Field(
+        None, ge=1, description="Longest answer in tokens, including the end token; `null` takes `rollout.max_tokens`."
+    )
+    temperature: float = Field(0.6, ge=0, description="Sampling temperature; 0 is greedy.")
+    top_p: float = Field(0.95, gt=0, le=1, description="Probability mass of nucleus sampling; 1 disables it.")
 
 
 class EvaluationSettings(Settings):
-    every: int = Field(0, ge=0, description="steps between evaluations on held-out prompts and benchmarks; 0: never")
-    benchmarks: BenchmarkSettings = BenchmarkSettings()
-    samples: int = Field(4, ge=1, description="answers a prompt")
-    distinct_at: int = Field(64, ge=1, description="k of the exact figures, for rows that list their 'right_answers'")
+    every: int = Field(
+        0, ge=0, description="Steps between evaluations on held-out prompts and benchmarks; 0 disables them."
+    )
+    benchmarks: BenchmarkSettings = Field(
+        BenchmarkSettings(),
+        description="Benchmarks evaluated while the run trains; each setting is as in `flowrl-mega eval`.",
+    )
+    samples: int = Field(4, ge=1, description="Answers per held-out prompt.")
+    distinct_at: int = Field(
+        64,
+        ge=1,
+        description="Number of draws for exact pass@k and distinct right answers, for rows that list 'right_answers'.",
+    )
 
 
 class MonitorSettings(Settings):
-    wandb: Literal["off", "offline", "online"] = Field("off", description="offline: files to be synced later")
-    wandb_project: str = Field("flowrl-mega", description="the project's name in wandb and trackio")
-    wandb_checkpoints: bool = Field(False, description="every checkpoint also as an artifact of the wandb run")
-    tensorboard: bool = Field(False, description="also event files in run_dir/tensorboard; flowrl-mega[tensorboard]")
-    trackio: bool = Field(False, description="also a run of trackio, in its own folder; flowrl-mega[trackio]")
-    samples_per_step: int = Field(4, ge=0, description="answers written to samples.jsonl each step")
+    wandb: Literal["off", "offline", "online"] = Field(
+        "off", description="Weights & Biases logging: disabled, to local files only, or to its server."
+    )
+    wandb_project: str = Field("flowrl-mega", description="Project name in wandb and trackio.")
+    wandb_checkpoints: bool = Field(False, description="Log every checkpoint as an artifact of the wandb run.")
+    tensorboard: bool = Field(
+        False, description="Write TensorBoard event files to run_dir/tensorboard (needs flowrl-mega[tensorboard])."
+    )
+    trackio: bool = Field(False, description="Log to trackio, in its own folder (needs flowrl-mega[trackio]).")
+    samples_per_step: int = Field(4, ge=0, description="Answers written to samples.jsonl at each step.")
     distributions_every: int = Field(
         10,
         ge=0,
-        description="steps between records of distributions.jsonl; 0: none, nor the metrics target/*, diversity/*, "
-        "kind/* and loss/residual_p*",
+        description="Steps between records of distributions.jsonl; 0 disables them and the metrics `target/*`, "
+        "`diversity/*`, `kind/*` and `loss/residual_p*`.",
     )
-    progress: bool = Field(True, description="a line or bar per step on the console")
+    progress: bool = Field(True, description="Show a progress bar on the console.")
 
     @field_validator("wandb", mode="before")
     @classmethod
@@ -303,26 +326,43 @@ class MonitorSettings(Settings):
 
 
 class Config(Settings):
-    run_dir: PathText = Field(description="the run folder: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/")
-    steps: int = Field(ge=1, description="training steps in all, those before a resume included")
-    seed: int = Field(0, ge=0, description="rules everything: prompts, sampling, initial weights")
-    model: ModelSettings
-    megatron: dict[str, Any] = Field(default_factory=dict, description="passed to Megatron's TransformerConfig")
-    ops: OpsSettings = OpsSettings()
-    parallel: ParallelSettings = ParallelSettings()
-    data: DataSettings
-    reward: RewardSettings = Field(description="a string is short for {function: STRING}")
-    rollout: RolloutSettings = RolloutSettings()
-    objective: dict[str, Any] = Field(
-        default_factory=lambda: {"name": "flowrl"}, description="its name, or module:Class, and its own settings"
+    run_dir: PathText = Field(
+        description="Run folder for config.yaml, metrics.jsonl, samples.jsonl, checkpoints/ and more."
     )
-    optimizer: OptimizerSettings = OptimizerSettings()
-    critic: CriticSettings | None = Field(None, description="the value function of objective ppo; {}: the defaults")
-    on_nonfinite: NonfiniteSettings = NonfiniteSettings()
-    batch: BatchSettings = BatchSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
-    evaluation: EvaluationSettings = EvaluationSettings()
-    monitor: MonitorSettings = MonitorSettings()
+    steps: int = Field(ge=1, description="Training steps of the whole run, including those before a resume.")
+    seed: int = Field(0, ge=0, description="Random seed of prompt order, sampling and new weights.")
+    model: ModelSettings = Field(description="Policy and reference: source, precision and layers.")
+    megatron: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Fields passed to Megatron's TransformerConfig; README.md, Layouts, lists those that are accepted.",
+    )
+    ops: OpsSettings = Field(OpsSettings(), description="Kernels for log-probs.")
+    parallel: ParallelSettings = Field(
+        ParallelSettings(), description="Layout: how the model and the batch are divided among ranks."
+    )
+    data: DataSettings = Field(description="Training prompts and held-out prompts.")
+    reward: RewardSettings = Field(description="Reward settings; a string is short for {function: STRING}.")
+    rollout: RolloutSettings = Field(
+        RolloutSettings(), description="Generation of answers, by the embedded engine or by servers."
+    )
+    objective: dict[str, Any] = Field(
+        default_factory=lambda: {"name": "flowrl"},
+        description="Objective: `name` is a built-in one or module:Class, the other fields are its own, each described "
+        "in its file in flowrl_mega/objectives/.",
+    )
+    optimizer: OptimizerSettings = Field(
+        OptimizerSettings(), description="Optimizer of the policy and the partition function."
+    )
+    critic: CriticSettings | None = Field(
+        None, description="Value function of objective `ppo`; {} takes the defaults, `null` has none."
+    )
+    on_nonfinite: NonfiniteSettings = Field(
+        NonfiniteSettings(), description="Handling of losses and gradients that are not finite."
+    )
+    batch: BatchSettings = Field(BatchSettings(), description="Division of a step into updates and micro-batches.")
+    checkpoint: CheckpointSettings = Field(CheckpointSettings(), description="Frequency and contents of checkpoints.")
+    evaluation: EvaluationSettings = Field(EvaluationSettings(), description="Evaluation while the run trains.")
+    monitor: MonitorSettings = Field(MonitorSettings(), description="Logging to files, console and trackers.")
 
     @field_validator("objective", mode="before")
     @classmethod

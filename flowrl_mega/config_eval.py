@@ -16,31 +16,42 @@ from flowrl_mega.settings import Needs, PathText, Settings, refuse_unread
 class EvalModel(Settings):
     path: PathText | None = Field(
         None,
-        description="Hugging Face folder, or a Megatron checkpoint of any layout; of engine chat: null, the server "
-        "has its own",
+        description="Hugging Face folder, or Megatron checkpoint of any layout; `null` with engine `chat`, whose "
+        "server has its own model.",
     )
-    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, else fp32")
-    name: str | None = Field(None, description="engine chat: which of the server's models; null: the first it lists")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Data type of the weights; `auto` is bf16 on a GPU, else fp32."
+    )
+    name: str | None = Field(
+        None, description="Name of the server's model, for engine `chat`; `null` takes the first that it lists."
+    )
 
 
 class EvalRollout(Settings):
     """How answers are written; the defaults are those of the paper's evaluation."""
 
     engine: Literal["embedded", "sglang", "chat"] = Field(
-        "embedded", description="in these processes, by SGLang servers, or by any server of OpenAI's chat protocol"
+        "embedded",
+        description="Generator of answers: these processes, SGLang servers, or any server of OpenAI's chat protocol.",
     )
-    max_tokens: int = Field(8192, ge=1, description="longest answer, the end token included")
-    temperature: float = Field(0.6, ge=0, description="0: greedy")
-    top_p: float = Field(0.95, gt=0, le=1, description="nucleus sampling; 1: off")
-    top_k: int = Field(0, ge=0, description="0: off")
-    servers: Annotated[int, Field(ge=1)] | list[str] = Field(1, description="how many to start, or the URLs of others'")
-    python: PathText | None = Field(None, description="interpreter that has sglang; null: this one")
-    server_args: dict[str, Any] = Field(default_factory=dict, description="SGLang's own flags, passed on")
-    api_key_file: PathText | None = Field(None, description="file with the key that the servers ask for")
-    concurrency: int = Field(512, ge=1, description="answers under way at a server")
-    request_timeout_s: float = Field(7200.0, gt=0, description="an answer that takes longer ends the evaluation")
-    hang_s: float = Field(60.0, gt=0, description="a server silent for so long is asked whether it lives")
-    start_timeout_s: float = Field(900.0, gt=0, description="for servers to be ready")
+    max_tokens: int = Field(8192, ge=1, description="Longest answer in tokens, including the end token.")
+    temperature: float = Field(0.6, ge=0, description="Sampling temperature; 0 is greedy.")
+    top_p: float = Field(0.95, gt=0, le=1, description="Probability mass of nucleus sampling; 1 disables it.")
+    top_k: int = Field(0, ge=0, description="Most likely tokens to sample from; 0 disables the limit.")
+    servers: Annotated[int, Field(ge=1)] | list[str] = Field(
+        1, description="Number of servers to start, or list of URLs of running ones."
+    )
+    python: PathText | None = Field(None, description="Python interpreter that has SGLang; `null` takes this one.")
+    server_args: dict[str, Any] = Field(
+        default_factory=dict, description="SGLang's own flags, passed on to the servers."
+    )
+    api_key_file: PathText | None = Field(None, description="File with the API key that the servers require.")
+    concurrency: int = Field(512, ge=1, description="Most answers under way at one server.")
+    request_timeout_s: float = Field(
+        7200.0, gt=0, description="Time limit of one answer in seconds; exceeding it ends the evaluation."
+    )
+    hang_s: float = Field(60.0, gt=0, description="Silence of a busy server, in seconds, after which it is probed.")
+    start_timeout_s: float = Field(900.0, gt=0, description="Time limit for servers to become ready, in seconds.")
 
     def of_servers(self) -> RolloutSettings:
         """The same for whoever starts servers and sends them prompts. They keep the weights that they start with."""
@@ -51,51 +62,67 @@ class EvalRollout(Settings):
 class JudgeSettings(Settings):
     """A language model that says how varied a problem's attempts are, by the paper's protocol."""
 
-    url: str = Field(description="a server of OpenAI's chat protocol")
-    model: str | None = Field(None, description="which of its models; null: the first it lists")
-    api_key_file: PathText | None = Field(None, description="file with the key that it asks for")
-    concurrency: int = Field(8, ge=1, description="problems under way")
-    max_tokens: int = Field(512, ge=1, description="of its answer, thoughts included")
-    timeout_s: float = Field(300.0, gt=0, description="for one answer")
+    url: str = Field(description="URL of a server of OpenAI's chat protocol.")
+    model: str | None = Field(None, description="Name of the server's model; `null` takes the first that it lists.")
+    api_key_file: PathText | None = Field(None, description="File with the API key that the server requires.")
+    concurrency: int = Field(8, ge=1, description="Most problems under way at once.")
+    max_tokens: int = Field(512, ge=1, description="Longest verdict in tokens, including its reasoning.")
+    timeout_s: float = Field(300.0, gt=0, description="Time limit of one verdict in seconds.")
 
 
 class EvalReward(RewardSettings):
     """As in training; by default each row's kind says what grades its answers."""
 
     function: PathText = Field(
-        "flowrl_mega.rewards.by_kind:score", description="module:function or file.py:function, as in training"
+        "flowrl_mega.rewards.by_kind:score",
+        description="Reward as module:function or path/to/file.py:function, as in training; the default grades each "
+        "row by its kind.",
     )
 
 
 class EvalConfig(Settings):
-    run_dir: PathText = Field(description="results: answers/, samples.jsonl, scores.json, scores.md; goes on there")
+    run_dir: PathText = Field(
+        description="Results folder, which receives answers/, samples.jsonl, scores.json and scores.md; an evaluation "
+        "is continued there."
+    )
     benchmarks: list[str] = Field(
         min_length=1,
-        description="names of the table in docs/evaluation.md, reasoning_gym:TASK, or JSON lines files like data.path",
+        description="Benchmarks: names from docs/evaluation.md, reasoning_gym:TASK, or JSON lines files as for "
+        "`data.path` in training.",
     )
-    data: PathText | None = Field(None, description="folder with NAME.jsonl of each benchmark; null: from the hub")
-    k: int = Field(16, ge=1, description="answers a problem")
-    problems: int | None = Field(None, ge=1, description="only the first so many of each benchmark; null: all")
-    seed: int = Field(0, ge=0, description="rules sampling")
-    chat_template: bool | None = Field(None, description="null: where the model's tokenizer has one")
+    data: PathText | None = Field(
+        None, description="Folder with NAME.jsonl for each benchmark; `null` downloads them from the Hugging Face hub."
+    )
+    k: int = Field(16, ge=1, description="Answers per problem.")
+    problems: int | None = Field(
+        None, ge=1, description="Problems taken from each benchmark, counted from its start; `null` takes all."
+    )
+    seed: int = Field(0, ge=0, description="Random seed of sampling.")
+    chat_template: bool | None = Field(
+        None,
+        description="Wrap prompts in the chat template of the model's tokenizer; `null` does so where there is one.",
+    )
     template_date: date = Field(
         DataSettings.model_fields["template_date"].default,
-        description=DataSettings.model_fields["template_date"].description,
+        description="Date given to chat templates that insert the current date.",
     )
-    model: EvalModel = EvalModel()
-    parallel: ParallelSettings = Field(ParallelSettings(), description="engine embedded: how the model is shared out")
-    rollout: EvalRollout = EvalRollout()
-    reward: EvalReward = EvalReward()
+    model: EvalModel = Field(EvalModel(), description="Model that is evaluated.")
+    parallel: ParallelSettings = Field(ParallelSettings(), description="Layout of the model, for engine `embedded`.")
+    rollout: EvalRollout = Field(EvalRollout(), description="Generation of answers.")
+    reward: EvalReward = Field(EvalReward(), description="Grading of answers, as in training.")
     diversity: Literal["fast", "all"] = Field(
         "fast",
-        description="all: also the Vendi score and self-BLEU (needs flowrl-mega[eval]); minutes for long answers",
+        description="Measures of diversity; `all` adds the Vendi score and self-BLEU (needs flowrl-mega[eval]), which "
+        "take minutes for long answers.",
     )
     embeddings: PathText | None = Field(
         None,
-        description="model of sentence-transformers, a folder or a name of the hub: also what differs in meaning "
-        "(needs flowrl-mega[embeddings])",
+        description="Model of sentence-transformers, a folder or a name on the hub, that adds measures of difference "
+        "in meaning (needs flowrl-mega[embeddings]).",
     )
-    judge: JudgeSettings | None = Field(None, description="null: none; {url: ..}: a judge of diversity")
+    judge: JudgeSettings | None = Field(
+        None, description="Language model that judges diversity, as {url: ..}; `null` has none."
+    )
 
 
 SERVERS = "rollout.servers rollout.concurrency rollout.request_timeout_s rollout.api_key_file"

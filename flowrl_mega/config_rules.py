@@ -46,7 +46,12 @@ NEEDS = (
         lambda c: c.evaluation.every > 0,
     ),
     Needs("evaluation.benchmarks", "evaluation.benchmarks.names", lambda c: len(c.evaluation.benchmarks.names) > 0),
-    Needs("monitor.wandb_project monitor.wandb_checkpoints", "monitor.wandb", lambda c: c.monitor.wandb != "off"),
+    Needs("monitor.wandb_checkpoints", "monitor.wandb", lambda c: c.monitor.wandb != "off"),
+    Needs(
+        "monitor.wandb_project",
+        "monitor.wandb or monitor.trackio",
+        lambda c: c.monitor.wandb != "off" or c.monitor.trackio,
+    ),
 )
 
 

@@ -30,7 +30,7 @@ LEVELS = (
     {"config_moves", "config_rules", "imports", "run_lock", "launched", "json_file"},
     {"config_eval"},
     {"config"},
-    {"config_rollout"},
+    {"config_reward", "config_rollout"},
     {"settings", "metrics", "file_lock", "hangup", "so_far", "whole_file"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -42,8 +42,8 @@ def test_every_field_is_on_it_and_described(tool: ModuleType, tree: type) -> Non
 
 def test_a_row_says_type_bounds_and_default(tool: ModuleType) -> None:
     text = tool.table("rollout", Config.model_fields["rollout"].annotation)
-    assert "| `rollout.prompts_per_step` | int >= 1 | `16` | prompts of a step, over all ranks |" in text
-    assert "| `rollout.top_p` | float > 0, <= 1 | 1 | nucleus sampling; 1: off |" in text
+    assert "| `rollout.prompts_per_step` | int >= 1 | `16` |" in text
+    assert "| `rollout.top_p` | float > 0, <= 1 | 1 |" in text
     assert "| `monitor.wandb` | `off`, `offline`, `online` | `off` |" in tool.table(
         "monitor", Config.model_fields["monitor"].annotation
     )
