@@ -16,6 +16,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import made_page
 from annotated_types import BaseMetadata
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -32,20 +33,13 @@ so is a value that nothing would read. `--dry-run` shows what the settings come 
 
 
 def main() -> int:
-    check = parser().parse_args().check
-    text = page()
-    if not check:
-        PAGE.write_text(text)
-    elif not PAGE.is_file() or PAGE.read_text() != text:
-        print("docs/settings.md is not what the fields say; run: python tools/settings_page.py", file=sys.stderr)
-        return 1
-    return 0
+    options = parser().parse_args()
+    stale = "docs/settings.md is not what the fields say; run: python tools/settings_page.py"
+    return made_page.write_or_check(PAGE, page(), options.check, stale)
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is out of date")
-    return parser
+    return made_page.parser(__doc__)
 
 
 def page() -> str:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import made_page
 import yaml
 
 REPO = Path(__file__).resolve().parent.parent
@@ -33,20 +34,13 @@ the real one. *Compiled*: with nvcc, not run. *Run at scale*: on more than one n
 
 
 def main() -> int:
-    check = parser().parse_args().check
-    text = page(yaml.safe_load(DATA.read_text()))
-    if not check:
-        PAGE.write_text(text)
-    elif not PAGE.is_file() or PAGE.read_text() != text:
-        print("docs/status.md is not what docs/status.yaml says; run: python tools/status.py", file=sys.stderr)
-        return 1
-    return 0
+    options = parser().parse_args()
+    stale = "docs/status.md is not what docs/status.yaml says; run: python tools/status.py"
+    return made_page.write_or_check(PAGE, page(yaml.safe_load(DATA.read_text())), options.check, stale)
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is out of date")
-    return parser
+    return made_page.parser(__doc__)
 
 
 def page(data: dict[str, Any]) -> str:

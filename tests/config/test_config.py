@@ -35,6 +35,17 @@ def test_the_smallest_file_and_its_defaults(path: Path) -> None:
     assert (config.ops.backend, config.optimizer.decay) == ("auto", "constant")
 
 
+@pytest.mark.parametrize("service", ["--monitor.wandb=offline", "--monitor.trackio=true"])
+def test_a_projects_name_is_for_wandb_and_trackio(path: Path, service: str) -> None:
+    """Either reads it; checkpoints as artifacts are wandb's alone."""
+    assert load_config(path, ["--monitor.wandb_project=mine", service]).monitor.wandb_project == "mine"
+    with pytest.raises(ConfigError, match="monitor.wandb or monitor.trackio only"):
+        load_config(path, ["--monitor.wandb_project=mine"])
+    if "trackio" in service:
+        with pytest.raises(ConfigError, match="wandb_checkpoints = True: is read with monitor.wandb only"):
+            load_config(path, ["--monitor.wandb_checkpoints=true", service])
+
+
 def test_overrides_are_read_as_yaml(path: Path) -> None:
     overrides = [
         "--steps=7",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -13,24 +12,18 @@ from flowrl_mega.config_eval import EvalConfig
 from flowrl_mega.objectives import REGISTRY
 
 REPO = Path(__file__).parents[2]
+sys.path.insert(0, str(REPO / "tools"))
+
+import settings_page as tool  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("settings_page", REPO / "tools" / "settings_page.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_page_is_up_to_date(tool: ModuleType) -> None:
+def test_the_page_is_up_to_date() -> None:
     stale = "docs/settings.md is not what the fields say; run: python tools/settings_page.py"
     assert (REPO / "docs" / "settings.md").read_text() == tool.page(), stale
 
 
 @pytest.mark.parametrize("tree", [Config, EvalConfig, *REGISTRY.values()], ids=lambda tree: tree.__name__)
-def test_every_field_is_on_it_and_described(tool: ModuleType, tree: type) -> None:
+def test_every_field_is_on_it_and_described(tree: type) -> None:
     text = (REPO / "docs" / "settings.md").read_text()
     for name, of in tool.sections(tree):
         for field, info in of.model_fields.items():
@@ -40,7 +33,7 @@ def test_every_field_is_on_it_and_described(tool: ModuleType, tree: type) -> Non
                 assert f"| `{prefix}{field}` |" in text
 
 
-def test_a_row_says_type_bounds_and_default(tool: ModuleType) -> None:
+def test_a_row_says_type_bounds_and_default() -> None:
     text = tool.table("rollout", Config.model_fields["rollout"].annotation)
     assert "| `rollout.prompts_per_step` | int >= 1 | `16` |" in text
     assert "| `rollout.top_p` | float > 0, <= 1 | 1 |" in text
